@@ -1,0 +1,1 @@
+"""Measuring normzoo: the static gate, the harness and what they are compared with."""

@@ -1,0 +1,203 @@
+"""The table of calls the gate profiles, what each must reach, and the exceptions that are known."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib import resources
+from math import inf
+
+import torch
+
+from normzoo_kernels import rows as row_kernels
+
+from . import fake
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROW_COUNTS = (1, 7, 16, 100, 128, 1000, 1024, 4096, 8190, 8192, 8200, 16384)
+
+Call = Callable[[], object]
+Build = Callable[[int, str, fake.Target], tuple[Call, torch.Tensor]]
+Plan = tuple[tuple[str, tuple[str, ...]], ...]  # (target, dtypes)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One number of a case and the goal it comes from; `dtypes` where it holds for some only."""
+
+    measure: str
+    goal: int
+    most: float = inf
+    least: float = -inf
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`build(rows, dtype, target)` gives the launcher call and the x its passes are counted in."""
+
+    name: str
+    build: Build
+    rows: int
+    bounds: tuple[Bound, ...]
+    plan: Plan  # what the default run compiles it for
+
+    def needs(self, measure: str, dtype: str) -> bool:
+        return any(b.measure == measure and dtype in b.dtypes for b in self.bounds)
+
+
+# (glob over case-dtype@target, measure, reason): shown in the table, never silent.
+EXCEPTIONS: tuple[tuple[str, str, str], ...] = ()
+
+ROWS = {
+    64: 262144, 128: 262144, 1000: 8192, 1024: 8192, 4095: 8192, 4096: 8192, 8192: 8192,
+    16384: 4096, 32768: 2048, 65536: 1024, 131072: 512,
+}  # fmt: skip
+
+ON_SM90: Plan = (("sm_90", ("bf16",)),)
+SWEPT: Plan = (("sm_90", ("bf16", "fp32")),)
+EVERYWHERE: Plan = tuple((target, tuple(DTYPES)) for target in fake.TARGETS)
+
+
+def _empty(*shape: int, dtype: str) -> torch.Tensor:
+    return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    """One call of the row engine."""
+
+    kind: str
+    backward: bool
+    width: int
+    rows: int | None = None
+    layout: str = "contiguous"  # or padded (rows start on 16 bytes), strided (a slice), expanded dy
+    add: bool = False
+    llama: bool = False
+    params: str | None = None  # their dtype where it is not that of x; crms has none
+    frozen: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = [self.kind, "bwd" if self.backward else "fwd", str(self.width)]
+        parts = ["add", *parts] if self.add else parts
+        parts += [self.layout] if self.layout != "contiguous" else []
+        parts += ["llama"] if self.llama else []
+        parts += [f"{self.params}params"] if self.params else []
+        parts += ["frozen"] if self.frozen else []
+        parts += [f"rows{self.rows}"] if self.rows else []
+        return "-".join(parts)
+
+    def matrix(self, rows: int, dtype: str) -> torch.Tensor:
+        vector = 16 // DTYPES[dtype].itemsize
+        padded = -(-self.width // vector) * vector
+        stride = {"padded": padded, "strided": 2 * self.width}.get(self.layout, self.width)
+        return _empty(rows, stride, dtype=dtype)[:, : self.width]
+
+    def build(self, rows: int, dtype: str, target: fake.Target) -> tuple[Call, torch.Tensor]:
+        kind = "layer" if self.kind == "ln" else self.kind
+        x, *others = (self.matrix(rows, dtype) for _ in range(4))
+        parameters = [_empty(self.width, dtype=self.params or dtype) for _ in range(2)]
+        weight = parameters[0] if self.kind != "crms" else None
+        bias = parameters[1] if self.kind == "ln" else None
+        residual, dy, dtotal = others
+        outputs: list[tuple] = []
+
+        def forward() -> None:
+            outputs.append(
+                row_kernels.forward(
+                    x, residual if self.add else None, weight, bias, kind, 1e-6, 0.0, self.llama
+                )
+            )
+
+        if not self.backward:
+            return forward, x
+        fake.catch(forward, target)  # for the statistics, in whatever form the launcher keeps them
+        _, total, stats = outputs[0]
+        if self.layout == "expanded":
+            dy = _empty(dtype=dtype).expand(rows, self.width)
+        needs = (True, *(p is not None and not self.frozen for p in (weight, bias)))
+
+        def backward() -> None:
+            row_kernels.backward(
+                dy, dtotal if self.add else None, total if self.add else x, stats, weight, bias,
+                kind, 0.0, self.llama, needs,
+            )  # fmt: skip
+
+        return backward, x
+
+    def bounds(self) -> Iterator[Bound]:
+        """The goals of the row engine as they apply to this call."""
+        ln, width = self.kind == "ln", self.width
+        gradients = 0 if self.frozen else {"ln": 2, "rms": 1, "crms": 0}[self.kind]
+        bf16 = ("bf16",)
+        if self.layout == "padded" or (width % 8 == 0 and self.layout != "expanded"):
+            yield Bound("x_width", 2 if self.layout == "padded" else 1, least=16)
+        # A row too wide for registers is read once more, from L2.
+        again = (2 if self.backward else 1) * (width > 16384)
+        passes = 4 if self.add else 3 if self.backward else 2
+        yield Bound("x_passes", 3, most=passes + again + 0.01)
+        yield Bound("launches", 8, most=2 if self.backward and gradients else 1)
+        made = 1 + gradients + bool(gradients) if self.backward else 2 + self.add
+        yield Bound("allocations", 9, most=made)
+        yield Bound("arguments", 11, most=10 + self.add if self.backward else 7 + 2 * self.add)
+        yield Bound("copies", 17, most=0)
+        if self != RowNorm(self.kind, self.backward, width):
+            return
+        yield Bound("variants", 10, most=1)
+        if width == 4096:
+            l2 = (3.25 if ln else 3.15) if self.backward else (2.3 if ln else 2.2)
+            instructions = (20 if ln else 14) if self.backward else (12 if ln else 8)
+            yield Bound("l2_passes", 5 if self.backward else 4, most=l2, dtypes=bf16)
+            yield Bound("instructions", 13 if ln else 12, most=instructions, dtypes=bf16)
+            yield Bound("double_scalars", 15, most=2, dtypes=bf16)
+        if width == 4095 and not ln:
+            yield Bound("instructions", 2, most=17.1 if self.backward else 10.9, dtypes=bf16)
+        if self.backward:
+            in_flight = {64: 32, 128: 32, 1024: 32, 4096: 48, 8192: 64}
+            if width in in_flight:
+                yield Bound("kb_in_flight", 6, least=in_flight[width], dtypes=bf16)
+            if width in (4096, 8192):
+                yield Bound("pipelined", 6, least=1, dtypes=bf16)
+            if ln and width in (1024, 4096, 8192):
+                yield Bound("barriers", 14, most=3)
+
+    def case(self, plan: Plan) -> Case:
+        rows = self.rows or ROWS.get(self.width, 8192)
+        return Case(self.name, self.build, rows, tuple(self.bounds()), plan)
+
+
+def _row_cases() -> Iterator[Case]:
+    for backward in (False, True):
+        for kind in ("ln", "rms"):
+            plain = RowNorm(kind, backward, 4096)
+            for width in ROWS:
+                whole = kind == "ln" and width in (4096, 32768)
+                yield replace(plain, width=width).case(EVERYWHERE if whole else SWEPT)
+            special = [
+                replace(plain, rows=7), replace(plain, rows=100), replace(plain, rows=2048),
+                replace(plain, layout="strided"), replace(plain, add=True),
+                replace(plain, params="fp32"),
+            ]  # fmt: skip
+            if backward:
+                special += [replace(plain, layout="expanded"), replace(plain, frozen=True)]
+            if kind == "rms":
+                special.append(replace(plain, llama=True))
+            for row_norm in special:
+                yield row_norm.case(ON_SM90)
+        for kind in ("rms", "crms"):
+            for width in (1023, 4095):
+                yield RowNorm(kind, backward, width, layout="padded").case(SWEPT)
+
+
+CASES: tuple[Case, ...] = tuple(_row_cases())
+
+
+def peers() -> dict[str, dict[str, str]]:
+    """Best figures of Liger-Kernel, flash-attention, fla and torch.compile, by case and dtype.
+
+    The peers compiled the same way for sm_90: Triton 3.7.1, their own launchers, no GPU.
+    """
+    text = resources.files(__package__).joinpath("peers.csv").read_text()
+    return {row["case"]: row for row in csv.DictReader(text.splitlines())}

@@ -1,0 +1,145 @@
+"""The checks: what every kernel must satisfy, and the bounds that a case states for itself."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import product
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from .cases import DTYPES, EXCEPTIONS, Bound, Case
+
+Row = dict[str, Any]
+
+EVERY_KERNEL = (
+    Bound("spills", 7, most=0),
+    Bound("atomics", 16, most=0),
+    Bound("narrow_offsets", 16, most=0),
+    Bound("f64", 15, most=0),
+    Bound("unread", 0, most=0),
+)
+# Measured once per call; the others are of each kernel.
+OF_CALL = {"x_passes", "l2_passes", "copies", "launches", "allocations", "variants"}
+# Tuned for sm_90, so no bound elsewhere.
+OF_SM90 = {"l2_passes", "instructions", "barriers", "kb_in_flight", "pipelined", "double_scalars"}
+# Hold for kernels that touch x, not for those that add up small partial sums.
+OF_X = {"x_width", "instructions", "barriers", "kb_in_flight", "pipelined"}
+
+
+@dataclass(frozen=True)
+class Failure:
+    case: str
+    target: str
+    kernel: str
+    measure: str
+    goal: int
+    measured: float
+    bound: str
+    exception: str | None = None
+
+    def __str__(self) -> str:
+        goal = f" (goal {self.goal})" if self.goal else ""
+        end = f"; exception: {self.exception}" if self.exception else ""
+        place = f"{self.case} {self.target} {self.kernel}"
+        return f"{place}: {self.measure} {self.measured:g}, {self.bound}{goal}{end}"
+
+
+def _number(value: Any) -> float:
+    """Collections of offenders count by their size."""
+    return len(value) if isinstance(value, list | tuple | set) else float(value)
+
+
+def failures(rows: Sequence[Row], bounds: Iterable[Bound] = ()) -> Iterator[Failure]:
+    """Checks the rows of one call on one target."""
+    for row in rows:
+        for bound in (*EVERY_KERNEL, *bounds):
+            measures = row["call"] if bound.measure in OF_CALL and "call" in row else row
+            skip = (
+                bound.measure not in measures
+                or (bound.measure in OF_CALL and row is not rows[0])
+                or (bound.measure in OF_SM90 and row["target"] != "sm_90")
+                or (bound.measure in OF_X and not row["tile"])
+                or row["dtype"] not in bound.dtypes
+            )
+            if skip:
+                continue
+            measured = _number(measures[bound.measure])
+            if not bound.least <= measured <= bound.most:
+                wanted = f"at most {bound.most:g}"
+                if bound.least > -inf:
+                    wanted = f"at least {bound.least:g}"
+                case = f"{row['case']}-{row['dtype']}"
+                yield _failure(case, row["target"], row["kernel"], bound, measured, wanted)
+
+
+def _failure(case: str, target: str, kernel: str, bound: Bound, measured: float, wanted: str) -> Failure:
+    place = f"{case}@{target}"
+    reasons = (why for glob, of, why in EXCEPTIONS if of == bound.measure and fnmatch(place, glob))
+    why = next(reasons, None)
+    return Failure(case, target, kernel, bound.measure, bound.goal, measured, wanted, why)
+
+
+def raised(case: Case, dtype: str, target: str, error: str) -> Failure:
+    return _failure(f"{case.name}-{dtype}", target, "*", Bound("raises", 0), 1, error)
+
+
+@dataclass(frozen=True)
+class Function:
+    """A @triton.jit function of the sources."""
+
+    name: str
+    file: str
+    first: int
+    last: int
+
+    def reached(self, row: Row) -> bool:
+        """Whether code of the row's kernel came from this function, inlined or not."""
+        return any(f == self.file and self.first <= n <= self.last for f, n in row["lines"])
+
+
+def jit_functions(package: Path) -> list[Function]:
+    """Every @triton.jit function of a package, from its sources alone."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any(map(_is_jit, node.decorator_list)):
+                found.append(Function(node.name, str(path), node.lineno, node.end_lineno))
+    return found
+
+
+def _is_jit(decorator: ast.expr) -> bool:
+    node = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return ast.unparse(node) in ("triton.jit", "jit")
+
+
+def inlined(functions: Iterable[Function], rows: Sequence[Row]) -> list[Row]:
+    """A row for each helper on each target and dtype where some kernel has it inlined."""
+    found = {}
+    for function in functions:
+        for row in rows:
+            place = (function.name, row["target"], row["dtype"])
+            if row["kernel"] != function.name and place not in found and function.reached(row):
+                shared = {key: row[key] for key in ("target", "dtype", "case")}
+                found[place] = {"kernel": function.name, **shared, "inlined_by": row["kernel"]}
+    return list(found.values())
+
+
+def uncovered(functions: Iterable[Function], rows: Sequence[Row], targets: Iterable[str]) -> Iterator[Failure]:
+    """Functions that no case reaches on some target in some dtype."""
+    seen = {(row["kernel"], row["target"], row["dtype"]) for row in rows}
+    bound = Bound("uncovered", 0)
+    for name, target, dtype in product((f.name for f in functions), targets, DTYPES):
+        if (name, target, dtype) not in seen:
+            yield _failure(f"*-{dtype}", target, name, bound, 1, "no case reaches it")
+
+
+def stale(found: Iterable[Failure]) -> Iterator[Failure]:
+    """Exceptions that nothing needs any more."""
+    needed = {(failure.measure, failure.exception) for failure in found}
+    for glob, measure, why in EXCEPTIONS:
+        if (measure, why) not in needed:
+            yield Failure(glob, "*", "*", "stale exception", 0, 1, f"{measure} holds: {why}")

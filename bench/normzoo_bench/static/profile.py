@@ -1,0 +1,130 @@
+"""One caught launch, compiled for one target and turned into numbers."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from . import fake, sass, ttir
+from .traffic import Launched
+
+Row = dict[str, Any]
+
+
+def _bytes_in_flight(module: ttir.Module, ptx: Sequence[sass.Access], shared: int, x_args: set[str]) -> int:
+    """Bytes of x-sized loads one program has issued before it must wait for the first of them.
+
+    One iteration of the innermost loop that loads; a software pipeline (cp.async) holds as many
+    iterations as its buffers in shared memory have room for.
+    """
+    loads = [a for a in module.accesses if a.kind == "load" and a.args & x_args]
+    iteration = collections.Counter()
+    for access in loads:
+        iteration[access.loops] += access.tile_bytes
+    depth = max(map(len, iteration), default=0)
+    in_flight = max((size for nest, size in iteration.items() if len(nest) == depth), default=0)
+    piped = frozenset().union(*(a.args for a in ptx if a.kind == "async"))
+    if piped & x_args:
+        buffer = sum(a.tile_bytes for a in module.accesses if a.kind == "load" and a.loops and a.args & piped)
+        in_flight *= max(1, shared // buffer)
+    return in_flight
+
+
+def measure(launch: fake.Launch, x: torch.Tensor, target: fake.Target) -> Row:
+    """Everything static about one launch; `code` is left for `add_instructions`."""
+    compiled = launch.compile(target)
+    names = [name for name, kind in launch.signature.items() if kind != "constexpr"]
+    x_args = fake.x_arguments(launch, x)
+    x_bytes = x.numel() * x.element_size()
+    text = compiled.asm["ttir"]
+    module = ttir.parse(text)
+    launched = Launched(module, launch.scalars, launch.grid)
+    x_moved = moved = 0.0
+    for access in module.accesses:
+        size = launched.moved(access)
+        moved += size
+        x_moved += size if access.args & x_args else 0
+    tiles = [a for a in module.accesses if a.args & x_args]
+    row = {
+        "kernel": launch.name,
+        "grid": launch.grid,
+        "warps": compiled.metadata.num_warps,
+        "shared": compiled.metadata.shared,
+        "arguments": len(names),
+        "x_passes": x_moved / x_bytes,
+        "l2_passes": moved / x_bytes,
+        "atomics": sum(a.kind.startswith("atomic") for a in module.accesses),
+        "narrow_offsets": sorted(launched.narrow_offsets(x.numel()) & x_args),
+        "unread": sorted(module.unread | launched.unknown),
+        "lines": ttir.source_lines(text),
+        "tile": max((math.prod(a.dims) for a in tiles), default=0),
+    }
+    if target.gpu.backend == "hip":
+        return row | sass.amd(compiled.asm["amdgcn"])
+    ptx = sass.accesses(compiled.asm["ptx"], names)
+    row |= sass.usage(compiled.asm["cubin"])
+    programs = sass.resident(row["registers"], row["warps"], row["shared"], target)
+    programs = min(programs, -(-math.prod(launch.grid) // target.sm_count))
+    on_x = [a for a in ptx if a.args & x_args]
+    slots = sum(a.width for a in on_x if a.kind != "async" or a.in_loop) * row["warps"] * 32
+    row |= {
+        "x_width": min((a.width for a in on_x), default=0),
+        "lanes": slots / sum(a.tile_bytes for a in tiles) if tiles else 0.0,
+        "pipelined": bool(x_args & frozenset().union(*(a.args for a in ptx if a.kind == "async"))),
+        "kb_in_flight": _bytes_in_flight(module, ptx, row["shared"], x_args) * programs / 1024,
+        "atomics": max(row["atomics"], sum(a.kind in ("atom", "red") for a in ptx)),
+        "f64": sass.double_instructions(compiled.asm["ptx"]),
+    }
+    if target.name == "sm_90":
+        row["code"] = sass.text_section(compiled.asm["cubin"])
+        row["loads"] = sum(a.kind == "ld" for a in ptx)
+    return row
+
+
+def double_scalars(launch: fake.Launch, target: fake.Target) -> int:
+    """f64 instructions of a launch whose Python floats arrive as fp64, as Inductor passes them."""
+    return sass.double_instructions(launch.compile(target, fp64_scalars=True).asm["ptx"])
+
+
+def add_instructions(rows: Sequence[Row]) -> None:
+    """Replaces the machine code of `rows` by instructions per element and barriers per tile."""
+    rows = [row for row in rows if "code" in row]
+    if not rows:
+        return
+    codes = [row.pop("code") for row in rows]
+    distinct = list(dict.fromkeys(codes))
+    counts = dict(zip(distinct, sass.disassemble(distinct, "SM90"), strict=True))
+    for row, code in zip(rows, codes, strict=True):
+        instructions = counts[code]
+        loads = row.pop("loads")
+        # ptxas may unroll the loop that PTX has: more loads than were asked for.
+        unrolled = 1.0
+        if loads and not row["pipelined"]:
+            unrolled = max(1.0, instructions.wide_loads / loads)
+        row["local"] = instructions.local
+        row["barriers"] = instructions.barriers / unrolled
+        if row["tile"]:
+            threads = row["warps"] * 32
+            row["instructions"] = instructions.count / unrolled * threads / row["tile"]
+
+
+def profile_call(
+    call: Callable[[], object], x: torch.Tensor, target: str = "sm_90"
+) -> tuple[list[Row], fake.Caught]:
+    """Rows of every launch that `call` makes with meta tensors, and what else it does."""
+    caught = fake.catch(call, fake.TARGETS[target])
+    return [measure(launch, x, fake.TARGETS[target]) for launch in caught.launches], caught
+
+
+def profile_kernel(
+    kernel: JITFunction, grid: tuple, args: tuple, x: torch.Tensor, target="sm_90", **options
+) -> Row:
+    """The row of a single kernel launched as `kernel[grid](*args, **options)` on meta tensors."""
+    rows, _ = profile_call(lambda: kernel[grid](*args, **options), x, target)
+    add_instructions(rows)
+    return rows[0]

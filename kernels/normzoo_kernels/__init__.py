@@ -1,0 +1,1 @@
+"""Triton kernels of normzoo. Imports torch, triton and itself; users call :mod:`normzoo`."""

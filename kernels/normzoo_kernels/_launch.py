@@ -1,0 +1,75 @@
+"""The one place where kernels start: counting, device, and what a failed compilation means."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import warnings
+
+import torch
+import triton
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
+
+try:
+    from triton.runtime.errors import PTXASError
+except ImportError:  # Triton before 3.3 and forks name it otherwise
+    PTXASError = OutOfResources
+
+launches: collections.Counter[str] = collections.Counter()
+"""Launches by kernel name since the start: a test that compares a kernel sees here that it ran."""
+
+# Programs of a persistent grid on a CPU, where the interpreter runs them one after another.
+_INTERPRETED_PROGRAMS = 4
+
+
+class KernelUnavailable(RuntimeError):
+    """The kernel did not compile; the reference can still do the work."""
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Multiprocessors of `device`. Grids of reductions depend on it and on shapes, on nothing else."""
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory a program may use on `device`, less what reductions need."""
+    if device.type != "cuda":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 65536) - 8192
+
+
+def launch(kernel, grid: int, device: torch.device, *args, **meta) -> None:
+    """Runs ``kernel[(grid,)](*args, **meta)`` on `device`.
+
+    Raises:
+        KernelUnavailable: it does not compile here. Errors of the device itself, such as out of memory or an
+            illegal access, pass through as they are.
+    """
+    launches[kernel.__name__] += 1
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        try:
+            kernel[(grid,)](*args, **meta)
+        except (CompilationError, OutOfResources, PTXASError, OSError) as error:
+            raise KernelUnavailable(f"{kernel.__name__}: {type(error).__name__}: {error}") from error
+        except RuntimeError as error:
+            if "PassManager::run failed" not in str(error):
+                raise
+            raise KernelUnavailable(f"{kernel.__name__}: {error}") from error
+
+
+@functools.cache
+def warn_once(cause: str) -> None:
+    warnings.warn(
+        f"normzoo: a Triton kernel did not compile and eager PyTorch runs instead ({cause}). "
+        f"Triton {triton.__version__}; a damaged cache is cured by emptying TRITON_CACHE_DIR.",
+        RuntimeWarning,
+        stacklevel=2,
+    )

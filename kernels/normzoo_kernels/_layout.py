@@ -1,0 +1,82 @@
+"""Rows of a tensor without a copy: any view whose rows lie at one stride, in any order of dimensions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+VECTOR = 16
+"""Bytes of the widest access."""
+
+
+def row_stride(x: Tensor) -> int | None:
+    """Elements from one row (last dimension) to the next where one number describes it, else None."""
+    stride = expected = None
+    for size, step in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if expected is None:
+            stride = step
+        elif step != expected:
+            return None
+        expected = step * size
+    return x.shape[-1] if stride is None else stride
+
+
+def order_of(x: Tensor) -> list[int]:
+    """The leading dimensions in an order that gives the rows one stride where there is any."""
+    lead = list(range(x.dim() - 1))
+    if row_stride(x) is None:
+        lead.sort(key=x.stride, reverse=True)
+    return lead
+
+
+def rows_in(order: list[int], x: Tensor, *, broadcast: bool = False) -> Tensor:
+    """x with its leading dimensions in `order`, its rows at one stride and their entries side by side.
+
+    A copy only where the layout has no such form. `broadcast` also takes rows whose entries are all one
+    (stride 0), as in the gradient of a sum.
+    """
+    x = x.permute(*order, x.dim() - 1)
+    beside = x.stride(-1) == 1 or x.shape[-1] == 1 or (broadcast and x.stride(-1) == 0)
+    return x if beside and row_stride(x) is not None else x.contiguous()
+
+
+def padded_width(x: Tensor) -> int:
+    """Row stride of an output for `x`: its width, or that rounded up to whole vectors if x is laid out so.
+
+    Keeping the padding of rows of odd width keeps wide accesses from one kernel to the next.
+    """
+    unit = VECTOR // x.element_size()
+    whole = -(-x.shape[-1] // unit) * unit
+    return whole if row_stride(x) == whole else x.shape[-1]
+
+
+def covers(width: int, *tensors: Tensor | None) -> bool:
+    """Whether every row may be read `width` entries wide without leaving the storage."""
+    for x in tensors:
+        if x is not None:
+            last = x.storage_offset() + (x.numel() // x.shape[-1] - 1) * row_stride(x) + width
+            if last * x.element_size() > x.untyped_storage().nbytes():
+                return False
+    return True
+
+
+def like_rows(x: Tensor, order: list[int], dtype: torch.dtype) -> Tensor:
+    """An output for `x`, whose rows are in `order`: dense or padded as x is, dimensions as the caller has them."""
+    step = padded_width(x)
+    sizes, strides = [0] * x.dim(), [1] * x.dim()
+    sizes[-1] = x.shape[-1]
+    outer = step
+    for place in reversed(range(x.dim() - 1)):
+        sizes[order[place]], strides[order[place]] = x.shape[place], outer
+        outer *= max(x.shape[place], 1)
+    if step == x.shape[-1]:
+        return torch.empty_strided(sizes, strides, dtype=dtype, device=x.device)
+    # The last row needs its padding too; as_strided_ makes no view, which autograd would treat differently.
+    return torch.empty(outer, dtype=dtype, device=x.device).as_strided_(sizes, strides)
+
+
+def unit_of(stride: int, itemsize: int) -> int:
+    """The largest power of two, up to a vector, that divides `stride`: a constant the compiler may rely on."""
+    return min(stride & -stride, VECTOR // itemsize) if stride else VECTOR // itemsize

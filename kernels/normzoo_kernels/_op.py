@@ -1,0 +1,54 @@
+"""How a launcher becomes a torch operator, and what autograd needs beside it.
+
+Eager calls go straight to the launcher: the dispatcher costs more host time than a small kernel runs. Code
+that is being compiled calls the same launcher as an opaque operator with a fake.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("normzoo", "DEF")
+
+
+def op(schema: str, fake: Callable) -> Callable:
+    """Makes the decorated launcher the operator of namespace normzoo with this `schema` and `fake`."""
+
+    def register(launcher: Callable) -> Callable:
+        name = schema.partition("(")[0]
+        library.define(schema)
+        for key in ("CPU", "CUDA"):
+            library.impl(name, launcher, key)
+        torch.library.register_fake(f"normzoo::{name}", fake, lib=library)
+        opaque = getattr(torch.ops.normzoo, name).default
+
+        @functools.wraps(launcher)
+        def call(*args):
+            return opaque(*args) if torch.compiler.is_compiling() else launcher(*args)
+
+        return call
+
+    return register
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an operation on these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def through_reference(
+    reference: Callable, inputs: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients of ``reference(*inputs)`` by ordinary autograd, differentiable where the caller's are."""
+    create_graph = torch.is_grad_enabled()
+    if not create_graph:
+        inputs = [t if t is None else t.detach().requires_grad_() for t in inputs]
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    with torch.enable_grad():
+        output = reference(*inputs)
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=create_graph, allow_unused=True))
+    return [next(found) if need else None for need in needs]

@@ -1,0 +1,381 @@
+"""The Triton kernels of the row norms.
+
+Rows that fit stay on chip between the statistics and the result; wider ones are swept twice in chunks, the
+second time from the L2 cache. A tile is [K, R, C]: R rows of K pieces of C columns. Narrow rows take C as
+wide as the vectors of one warp, so that a warp owns whole rows and reduces them without a barrier; wider
+rows take K = 1 and spread over the warps.
+
+Statistics of a row, float32, side by side: LayerNorm keeps a pivot (the mean as first computed), the mean
+of what is left after subtracting it, and 1 / std; the two means stay apart because their sum would round
+away what the second one knows. CRMSNorm keeps the sum of the row and 1 / rms, RMSNorm 1 / rms.
+
+Row strides come as multiples of a constexpr UNIT: the compiler then knows their alignment, and no stride
+compiles a kernel anew. Rows are counted in int64.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _row_sum(a):
+    return tl.sum(tl.sum(a, axis=0), axis=1)[None, :, None]
+
+
+@triton.jit
+def _row_sums(a, b):
+    """Both sums in one reduction: half the barriers of two."""
+    a, b = tl.split(tl.sum(tl.sum(tl.join(a, b), axis=0), axis=1))
+    return a[None, :, None], b[None, :, None]
+
+
+@triton.jit
+def _row_stats(x, valid, KIND: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr, TAIL: tl.constexpr):
+    """(first, second, 1 / scale) of the rows of x: see the top of the file."""
+    if KIND == "rms":
+        s2 = _row_sum(x * x)
+        return _finish(0.0, s2, s2, KIND, N, EPS)
+    pivot = 0.0
+    if KIND == "layer":
+        pivot = _row_sum(x) / N
+        x = x - pivot
+        if TAIL:
+            x = tl.where(valid, x, 0.0)
+    s1, s2 = _row_sums(x, x * x)
+    return _finish(pivot, s1, s2, KIND, N, EPS)
+
+
+@triton.jit
+def _finish(pivot, s1, s2, KIND: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr):
+    """Statistics from the sum and the sum of squares of x - pivot."""
+    if KIND == "layer":
+        left = s1 / N
+        return pivot, left, tl.rsqrt(s2 / N - left * left + EPS)
+    elif KIND == "crms":
+        return s1, s1, tl.rsqrt((s2 + s1 * s1) / (N + 1) + EPS)
+    else:
+        return s2, s2, tl.rsqrt(s2 / N + EPS)
+
+
+@triton.jit
+def _store_stats(ptr, row, mask, first, second, scale, KIND: tl.constexpr):
+    if KIND == "layer":
+        tl.store(ptr + row * 3, first, mask=mask)
+        tl.store(ptr + row * 3 + 1, second, mask=mask)
+        tl.store(ptr + row * 3 + 2, scale, mask=mask)
+    elif KIND == "crms":
+        tl.store(ptr + row * 2, first, mask=mask)
+        tl.store(ptr + row * 2 + 1, scale, mask=mask)
+    else:
+        tl.store(ptr + row, scale, mask=mask)
+
+
+@triton.jit
+def _load_stats(ptr, row, mask, KIND: tl.constexpr):
+    if KIND == "layer":
+        first = tl.load(ptr + row * 3, mask=mask, other=0.0)
+        second = tl.load(ptr + row * 3 + 1, mask=mask, other=0.0)
+        return first, second, tl.load(ptr + row * 3 + 2, mask=mask, other=0.0)
+    elif KIND == "crms":
+        first = tl.load(ptr + row * 2, mask=mask, other=0.0)
+        return first, first, tl.load(ptr + row * 2 + 1, mask=mask, other=0.0)
+    else:
+        scale = tl.load(ptr + row, mask=mask, other=0.0)
+        return scale, scale, scale
+
+
+@triton.jit
+def _normalized(x, first, second, scale, KIND: tl.constexpr):
+    if KIND == "layer":
+        return (x - first) * scale - second * scale
+    else:
+        return x * scale
+
+
+@triton.jit
+def _affine(h, w, b, OFFSET: tl.constexpr, ROUND: tl.constexpr, dtype: tl.constexpr):
+    if ROUND:
+        h = h.to(dtype).to(tl.float32)
+    if w is not None:
+        h *= w.to(tl.float32) + OFFSET
+    if b is not None:
+        h += b.to(tl.float32)
+    return h
+
+
+@triton.jit
+def _read(ptr, row, step, UNIT: tl.constexpr, cols, touch, valid, CLEAR: tl.constexpr, policy: tl.constexpr):
+    """A tile as stored. CLEAR: entries outside `valid` that were touched are padding and become zero."""
+    v = tl.load(ptr + row * step * UNIT + cols, mask=touch, other=0.0, eviction_policy=policy)
+    if CLEAR:
+        v = tl.where(valid, v, 0.0)
+    return v
+
+
+@triton.jit(do_not_specialize=["rows", "x_step", "res_step"])
+def norm_fwd(
+    x_ptr, res_ptr, w_ptr, b_ptr, y_ptr, total_ptr, stats_ptr, rows, x_step, res_step,
+    KIND: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.constexpr,
+    X_UNIT: tl.constexpr, RES_UNIT: tl.constexpr, Y_STRIDE: tl.constexpr, WIDTH: tl.constexpr,
+    K: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Rows of N <= K * C columns. WIDTH: columns that may be touched, N or N with its padding."""
+    cols = tl.arange(0, K)[:, None, None] * C + tl.arange(0, C)[None, None, :]
+    valid = cols < N
+    own = cols
+    if K > 1:  # a copy of the parameters for each row of the tile, so that they share the layout of x
+        own = cols + tl.zeros([1, R, 1], tl.int32)
+    w = None
+    b = None
+    if w_ptr is not None:
+        w = tl.load(w_ptr + own, mask=valid, other=0.0)
+    if b_ptr is not None:
+        b = tl.load(b_ptr + own, mask=valid, other=0.0)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, R), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * R + tl.arange(0, R)[None, :, None]
+        touch = (cols < WIDTH) & (row < rows)
+        x = _read(x_ptr, row, x_step, X_UNIT, cols, touch, valid, WIDTH != N, "evict_first").to(tl.float32)
+        if res_ptr is not None:
+            res = _read(res_ptr, row, res_step, RES_UNIT, cols, touch, valid, WIDTH != N, "evict_first")
+            total = (x + res.to(tl.float32)).to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + row * Y_STRIDE + cols, total, mask=touch)
+            x = total.to(tl.float32)
+            rounded: tl.constexpr = total_ptr.dtype.element_ty
+        else:
+            rounded: tl.constexpr = x_ptr.dtype.element_ty
+        first, second, scale = _row_stats(x, valid, KIND, N, EPS, K * C != N)
+        h = _affine(_normalized(x, first, second, scale, KIND), w, b, OFFSET, ROUND, rounded)
+        tl.store(y_ptr + row * Y_STRIDE + cols, h.to(y_ptr.dtype.element_ty), mask=touch)
+        if stats_ptr is not None:
+            _store_stats(stats_ptr, row, row < rows, first, second, scale, KIND)
+
+
+@triton.jit(do_not_specialize=["rows", "x_step", "res_step"])
+def norm_fwd_wide(
+    x_ptr, res_ptr, w_ptr, b_ptr, y_ptr, total_ptr, stats_ptr, rows, x_step, res_step,
+    KIND: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.constexpr,
+    X_UNIT: tl.constexpr, RES_UNIT: tl.constexpr, Y_STRIDE: tl.constexpr, C: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One row of N > C columns at a time, in chunks of C."""
+    lane = tl.arange(0, C)
+    for tile in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64)
+        x = _sum_chunk(x_ptr, res_ptr, total_ptr, row, x_step, res_step, lane, X_UNIT, RES_UNIT, Y_STRIDE, N)
+        # The mean of the first chunk is near enough to the mean of the row to subtract it from the rest.
+        pivot = 0.0
+        if KIND == "layer":
+            pivot = tl.sum(x, axis=0) / C
+        acc1 = x - pivot
+        acc2 = acc1 * acc1
+        for start in tl.range(C, N, C, num_stages=STAGES):
+            cols = start + lane
+            x = _sum_chunk(x_ptr, res_ptr, total_ptr, row, x_step, res_step, cols, X_UNIT, RES_UNIT, Y_STRIDE, N)
+            d = x - pivot
+            if N % C != 0:
+                d = tl.where(cols < N, d, 0.0)
+            acc1 += d
+            acc2 += d * d
+        s1, s2 = tl.split(tl.sum(tl.join(acc1, acc2), axis=0))
+        first, second, scale = _finish(pivot, s1, s2, KIND, N, EPS)
+        if stats_ptr is not None:
+            _store_stats(stats_ptr, row, True, first, second, scale, KIND)
+        if res_ptr is not None:
+            tl.debug_barrier()  # the sums written above are read below, by other threads
+        for start in tl.range(0, N, C, num_stages=STAGES):
+            cols = start + lane
+            if res_ptr is not None:
+                again = tl.load(total_ptr + row * Y_STRIDE + cols, mask=cols < N, other=0.0)
+            else:
+                again = _read(x_ptr, row, x_step, X_UNIT, cols, cols < N, cols < N, False, "evict_first")
+            w = None
+            b = None
+            if w_ptr is not None:
+                w = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last")
+            if b_ptr is not None:
+                b = tl.load(b_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last")
+            h = _normalized(again.to(tl.float32), first, second, scale, KIND)
+            h = _affine(h, w, b, OFFSET, ROUND, again.dtype)
+            tl.store(y_ptr + row * Y_STRIDE + cols, h.to(y_ptr.dtype.element_ty), mask=cols < N)
+
+
+@triton.jit
+def _sum_chunk(
+    x_ptr, res_ptr, total_ptr, row, x_step, res_step, cols,
+    X_UNIT: tl.constexpr, RES_UNIT: tl.constexpr, Y_STRIDE: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A chunk of x, or of x + residual, which is then stored; float32."""
+    touch = cols < N
+    x = _read(x_ptr, row, x_step, X_UNIT, cols, touch, touch, False, "evict_last").to(tl.float32)
+    if res_ptr is not None:
+        res = _read(res_ptr, row, res_step, RES_UNIT, cols, touch, touch, False, "evict_first")
+        total = (x + res.to(tl.float32)).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row * Y_STRIDE + cols, total, mask=touch)
+        x = total.to(tl.float32)
+    return x
+
+
+@triton.jit(do_not_specialize=["rows", "dy_step", "dtotal_step", "x_step"])
+def norm_bwd(
+    dy_ptr, dtotal_ptr, x_ptr, w_ptr, stats_ptr, dx_ptr, part_ptr, rows, dy_step, dtotal_step, x_step,
+    KIND: tl.constexpr, N: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.constexpr, X_UNIT: tl.constexpr,
+    DY_UNIT: tl.constexpr, DY_COL: tl.constexpr, DTOTAL_UNIT: tl.constexpr, DTOTAL_COL: tl.constexpr,
+    DX_STRIDE: tl.constexpr, X_WIDTH: tl.constexpr, DY_WIDTH: tl.constexpr, DW: tl.constexpr, DB: tl.constexpr,
+    PACKED: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dx, and this program's share of dw and db as float32 rows of `part`: dw for all programs, then db."""
+    cols = tl.arange(0, K)[:, None, None] * C + tl.arange(0, C)[None, None, :]
+    valid = cols < N
+    own = cols
+    if K > 1:
+        own = cols + tl.zeros([1, R, 1], tl.int32)
+    w = None
+    if w_ptr is not None:
+        w = tl.load(w_ptr + own, mask=valid, other=0.0)
+    dw = tl.zeros([K, R, C], tl.float32)
+    db = tl.zeros([K, R, C], tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, R), tl.num_programs(0), num_stages=STAGES):
+        row = tl.cast(tile, tl.int64) * R + tl.arange(0, R)[None, :, None]
+        touch = (cols < X_WIDTH) & (row < rows)
+        x = _read(x_ptr, row, x_step, X_UNIT, cols, touch, valid, X_WIDTH != N, "evict_first")
+        inside = (cols < DY_WIDTH) & (row < rows)
+        dy = _read(dy_ptr, row, dy_step, DY_UNIT, cols * DY_COL, inside, valid, DY_WIDTH != N, "evict_first")
+        first, second, scale = _load_stats(stats_ptr, row, row < rows, KIND)
+        h = _normalized(x.to(tl.float32), first, second, scale, KIND)
+        g = dy.to(tl.float32)
+        if w_ptr is not None:
+            g *= w.to(tl.float32) + OFFSET
+        if KIND == "layer":
+            s1, s2 = _row_sums(g, g * h)
+        else:
+            s2 = _row_sum(g * h)
+            s1 = s2
+        if PACKED:
+            # Hold the row as 16-bit words across the reduction, not as float32, which would not fit. The
+            # compiler merges both conversions unless something it cannot foresee (a zero) lies between.
+            zero = (s2 != s2).to(tl.int16)
+            x = (x.to(tl.int16, bitcast=True) ^ zero).to(x.dtype, bitcast=True)
+            dy = (dy.to(tl.int16, bitcast=True) ^ zero).to(dy.dtype, bitcast=True)
+            h = _normalized(x.to(tl.float32), first, second, scale, KIND)
+            g = dy.to(tl.float32)
+            if w_ptr is not None:
+                g *= w.to(tl.float32) + OFFSET
+        dx = _input_grad(g, h, s1, s2, first, scale, KIND, N)
+        if dtotal_ptr is not None:
+            at = cols * DTOTAL_COL
+            inside = valid & (row < rows)
+            dtotal = _read(dtotal_ptr, row, dtotal_step, DTOTAL_UNIT, at, inside, valid, False, "evict_first")
+            dx += dtotal.to(tl.float32)
+        if dx_ptr is not None:
+            tl.store(dx_ptr + row * DX_STRIDE + cols, dx.to(dx_ptr.dtype.element_ty), mask=touch)
+        if DW:
+            if ROUND:
+                h = h.to(x.dtype).to(tl.float32)
+            dw += dy.to(tl.float32) * h
+        if DB:
+            db += dy.to(tl.float32)
+    flat = tl.arange(0, K)[:, None] * C + tl.arange(0, C)[None, :]
+    at = part_ptr + tl.program_id(0).to(tl.int64) * N + flat
+    if DW:
+        tl.store(at, tl.sum(dw, axis=1), mask=flat < N)
+        at += tl.num_programs(0).to(tl.int64) * N
+    if DB:
+        tl.store(at, tl.sum(db, axis=1), mask=flat < N)
+
+
+@triton.jit
+def _input_grad(g, h, s1, s2, first, scale, KIND: tl.constexpr, N: tl.constexpr):
+    if KIND == "layer":
+        return scale * (g - s1 / N - h * (s2 / N))
+    elif KIND == "crms":
+        return scale * (g - (h + first * scale) * (s2 / (N + 1)))
+    else:
+        return scale * (g - h * (s2 / N))
+
+
+@triton.jit(do_not_specialize=["rows", "dy_step", "dtotal_step", "x_step"])
+def norm_bwd_wide(
+    dy_ptr, dtotal_ptr, x_ptr, w_ptr, stats_ptr, dx_ptr, part_ptr, rows, dy_step, dtotal_step, x_step,
+    KIND: tl.constexpr, N: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.constexpr, X_UNIT: tl.constexpr,
+    DY_UNIT: tl.constexpr, DY_COL: tl.constexpr, DTOTAL_UNIT: tl.constexpr, DTOTAL_COL: tl.constexpr,
+    DX_STRIDE: tl.constexpr, DW: tl.constexpr, DB: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """R rows at a time, swept in chunks of C columns for their sums, then for dx; shares of dw and db are
+    added up in `part` itself, once per R rows."""
+    lane = tl.arange(0, C)[None, :]
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, R), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * R + tl.arange(0, R)[:, None]
+        here = row < rows
+        first, second, scale = _load_stats(stats_ptr, row, here, KIND)
+        acc1 = tl.zeros([R, C], tl.float32)
+        acc2 = tl.zeros([R, C], tl.float32)
+        for start in tl.range(0, N, C, num_stages=STAGES):
+            cols = start + lane
+            touch = (cols < N) & here
+            x = _read(x_ptr, row, x_step, X_UNIT, cols, touch, touch, False, "evict_last")
+            g = _read(dy_ptr, row, dy_step, DY_UNIT, cols * DY_COL, touch, touch, False, "evict_last").to(tl.float32)
+            if w_ptr is not None:
+                w = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last")
+                g *= w.to(tl.float32) + OFFSET
+            acc2 += g * _normalized(x.to(tl.float32), first, second, scale, KIND)
+            if KIND == "layer":
+                acc1 += g
+        s2 = tl.sum(acc2, axis=1)[:, None]
+        s1 = s2
+        if KIND == "layer":
+            s1 = tl.sum(acc1, axis=1)[:, None]
+        for start in tl.range(0, N, C, num_stages=STAGES):
+            cols = start + lane
+            touch = (cols < N) & here
+            x = _read(x_ptr, row, x_step, X_UNIT, cols, touch, touch, False, "evict_first")
+            dy = _read(dy_ptr, row, dy_step, DY_UNIT, cols * DY_COL, touch, touch, False, "evict_first")
+            h = _normalized(x.to(tl.float32), first, second, scale, KIND)
+            g = dy.to(tl.float32)
+            if w_ptr is not None:
+                w = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last")
+                g *= w.to(tl.float32) + OFFSET
+            dx = _input_grad(g, h, s1, s2, first, scale, KIND, N)
+            if dtotal_ptr is not None:
+                at = cols * DTOTAL_COL
+                dtotal = _read(dtotal_ptr, row, dtotal_step, DTOTAL_UNIT, at, touch, touch, False, "evict_first")
+                dx += dtotal.to(tl.float32)
+            if dx_ptr is not None:
+                tl.store(dx_ptr + row * DX_STRIDE + cols, dx.to(dx_ptr.dtype.element_ty), mask=touch)
+            flat = start + tl.arange(0, C)
+            at = part_ptr + tl.program_id(0).to(tl.int64) * N + flat
+            more = (flat < N) & (tile != tl.program_id(0))
+            if DW:
+                if ROUND:
+                    h = h.to(x.dtype).to(tl.float32)
+                share = tl.sum(dy.to(tl.float32) * h, axis=0)
+                tl.store(at, share + tl.load(at, mask=more, other=0.0), mask=flat < N)
+                at += tl.num_programs(0).to(tl.int64) * N
+            if DB:
+                share = tl.sum(dy.to(tl.float32), axis=0)
+                tl.store(at, share + tl.load(at, mask=more, other=0.0), mask=flat < N)
+        tl.debug_barrier()  # the next tile reads what other threads added to `part`
+
+
+@triton.jit(do_not_specialize=["parts"])
+def sum_parts(part_ptr, dw_ptr, db_ptr, parts, N: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
+    """dw and db from the shares of all programs, always in the same order, each in its own dtype."""
+    cols = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)[None, :]
+    at = part_ptr + cols
+    if dw_ptr is not None:
+        _sum_part(at, dw_ptr, parts, cols, N, P, C)
+        at += tl.cast(parts, tl.int64) * N
+    if db_ptr is not None:
+        _sum_part(at, db_ptr, parts, cols, N, P, C)
+
+
+@triton.jit
+def _sum_part(at, out_ptr, parts, cols, N: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
+    acc = tl.zeros([P, C], tl.float32)
+    for start in tl.range(0, parts, P):
+        part = tl.cast(start, tl.int64) + tl.arange(0, P)[:, None]
+        acc += tl.load(at + part * N, mask=(part < parts) & (cols < N), other=0.0)
+    total = tl.sum(acc, axis=0)[None, :]
+    tl.store(out_ptr + cols, total.to(out_ptr.dtype.element_ty), mask=cols < N)

@@ -1,0 +1,252 @@
+"""Row norms on the GPU: launchers, operators and autograd over the kernels of `_rows.py`."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from . import _rows
+from ._launch import KernelUnavailable, launch, shared_memory, sm_count, warn_once
+from ._layout import VECTOR, covers, like_rows, order_of, padded_width, row_stride, rows_in, unit_of
+from ._op import needs_grad, op, through_reference
+
+STATS = {"layer": 3, "crms": 2, "rms": 1}
+"""Float32 statistics kept for each row."""
+
+_ON_CHIP = 16384
+"""Widest row that a program holds in registers."""
+
+_L2 = 40 << 20
+"""Bytes that a second sweep may hope to find in the L2 cache."""
+
+
+def _tile(block: int, itemsize: int, elements: int, owned: int) -> dict[str, int]:
+    """A tile of about `elements` in rows of `block`; rows up to `owned` belong to one warp each."""
+    columns = min(block, 32 * VECTOR // itemsize) if block <= owned else block
+    return {"K": block // columns, "R": max(1, elements // block), "C": columns}
+
+
+def _stages(device: torch.device, tensors: int, tile_bytes: int) -> int:
+    """Depth of the software pipeline: two tiles ahead where shared memory holds them."""
+    return 1 + min(2, shared_memory(device) // (tensors * tile_bytes))
+
+
+def _strided(prefix: str, x: Tensor | None) -> tuple[int | None, dict[str, int]]:
+    """Row stride of x in units, and the unit as the kernel's constant."""
+    if x is None:
+        return None, {f"{prefix}_UNIT": 1}
+    stride = row_stride(x)
+    unit = unit_of(stride, x.element_size())
+    return stride // unit, {f"{prefix}_UNIT": unit}
+
+
+def _contiguous(p: Tensor | None) -> Tensor | None:
+    return None if p is None else p.contiguous()
+
+
+def _outputs(x, residual, weight, bias, kind, eps, offset, llama, save=True):
+    order = order_of(x)
+    rows = rows_in(order, x)
+    y = like_rows(rows, order, x.dtype)
+    if residual is None:
+        total = x.new_empty(0)
+    else:
+        total = like_rows(rows, order, torch.promote_types(x.dtype, residual.dtype))
+    kept = x.numel() // x.shape[-1] if save else 0
+    return y, total, x.new_empty((kept, STATS[kind]), dtype=torch.float32)
+
+
+@op(
+    "row_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, str kind, float eps, float offset,"
+    " bool llama, bool save) -> (Tensor, Tensor, Tensor)",
+    fake=_outputs,
+)
+def forward(x, residual, weight, bias, kind, eps, offset, llama, save=True):
+    """(y, total, stats) for the rows of x, or of total = x + residual; without `save` stats are empty."""
+    y, total, stats = _outputs(x, residual, weight, bias, kind, eps, offset, llama, save)
+    width, itemsize = x.shape[-1], x.element_size()
+    count = x.numel() // width
+    if count == 0:
+        return y, total, stats
+    order = order_of(x)
+    rows = rows_in(order, x)
+    residual = None if residual is None else rows_in(order, residual)
+    x_step, x_unit = _strided("X", rows)
+    res_step, res_unit = _strided("RES", residual)
+    pointers = (rows, residual, _contiguous(weight), _contiguous(bias), y)
+    pointers += (None if residual is None else total, stats if save else None)
+    out_stride = padded_width(rows)
+    constants = {"KIND": kind, "N": width, "EPS": eps, "OFFSET": offset, "ROUND": llama, **x_unit, **res_unit}
+    constants["Y_STRIDE"] = out_stride
+    sms, block = sm_count(x.device), triton.next_power_of_2(width)
+    if block <= _ON_CHIP:
+        kernel = _rows.norm_fwd
+        elements = 8192 if itemsize == 2 else 4096
+        constants |= _tile(block, itemsize, elements, owned=elements // 4)
+        constants["WIDTH"] = out_stride if covers(out_stride, rows, residual) else width
+        constants["num_warps"] = max(4, block // 1024)
+        grid = min(triton.cdiv(count, constants["R"]), sms * max(1, 24 // constants["num_warps"]))
+    else:
+        kernel = _rows.norm_fwd_wide
+        chunk = 16384 // itemsize
+        constants |= {"C": chunk, "STAGES": _stages(x.device, 3, chunk * itemsize), "num_warps": 8}
+        grid = min(count, 2 * sms)
+    launch(kernel, grid, x.device, *pointers, count, x_step, res_step, **constants)
+    return y, total, stats
+
+
+def _gradients(dy, dtotal, x, stats, weight, bias, kind, offset, llama, needs):
+    order = order_of(x)
+    dx = like_rows(rows_in(order, x), order, x.dtype) if needs[0] else x.new_empty(0)
+    dw = torch.zeros_like(weight) if needs[1] else x.new_empty(0)
+    return dx, dw, torch.zeros_like(bias) if needs[2] else x.new_empty(0)
+
+
+@op(
+    "row_norm_bwd(Tensor dy, Tensor? dtotal, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, str kind,"
+    " float offset, bool llama, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    fake=_gradients,
+)
+def backward(dy, dtotal, x, stats, weight, bias, kind, offset, llama, needs):
+    """(dx, dw, db), empty where not in `needs`; x is the input, or the sum where dtotal is its gradient."""
+    width, itemsize = x.shape[-1], x.element_size()
+    count = x.numel() // width
+    if count == 0:
+        return _gradients(dy, dtotal, x, stats, weight, bias, kind, offset, llama, needs)
+    order = order_of(x)
+    rows = rows_in(order, x)
+    dx = like_rows(rows, order, x.dtype) if needs[0] else x.new_empty(0)
+    dy = rows_in(order, dy, broadcast=True)
+    dtotal = None if dtotal is None else rows_in(order, dtotal, broadcast=True)
+    x_step, x_unit = _strided("X", rows)
+    dy_step, dy_unit = _strided("DY", dy)
+    dtotal_step, dtotal_unit = _strided("DTOTAL", dtotal)
+    dx_stride = padded_width(rows)
+    constants = {"KIND": kind, "N": width, "OFFSET": offset, "ROUND": llama, **x_unit, **dy_unit, **dtotal_unit}
+    constants |= {"DY_COL": _entry_stride(dy), "DTOTAL_COL": _entry_stride(dtotal), "DX_STRIDE": dx_stride}
+    constants |= {"DW": needs[1], "DB": needs[2]}
+    tensors = 2 if dtotal is None else 3
+    sms, block = sm_count(x.device), triton.next_power_of_2(width)
+    if block <= 8192 or (block <= _ON_CHIP and itemsize == 2 and kind == "rms"):
+        kernel = _rows.norm_bwd
+        tile = _tile(block, itemsize, elements=8192, owned=1024)
+        packed = block > 8192
+        constants |= tile | {"PACKED": packed, "num_warps": 16 if packed else 8}
+        constants["STAGES"] = 1 if packed else _stages(x.device, tensors, max(block, 8192) * itemsize)
+        constants["X_WIDTH"] = dx_stride if covers(dx_stride, rows) else width
+        constants["DY_WIDTH"] = dx_stride if row_stride(dy) == dx_stride and covers(dx_stride, dy) else width
+        grid = min(triton.cdiv(count, tile["R"]), sms)
+    else:
+        kernel = _rows.norm_bwd_wide
+        elements = 16384 // itemsize
+        together = max(1, min(4, (256 << 10) // (2 * block * itemsize)))
+        chunk = elements // together
+        constants |= {"R": together, "C": chunk, "num_warps": 8}
+        constants["STAGES"] = min(2, _stages(x.device, 2 * tensors, elements * itemsize))
+        held = together * 2 * width * itemsize + sum(needs[1:]) * 4 * width
+        grid = min(triton.cdiv(count, together), sms, max(1, _L2 // held))
+    parts = x.new_empty((sum(needs[1:]), grid, width), dtype=torch.float32) if any(needs[1:]) else None
+    pointers = (dy, dtotal, rows, _contiguous(weight), stats, dx if needs[0] else None, parts)
+    launch(kernel, grid, x.device, *pointers, count, dy_step, dtotal_step, x_step, **constants)
+    if parts is None:
+        return dx, x.new_empty(0), x.new_empty(0)
+    dw = torch.empty_like(weight) if needs[1] else x.new_empty(0)
+    db = torch.empty_like(bias) if needs[2] else x.new_empty(0)
+    columns = 64
+    sums = (parts, dw if needs[1] else None, db if needs[2] else None, grid)
+    launch(_rows.sum_parts, triton.cdiv(width, columns), x.device, *sums, N=width, P=32, C=columns)
+    return dx, dw, db
+
+
+def _entry_stride(x: Tensor | None) -> int:
+    """0 where all entries of a row are one, as in the gradient of a sum."""
+    return 1 if x is None or x.shape[-1] == 1 else x.stride(-1)
+
+
+class _Norm(torch.autograd.Function):
+    """y, and the sum where there is a residual."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, kind, eps, offset, llama, reference):
+        y, total, stats = forward(x, residual, weight, bias, kind, eps, offset, llama, True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if residual is None else total, weight, bias, stats)
+        ctx.options = kind, offset, llama
+        ctx.reference = reference
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        return y if residual is None else (y, total)
+
+    @staticmethod
+    def backward(ctx, dy, dtotal=None):
+        x, weight, bias, stats = ctx.saved_tensors
+        wants_x, wants_residual, *wants = ctx.needs_input_grad[:4]
+        needs = (wants_x or wants_residual, *wants)
+        if dy is None:
+            dx, dw, db = dtotal, None, None
+        elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph: only the differentiable formulas will do
+            dx, dw, db = _by_reference(ctx, x, weight, bias, needs, dy, dtotal)
+        else:
+            try:
+                dx, dw, db = backward(dy, dtotal, x, stats, weight, bias, *ctx.options, list(needs))
+            except KernelUnavailable as error:
+                _without(error, ctx.reference)
+                dx, dw, db = _by_reference(ctx, x, weight, bias, needs, dy, dtotal)
+        grads = [dx if wants_x else None, dx if wants_residual else None]
+        grads = [g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+        grads += [g if need else None for g, need in zip((dw, db), wants, strict=True)]
+        return *grads, None, None, None, None, None
+
+
+def _by_reference(ctx, x, weight, bias, needs, dy, dtotal):
+    dx, dw, db = through_reference(ctx.reference, (x, weight, bias), needs, dy.to(x.dtype))
+    return dx if dtotal is None else dx + dtotal, dw, db
+
+
+def _without(error: KernelUnavailable, reference: Callable) -> None:
+    """What a kernel that does not compile means: an error where the user insisted on it, else a warning."""
+    if reference.strict:
+        raise error
+    warn_once(str(error))
+
+
+def norm(
+    kind: str,
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    eps: float,
+    offset: float = 0.0,
+    llama: bool = False,
+    reference: Callable[..., Tensor],
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The norm `kind` ("layer", "rms", "crms") of x over its trailing `shape`; (y, x + residual) with a residual.
+
+    `reference` (x, weight, bias) is the eager body over the last dimension, for double backward and for kernels
+    that do not compile; its attribute ``strict`` makes the latter an error.
+    """
+    if len(shape) > 1:
+        x, residual, weight, bias = (None if t is None else t.flatten(-len(shape)) for t in (x, residual, weight, bias))
+    options = (kind, float(eps), float(offset), llama)
+    try:
+        if needs_grad(x, residual, weight, bias):
+            outputs = _Norm.apply(x, residual, weight, bias, *options, reference)
+        else:
+            y, total, _ = forward(x, residual, weight, bias, *options, False)
+            outputs = y if residual is None else (y, total)
+    except KernelUnavailable as error:
+        _without(error, reference)
+        total = x if residual is None else x + residual
+        y = reference(total, weight, bias).to(x.dtype)
+        outputs = y if residual is None else (y, total)
+    if len(shape) == 1:
+        return outputs
+    return tuple(t.unflatten(-1, shape) for t in outputs) if residual is not None else outputs.unflatten(-1, shape)

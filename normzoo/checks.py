@@ -1,0 +1,67 @@
+"""Argument checks shared by the layers. Each raises before any state changes and says what to do."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def normalized_shape(layer: str, shape: int | Sequence[int]) -> tuple[int, ...]:
+    """The trailing dimensions as a tuple of positive ints."""
+    sizes = (shape,) if isinstance(shape, numbers.Integral) else tuple(shape)
+    if not sizes or not all(isinstance(s, numbers.Integral) and s > 0 for s in sizes):
+        raise ValueError(
+            f"{layer}: normalized_shape is {shape!r}; it must be a positive int or a sequence of them"
+        )
+    return tuple(int(s) for s in sizes)
+
+
+def eps(layer: str, value: float) -> None:
+    if not (0 < value < math.inf):
+        raise ValueError(f"{layer}: eps is {value}; it must be a positive finite number")
+
+
+def rows(
+    layer: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    """x (*, *shape) of a floating dtype; weight and bias of `shape`; residual shaped like x; one device."""
+    if not x.is_floating_point():
+        raise TypeError(f"{layer}: the input is {x.dtype}; it must be of a real floating-point dtype")
+    if x.shape[-len(shape) :] != shape:
+        raise ValueError(
+            f"{layer}: normalized_shape is {shape} but the input has shape {tuple(x.shape)}; "
+            f"its last {len(shape)} dimension(s) must match"
+        )
+    for name, p in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if p is None:
+            continue
+        wanted = x.shape if name == "residual" else shape
+        if p.shape != wanted:
+            raise ValueError(
+                f"{layer}: {name} has shape {tuple(p.shape)}; for this input it must be {tuple(wanted)}"
+            )
+        if not p.is_floating_point():
+            raise TypeError(f"{layer}: {name} is {p.dtype}; it must be of a real floating-point dtype")
+        if p.device != x.device:
+            raise ValueError(
+                f"{layer}: {name} is on {p.device} but the input is on {x.device}; move one to the other"
+            )
+
+
+def choice(layer: str, argument: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{layer}: {argument} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32 where it is narrower: statistics are never taken in half precision."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -1,0 +1,3 @@
+"""Converting the norms of an existing model."""
+
+from .apply import convert as convert

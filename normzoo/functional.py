@@ -1,0 +1,7 @@
+"""The layers as functions, and the two that fuse a residual addition."""
+
+from .layers.layer import add_layer_norm as add_layer_norm
+from .layers.layer import layer_norm as layer_norm
+from .layers.rms import add_rms_norm as add_rms_norm
+from .layers.rms import crms_norm as crms_norm
+from .layers.rms import rms_norm as rms_norm
