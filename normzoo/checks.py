@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 
 import torch
@@ -12,12 +11,12 @@ from torch import Tensor
 
 def normalized_shape(layer: str, shape: int | Sequence[int]) -> tuple[int, ...]:
     """The trailing dimensions as a tuple of positive ints."""
-    sizes = (shape,) if isinstance(shape, numbers.Integral) else tuple(shape)
-    if not sizes or not all(isinstance(s, numbers.Integral) and s > 0 for s in sizes):
+    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    if not sizes or not all(isinstance(s, int) and s > 0 for s in sizes):
         raise ValueError(
             f"{layer}: normalized_shape is {shape!r}; it must be a positive int or a sequence of them"
         )
-    return tuple(int(s) for s in sizes)
+    return sizes
 
 
 def eps(layer: str, value: float) -> None:

@@ -306,7 +306,7 @@ def _show_start(result: dict, model: nn.Module) -> None:
     env, text = result["environment"], result["text"]
     count = sum(p.numel() for p in model.parameters())
     _say(
-        f"normzoo {env['normzoo']}, torch {env['torch']}, Python {env['python']}, {env['machine']}, "
+        f"normzoo {env['normzoo']}, torch {env['torch']}, Python {env['python']}, "
         f"{env['threads']} threads on {env['cpus']} CPUs"
     )
     _say(

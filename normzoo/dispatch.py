@@ -6,7 +6,6 @@ to the backward pass, which runs in another thread on CUDA and never asks again.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import threading
@@ -18,6 +17,7 @@ from torch.autograd import forward_ad
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BACKENDS = ("auto", "reference", "triton")
+_TRITON = importlib.util.find_spec("triton") is not None  # without importing it
 
 
 # A threading.local rather than a ContextVar: dynamo traces the former and breaks the graph at the latter.
@@ -72,11 +72,6 @@ def as_reference(function: Callable) -> Callable:
     return reference
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _transformed() -> bool:
     """Whether functorch transforms, forward-mode AD or export look through the op: they need eager code."""
     return (
@@ -103,13 +98,13 @@ def use_kernel(x: Tensor, *, fuses: bool = True) -> bool:
     return (
         x.is_cuda
         and x.dtype in KERNEL_DTYPES
-        and _has_triton()
+        and _TRITON
         and not (fuses and torch.compiler.is_compiling())
     )
 
 
 def _insist(x: Tensor) -> None:
-    if not _has_triton():
+    if not _TRITON:
         raise RuntimeError('backend("triton"): Triton is not installed; `pip install normzoo[triton]`')
     if x.dtype not in KERNEL_DTYPES:
         raise RuntimeError(

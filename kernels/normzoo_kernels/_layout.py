@@ -13,7 +13,7 @@ def row_stride(x: Tensor) -> int | None:
     """Elements from one row (last dimension) to the next where one number describes it, else None."""
     stride = expected = None
     for size, step in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
-        if size == 1:
+        if size <= 1:
             continue
         if expected is None:
             stride = step
@@ -42,29 +42,35 @@ def rows_in(order: list[int], x: Tensor, *, broadcast: bool = False) -> Tensor:
     return x if beside and row_stride(x) is not None else x.contiguous()
 
 
-def padded_width(x: Tensor) -> int:
-    """Row stride of an output for `x`: its width, or that rounded up to whole vectors if x is laid out so.
+def output_stride(x: Tensor) -> int:
+    """Row stride of an output for `x`: its width, or the stride of x where that pads rows to whole vectors.
 
     Keeping the padding of rows of odd width keeps wide accesses from one kernel to the next.
     """
+    stride, width = row_stride(x), x.shape[-1]
+    padded = 0 < stride - width < VECTOR and stride * x.element_size() % VECTOR == 0
+    return stride if padded else width
+
+
+def touched_width(x: Tensor, *others: Tensor | None) -> int:
+    """Entries of a row that an access may touch: whole vectors where x is padded and all storages allow it."""
     unit = VECTOR // x.element_size()
-    whole = -(-x.shape[-1] // unit) * unit
-    return whole if row_stride(x) == whole else x.shape[-1]
+    width = x.shape[-1]
+    whole = -(-width // unit) * unit
+    if output_stride(x) == width or not all(_covers(whole, t) for t in (x, *others) if t is not None):
+        return width
+    return whole
 
 
-def covers(width: int, *tensors: Tensor | None) -> bool:
-    """Whether every row may be read `width` entries wide without leaving the storage."""
-    for x in tensors:
-        if x is not None:
-            last = x.storage_offset() + (x.numel() // x.shape[-1] - 1) * row_stride(x) + width
-            if last * x.element_size() > x.untyped_storage().nbytes():
-                return False
-    return True
+def _covers(width: int, x: Tensor) -> bool:
+    """Whether the last row of x may be read `width` entries wide without leaving the storage."""
+    last = x.storage_offset() + (x.numel() // x.shape[-1] - 1) * row_stride(x) + width
+    return last * x.element_size() <= x.untyped_storage().nbytes()
 
 
 def like_rows(x: Tensor, order: list[int], dtype: torch.dtype) -> Tensor:
     """An output for `x`, whose rows are in `order`: dense or padded as x is, dimensions as the caller has them."""
-    step = padded_width(x)
+    step = output_stride(x)
     sizes, strides = [0] * x.dim(), [1] * x.dim()
     sizes[-1] = x.shape[-1]
     outer = step

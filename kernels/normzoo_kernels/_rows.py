@@ -95,14 +95,39 @@ def _normalized(x, first, second, scale, KIND: tl.constexpr):
 
 
 @triton.jit
+def _weight(w, OFFSET: tl.constexpr):
+    if OFFSET != 0.0:  # adding zero is an instruction too: it turns -0 into 0
+        return w.to(tl.float32) + OFFSET
+    else:
+        return w.to(tl.float32)
+
+
+@triton.jit
 def _affine(h, w, b, OFFSET: tl.constexpr, ROUND: tl.constexpr, dtype: tl.constexpr):
     if ROUND:
         h = h.to(dtype).to(tl.float32)
     if w is not None:
-        h *= w.to(tl.float32) + OFFSET
+        h *= _weight(w, OFFSET)
     if b is not None:
         h += b.to(tl.float32)
     return h
+
+
+@triton.jit
+def _inside(cols, WIDTH: tl.constexpr, row, rows, R: tl.constexpr):
+    if R > 1:
+        return (cols < WIDTH) & (row < rows)
+    else:  # the loop ends with the rows
+        return cols < WIDTH
+
+
+@triton.jit
+def _own(cols, K: tl.constexpr, R: tl.constexpr):
+    """Columns of the parameters: one copy a row where that gives them the layout of x, else broadcast."""
+    if K > 1 or R == 2:
+        return cols + tl.zeros([1, R, 1], tl.int32)
+    else:
+        return cols
 
 
 @triton.jit
@@ -124,9 +149,7 @@ def norm_fwd(
     """Rows of N <= K * C columns. WIDTH: columns that may be touched, N or N with its padding."""
     cols = tl.arange(0, K)[:, None, None] * C + tl.arange(0, C)[None, None, :]
     valid = cols < N
-    own = cols
-    if K > 1:  # a copy of the parameters for each row of the tile, so that they share the layout of x
-        own = cols + tl.zeros([1, R, 1], tl.int32)
+    own = _own(cols, K, R)
     w = None
     b = None
     if w_ptr is not None:
@@ -135,7 +158,7 @@ def norm_fwd(
         b = tl.load(b_ptr + own, mask=valid, other=0.0)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, R), tl.num_programs(0)):
         row = tl.cast(tile, tl.int64) * R + tl.arange(0, R)[None, :, None]
-        touch = (cols < WIDTH) & (row < rows)
+        touch = _inside(cols, WIDTH, row, rows, R)
         x = _read(x_ptr, row, x_step, X_UNIT, cols, touch, valid, WIDTH != N, "evict_first").to(tl.float32)
         if res_ptr is not None:
             res = _read(res_ptr, row, res_step, RES_UNIT, cols, touch, valid, WIDTH != N, "evict_first")
@@ -228,9 +251,7 @@ def norm_bwd(
     """dx, and this program's share of dw and db as float32 rows of `part`: dw for all programs, then db."""
     cols = tl.arange(0, K)[:, None, None] * C + tl.arange(0, C)[None, None, :]
     valid = cols < N
-    own = cols
-    if K > 1:
-        own = cols + tl.zeros([1, R, 1], tl.int32)
+    own = _own(cols, K, R)
     w = None
     if w_ptr is not None:
         w = tl.load(w_ptr + own, mask=valid, other=0.0)
@@ -238,15 +259,15 @@ def norm_bwd(
     db = tl.zeros([K, R, C], tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, R), tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * R + tl.arange(0, R)[None, :, None]
-        touch = (cols < X_WIDTH) & (row < rows)
+        touch = _inside(cols, X_WIDTH, row, rows, R)
         x = _read(x_ptr, row, x_step, X_UNIT, cols, touch, valid, X_WIDTH != N, "evict_first")
-        inside = (cols < DY_WIDTH) & (row < rows)
+        inside = _inside(cols, DY_WIDTH, row, rows, R)
         dy = _read(dy_ptr, row, dy_step, DY_UNIT, cols * DY_COL, inside, valid, DY_WIDTH != N, "evict_first")
         first, second, scale = _load_stats(stats_ptr, row, row < rows, KIND)
         h = _normalized(x.to(tl.float32), first, second, scale, KIND)
         g = dy.to(tl.float32)
         if w_ptr is not None:
-            g *= w.to(tl.float32) + OFFSET
+            g *= _weight(w, OFFSET)
         if KIND == "layer":
             s1, s2 = _row_sums(g, g * h)
         else:
@@ -261,11 +282,11 @@ def norm_bwd(
             h = _normalized(x.to(tl.float32), first, second, scale, KIND)
             g = dy.to(tl.float32)
             if w_ptr is not None:
-                g *= w.to(tl.float32) + OFFSET
+                g *= _weight(w, OFFSET)
         dx = _input_grad(g, h, s1, s2, first, scale, KIND, N)
         if dtotal_ptr is not None:
             at = cols * DTOTAL_COL
-            inside = valid & (row < rows)
+            inside = _inside(cols, N, row, rows, R)
             dtotal = _read(dtotal_ptr, row, dtotal_step, DTOTAL_UNIT, at, inside, valid, False, "evict_first")
             dx += dtotal.to(tl.float32)
         if dx_ptr is not None:
@@ -277,12 +298,12 @@ def norm_bwd(
         if DB:
             db += dy.to(tl.float32)
     flat = tl.arange(0, K)[:, None] * C + tl.arange(0, C)[None, :]
-    at = part_ptr + tl.program_id(0).to(tl.int64) * N + flat
+    at = tl.program_id(0).to(tl.int64) * N + flat
     if DW:
-        tl.store(at, tl.sum(dw, axis=1), mask=flat < N)
+        tl.store(part_ptr + at, tl.sum(dw, axis=1), mask=flat < N)
         at += tl.num_programs(0).to(tl.int64) * N
     if DB:
-        tl.store(at, tl.sum(db, axis=1), mask=flat < N)
+        tl.store(part_ptr + at, tl.sum(db, axis=1), mask=flat < N)
 
 
 @triton.jit
@@ -292,7 +313,7 @@ def _input_grad(g, h, s1, s2, first, scale, KIND: tl.constexpr, N: tl.constexpr)
     elif KIND == "crms":
         return scale * (g - (h + first * scale) * (s2 / (N + 1)))
     else:
-        return scale * (g - h * (s2 / N))
+        return scale * g - h * (scale * s2 / N)
 
 
 @triton.jit(do_not_specialize=["rows", "dy_step", "dtotal_step", "x_step"])
@@ -319,7 +340,7 @@ def norm_bwd_wide(
             g = _read(dy_ptr, row, dy_step, DY_UNIT, cols * DY_COL, touch, touch, False, "evict_last").to(tl.float32)
             if w_ptr is not None:
                 w = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last")
-                g *= w.to(tl.float32) + OFFSET
+                g *= _weight(w, OFFSET)
             acc2 += g * _normalized(x.to(tl.float32), first, second, scale, KIND)
             if KIND == "layer":
                 acc1 += g
@@ -336,7 +357,7 @@ def norm_bwd_wide(
             g = dy.to(tl.float32)
             if w_ptr is not None:
                 w = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last")
-                g *= w.to(tl.float32) + OFFSET
+                g *= _weight(w, OFFSET)
             dx = _input_grad(g, h, s1, s2, first, scale, KIND, N)
             if dtotal_ptr is not None:
                 at = cols * DTOTAL_COL
@@ -345,17 +366,17 @@ def norm_bwd_wide(
             if dx_ptr is not None:
                 tl.store(dx_ptr + row * DX_STRIDE + cols, dx.to(dx_ptr.dtype.element_ty), mask=touch)
             flat = start + tl.arange(0, C)
-            at = part_ptr + tl.program_id(0).to(tl.int64) * N + flat
+            at = tl.program_id(0).to(tl.int64) * N + flat
             more = (flat < N) & (tile != tl.program_id(0))
             if DW:
                 if ROUND:
                     h = h.to(x.dtype).to(tl.float32)
                 share = tl.sum(dy.to(tl.float32) * h, axis=0)
-                tl.store(at, share + tl.load(at, mask=more, other=0.0), mask=flat < N)
+                tl.store(part_ptr + at, share + tl.load(part_ptr + at, mask=more, other=0.0), mask=flat < N)
                 at += tl.num_programs(0).to(tl.int64) * N
             if DB:
                 share = tl.sum(dy.to(tl.float32), axis=0)
-                tl.store(at, share + tl.load(at, mask=more, other=0.0), mask=flat < N)
+                tl.store(part_ptr + at, share + tl.load(part_ptr + at, mask=more, other=0.0), mask=flat < N)
         tl.debug_barrier()  # the next tile reads what other threads added to `part`
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _rows
 from ._launch import KernelUnavailable, launch, shared_memory, sm_count, warn_once
-from ._layout import VECTOR, covers, like_rows, order_of, padded_width, row_stride, rows_in, unit_of
+from ._layout import VECTOR, like_rows, order_of, output_stride, row_stride, rows_in, touched_width, unit_of
 from ._op import needs_grad, op, through_reference
 
 STATS = {"layer": 3, "crms": 2, "rms": 1}
@@ -25,15 +25,23 @@ _L2 = 40 << 20
 """Bytes that a second sweep may hope to find in the L2 cache."""
 
 
-def _tile(block: int, itemsize: int, elements: int, owned: int) -> dict[str, int]:
+def _tile(block: int, itemsize: int, elements: int, warps: int, owned: int) -> dict[str, int]:
     """A tile of about `elements` in rows of `block`; rows up to `owned` belong to one warp each."""
-    columns = min(block, 32 * VECTOR // itemsize) if block <= owned else block
-    return {"K": block // columns, "R": max(1, elements // block), "C": columns}
+    vectors = 32 * VECTOR // itemsize
+    if vectors < block <= owned:
+        return {"K": block // vectors, "R": warps, "C": vectors}
+    return {"K": 1, "R": max(1, elements // block), "C": block}
+
+
+def _scalar(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether rows lie so that only single entries of 16 bit can be read: smaller tiles then, or they spill."""
+    return any(t is not None and row_stride(t) % 2 and t.element_size() == 2 for t in (x, *others))
 
 
 def _stages(device: torch.device, tensors: int, tile_bytes: int) -> int:
-    """Depth of the software pipeline: two tiles ahead where shared memory holds them."""
-    return 1 + min(2, shared_memory(device) // (tensors * tile_bytes))
+    """Depth of the software pipeline: 48 KB of x and dy on their way, as far as shared memory holds them."""
+    ahead = -(-(48 << 10) // (2 * tile_bytes))
+    return 1 + min(ahead, shared_memory(device) // (tensors * tile_bytes))
 
 
 def _strided(prefix: str, x: Tensor | None) -> tuple[int | None, dict[str, int]]:
@@ -80,17 +88,18 @@ def forward(x, residual, weight, bias, kind, eps, offset, llama, save=True):
     res_step, res_unit = _strided("RES", residual)
     pointers = (rows, residual, _contiguous(weight), _contiguous(bias), y)
     pointers += (None if residual is None else total, stats if save else None)
-    out_stride = padded_width(rows)
     constants = {"KIND": kind, "N": width, "EPS": eps, "OFFSET": offset, "ROUND": llama, **x_unit, **res_unit}
-    constants["Y_STRIDE"] = out_stride
+    constants["Y_STRIDE"] = output_stride(rows)
     sms, block = sm_count(x.device), triton.next_power_of_2(width)
     if block <= _ON_CHIP:
         kernel = _rows.norm_fwd
-        elements = 8192 if itemsize == 2 else 4096
-        constants |= _tile(block, itemsize, elements, owned=elements // 4)
-        constants["WIDTH"] = out_stride if covers(out_stride, rows, residual) else width
-        constants["num_warps"] = max(4, block // 1024)
-        grid = min(triton.cdiv(count, constants["R"]), sms * max(1, 24 // constants["num_warps"]))
+        elements = 8192 if itemsize == 2 and not _scalar(rows, residual) else 4096
+        if block <= 128 and itemsize == 4:
+            elements = 2048  # more and ptxas spills a register
+        warps = max(4, block // 1024)
+        constants |= _tile(block, itemsize, elements, warps, owned=4096 // itemsize) | {"num_warps": warps}
+        constants["WIDTH"] = touched_width(rows, residual)
+        grid = min(triton.cdiv(count, constants["R"]), sms * max(1, 16 // warps))
     else:
         kernel = _rows.norm_fwd_wide
         chunk = 16384 // itemsize
@@ -126,7 +135,7 @@ def backward(dy, dtotal, x, stats, weight, bias, kind, offset, llama, needs):
     x_step, x_unit = _strided("X", rows)
     dy_step, dy_unit = _strided("DY", dy)
     dtotal_step, dtotal_unit = _strided("DTOTAL", dtotal)
-    dx_stride = padded_width(rows)
+    dx_stride = output_stride(rows)
     constants = {"KIND": kind, "N": width, "OFFSET": offset, "ROUND": llama, **x_unit, **dy_unit, **dtotal_unit}
     constants |= {"DY_COL": _entry_stride(dy), "DTOTAL_COL": _entry_stride(dtotal), "DX_STRIDE": dx_stride}
     constants |= {"DW": needs[1], "DB": needs[2]}
@@ -134,12 +143,16 @@ def backward(dy, dtotal, x, stats, weight, bias, kind, offset, llama, needs):
     sms, block = sm_count(x.device), triton.next_power_of_2(width)
     if block <= 8192 or (block <= _ON_CHIP and itemsize == 2 and kind == "rms"):
         kernel = _rows.norm_bwd
-        tile = _tile(block, itemsize, elements=8192, owned=1024)
         packed = block > 8192
-        constants |= tile | {"PACKED": packed, "num_warps": 16 if packed else 8}
-        constants["STAGES"] = 1 if packed else _stages(x.device, tensors, max(block, 8192) * itemsize)
-        constants["X_WIDTH"] = dx_stride if covers(dx_stride, rows) else width
-        constants["DY_WIDTH"] = dx_stride if row_stride(dy) == dx_stride and covers(dx_stride, dy) else width
+        warps = 16 if packed else 8 if block > 4096 or kind == "layer" or itemsize == 4 else 4
+        if block <= 4096 and _scalar(rows, dy):
+            warps = 4
+        elements = 1024 * warps
+        tile = _tile(block, itemsize, elements, warps, owned=1024)
+        constants |= tile | {"PACKED": packed, "num_warps": warps}
+        constants["STAGES"] = 1 if packed else _stages(x.device, tensors, max(block, elements) * itemsize)
+        constants["X_WIDTH"] = touched_width(rows)
+        constants["DY_WIDTH"] = touched_width(dy) if constants["DY_COL"] else width
         grid = min(triton.cdiv(count, tile["R"]), sms)
     else:
         kernel = _rows.norm_bwd_wide

@@ -122,7 +122,7 @@ def main() -> int:
     fallen = [failure for failure in failures if not failure.exception]
     if options.json:
         for row in rows:
-            row.pop("lines", None)
+            row.pop("helpers", None)
         document = {"rows": rows, "failures": [dataclasses.asdict(f) for f in failures]}
         print(json.dumps(document, indent=1))
     else:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.code_generator import CodeGenerator
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, MockTensor
 
@@ -31,6 +32,10 @@ class Target:
     shared_per_sm: int
     capability: tuple[int, int]
 
+    @property
+    def shared_per_program(self) -> int:
+        return self.shared_per_sm - (1024 if self.gpu.backend == "cuda" else 0)
+
 
 TARGETS = {
     target.name: target
@@ -41,6 +46,19 @@ TARGETS = {
         Target("gfx942", GPUTarget("hip", "gfx942", 64), 304, 64 << 10, (9, 4)),
     )
 }
+
+
+@contextlib.contextmanager
+def _noting_helpers(found: set[tuple[str, str]]) -> Iterator[None]:
+    """Collects the jit functions that a compilation inlines: once inlined, they may leave no trace."""
+    call = CodeGenerator.call_JitFunction
+
+    def noting(self, fn, *args, **kwargs):
+        found.add((inspect.getfile(fn.fn), fn.fn.__name__))
+        return call(self, fn, *args, **kwargs)
+
+    with mock.patch.object(CodeGenerator, "call_JitFunction", noting):
+        yield
 
 
 @dataclass
@@ -55,6 +73,7 @@ class Launch:
     constants: dict
     attrs: dict
     options: dict[str, Any]
+    helpers: set[tuple[str, str]] = field(default_factory=set)  # (file, name), known once compiled
 
     @property
     def name(self) -> str:
@@ -70,7 +89,8 @@ class Launch:
         if fp64_scalars:
             signature = {k: "fp64" if v == "fp32" else v for k, v in signature.items()}
         source = ASTSource(self.kernel, signature, self.constants, self.attrs)
-        return triton.compile(source, target=target.gpu, options=dict(self.options))
+        with _noting_helpers(self.helpers):
+            return triton.compile(source, target=target.gpu, options=dict(self.options))
 
 
 @dataclass
@@ -132,7 +152,8 @@ class _Ops(TorchDispatchMode):
         elif not (func.is_view or torch.Tag.inplace_view in func.tags or name == "_unsafe_view"):
             moved = tree_leaves(out) if name in _FILLS else tree_leaves((args, kwargs, out))
             size = sum(t.numel() * t.element_size() for t in moved if isinstance(t, torch.Tensor))
-            self.caught.torch_ops.append((name, size))
+            if size:  # else no kernel runs, as in promote_types
+                self.caught.torch_ops.append((name, size))
         return out
 
 
@@ -167,7 +188,7 @@ def _device(target: Target, caught: Caught) -> Iterator[None]:
     properties = types.SimpleNamespace(
         multi_processor_count=target.sm_count,
         warp_size=target.gpu.warp_size,
-        shared_memory_per_block_optin=target.shared_per_sm - (1024 if target.gpu.backend == "cuda" else 0),
+        shared_memory_per_block_optin=target.shared_per_program,
         gcnArchName=target.gpu.arch if target.gpu.backend == "hip" else "",
         major=target.capability[0],
         minor=target.capability[1],
@@ -202,5 +223,8 @@ def catch(call: Callable[[], object], target: Target) -> Caught:
 
 
 def x_arguments(launch: Launch, x: torch.Tensor) -> set[str]:
-    """The pointer arguments as large as x: those whose traffic is counted in passes."""
-    return {name for name, (numel, _) in launch.tensors.items() if numel == x.numel()}
+    """The pointer arguments as large as x: those whose traffic is counted in passes.
+
+    Partial sums (`part_ptr`) are none of them, though few rows can have as many.
+    """
+    return {name for name, (numel, _) in launch.tensors.items() if numel == x.numel() and name != "part_ptr"}

@@ -17,6 +17,7 @@ Row = dict[str, Any]
 
 EVERY_KERNEL = (
     Bound("spills", 7, most=0),
+    Bound("shared_excess", 0, most=0),  # it would compile and not load
     Bound("atomics", 16, most=0),
     Bound("narrow_offsets", 16, most=0),
     Bound("f64", 15, most=0),
@@ -93,12 +94,6 @@ class Function:
 
     name: str
     file: str
-    first: int
-    last: int
-
-    def reached(self, row: Row) -> bool:
-        """Whether code of the row's kernel came from this function, inlined or not."""
-        return any(f == self.file and self.first <= n <= self.last for f, n in row["lines"])
 
 
 def jit_functions(package: Path) -> list[Function]:
@@ -107,7 +102,7 @@ def jit_functions(package: Path) -> list[Function]:
     for path in sorted(package.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and any(map(_is_jit, node.decorator_list)):
-                found.append(Function(node.name, str(path), node.lineno, node.end_lineno))
+                found.append(Function(node.name, str(path)))
     return found
 
 
@@ -122,7 +117,7 @@ def inlined(functions: Iterable[Function], rows: Sequence[Row]) -> list[Row]:
     for function in functions:
         for row in rows:
             place = (function.name, row["target"], row["dtype"])
-            if row["kernel"] != function.name and place not in found and function.reached(row):
+            if place not in found and (function.file, function.name) in row["helpers"]:
                 shared = {key: row[key] for key in ("target", "dtype", "case")}
                 found[place] = {"kernel": function.name, **shared, "inlined_by": row["kernel"]}
     return list(found.values())

@@ -41,8 +41,7 @@ def measure(launch: fake.Launch, x: torch.Tensor, target: fake.Target) -> Row:
     names = [name for name, kind in launch.signature.items() if kind != "constexpr"]
     x_args = fake.x_arguments(launch, x)
     x_bytes = x.numel() * x.element_size()
-    text = compiled.asm["ttir"]
-    module = ttir.parse(text)
+    module = ttir.parse(compiled.asm["ttir"])
     launched = Launched(module, launch.scalars, launch.grid)
     x_moved = moved = 0.0
     for access in module.accesses:
@@ -55,13 +54,14 @@ def measure(launch: fake.Launch, x: torch.Tensor, target: fake.Target) -> Row:
         "grid": launch.grid,
         "warps": compiled.metadata.num_warps,
         "shared": compiled.metadata.shared,
+        "shared_excess": max(0, compiled.metadata.shared - target.shared_per_program),
         "arguments": len(names),
         "x_passes": x_moved / x_bytes,
         "l2_passes": moved / x_bytes,
         "atomics": sum(a.kind.startswith("atomic") for a in module.accesses),
         "narrow_offsets": sorted(launched.narrow_offsets(x.numel()) & x_args),
         "unread": sorted(module.unread | launched.unknown),
-        "lines": ttir.source_lines(text),
+        "helpers": launch.helpers,
         "tile": max((math.prod(a.dims) for a in tiles), default=0),
     }
     if target.gpu.backend == "hip":

@@ -15,11 +15,6 @@ _MASK_OPERAND = {"tt.load": 1, "tt.store": 2, "tt.atomic_rmw": 2, "tt.atomic_cas
 _UNREAD = ("tt.descriptor", "scf.while", "tt.call", "tt.make_tensor_ptr")
 
 
-def source_lines(text: str) -> set[tuple[str, int]]:
-    """The (file, line) pairs that code of the module came from, inlined functions included."""
-    return {(f, int(n)) for f, n in re.findall(r'loc\("([^"]+\.py)":(\d+):\d+', text)}
-
-
 @dataclass(frozen=True)
 class Loop:
     variable: str

@@ -1,0 +1,123 @@
+"""torch.compile, torch.export and ONNX, over ZOO."""
+
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+
+import normzoo
+from normzoo.zoo import ZOO
+
+ENTRIES = [pytest.param(entry, id=entry.name) for entry in ZOO]
+BACKENDS = ["auto", pytest.param("triton", id="opaque")]
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Counted:
+    """aot_eager, counting graphs."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+def step(layer, x, dy):
+    x = x.detach().requires_grad_()
+    layer.zero_grad()
+    y = layer(x)
+    y.backward(dy)
+    return [y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_one_graph_serves_all_batches(entry, backend):
+    layer, count = entry.cls(16, elementwise_affine=True), Counted()
+    compiled = torch.compile(layer, fullgraph=True, backend=count)
+    with normzoo.backend(backend):
+        for batch in (4, 2, 3, 7, 12):
+            x = entry.sample(batch, 3)
+            dy = torch.randn_like(x)
+            for ours, expected in zip(step(compiled, x, dy), step(layer, x, dy), strict=True):
+                torch.testing.assert_close(ours, expected)
+    assert count.graphs <= 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("entry", [pytest.param(e, id=e.name) for e in ZOO if e.added])
+def test_the_residual_form_compiles(entry, backend):
+    def call(x, r, w):
+        y, total = entry.added(x, r, 16, w, eps=1e-5)
+        return y.sin() + total
+
+    leaves = [entry.sample().requires_grad_(), entry.sample().requires_grad_(), torch.rand(16, requires_grad=True)]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with normzoo.backend(backend):
+        torch.testing.assert_close(compiled(*leaves), call(*leaves))
+        found, expected = (torch.autograd.grad(f(*leaves).sum(), leaves) for f in (compiled, call))
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_backend_is_chosen_inside_a_graph():
+    layer = normzoo.LayerNorm(16)
+
+    def call(x):
+        with normzoo.backend("reference"):
+            return layer(x)
+
+    x = torch.randn(3, 16)
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+def operators():
+    pytest.importorskip("triton")
+    from normzoo_kernels import rows
+
+    x, w = torch.randn(4, 6, 16)[:, :, :13], torch.rand(13)
+    options = ("layer", 1e-5, 0.0, False)
+    y, total, stats = rows.forward(x, x, w, w, *options, True)
+    forward = (x, x, w, w, *options, True)
+    backward = (y, total, total, stats, w, w, "layer", 0.0, False, [True, True, True])
+    plain = (x.transpose(0, 1), None, None, None, "rms", 1e-5, 0.0, True, False)
+    return [("row_norm_fwd", forward), ("row_norm_fwd", plain), ("row_norm_bwd", backward)]
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_operators_keep_torchs_rules(which):
+    name, args = operators()[which]
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.normzoo, name).default, args, test_utils=tests)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_export_leaves_torchs_operators_only(entry, backend):
+    layer, x = entry.make(), entry.sample(2, 3)
+    batch = torch.export.Dim("batch", min=2)
+    with normzoo.backend(backend):
+        program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
+    assert not any("normzoo" in str(node.target) for node in program.graph.nodes)
+    x = entry.sample(5, 3)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+# PyTorch's exporter calls what newer onnxscript and torch deprecate.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_onnx():
+    pytest.importorskip("onnxscript")
+    reference = pytest.importorskip("onnx.reference")
+    model = nn.Sequential(*(entry.make() for entry in ZOO)).eval()
+    x = torch.randn(2, 16)
+    exported = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    assert exported is not None
+    (y,) = reference.ReferenceEvaluator(exported.model_proto).run(None, {exported.model_proto.graph.input[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,516 @@
+"""The Triton kernels against the reference: on a GPU where there is one, else in the interpreter."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_as_good
+
+import normzoo
+from normzoo import functional
+
+pytest.importorskip("triton")
+
+from normzoo_kernels import _launch, _layout, rows
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def nan_filled():
+    """Outputs start as NaN, so that an entry no kernel writes cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def layer(x, w=None, b=None):
+    return functional.layer_norm(x, x.shape[-1], w, b)
+
+
+def rms(x, w=None, b=None):
+    return functional.rms_norm(x, x.shape[-1], w, 1e-5, bias=b)
+
+
+def offset(x, w=None, b=None):
+    return functional.rms_norm(x, x.shape[-1], w, 1e-5, bias=b, offset=1.0, cast="gemma")
+
+
+def llama(x, w=None, b=None):
+    return functional.rms_norm(x, x.shape[-1], w, 1e-5, cast="llama")
+
+
+def crms(x, w=None, b=None):
+    return functional.crms_norm(x, x.shape[-1], w)
+
+
+# torch's own operator where it has one; elsewhere the reference in the dtype of the test takes its place
+TORCH = {
+    layer: lambda x, w=None, b=None: F.layer_norm(x, x.shape[-1:], w, b),
+    rms: lambda x, w=None, b=None: (y := F.rms_norm(x, x.shape[-1:], w, 1e-5)) + (0 if b is None else b),
+}
+NORMS = (layer, rms, offset, llama, crms)
+
+
+def results(function, backend, tensors, seeds):
+    """Outputs and gradients of `function(*tensors)` for the upstream gradients `seeds`."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    with normzoo.backend(backend):
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        wanted = [t for t in leaves if t is not None]
+        grads = torch.autograd.grad(outputs, wanted, [s.to(o.dtype) for s, o in zip(seeds, outputs, strict=True)])
+    names = [f"output {i}" for i in range(len(outputs))] + [f"gradient {i}" for i in range(len(grads))]
+    return dict(zip(names, (*outputs, *grads), strict=True))
+
+
+def check(function, tensors, *, torchs=None, seeds=None, hard=False, launches=2):
+    """Kernel, reference in the same dtype and float64 on the same numbers; the kernel must have run."""
+    x = tensors[0]
+    if seeds is None:
+        seeds = [torch.randn(x.shape, device=DEVICE).to(x.dtype) for _ in range(2)]
+    outputs = 2 if function.__name__.startswith("add") else 1
+    before = _launch.launches.total()
+    ours = results(function, "triton", tensors, seeds[:outputs])
+    assert _launch.launches.total() - before >= launches, "no kernel ran"
+    torchs = torchs or TORCH.get(function, function)
+    theirs = results(torchs, "reference", tensors, seeds[:outputs])
+    wide = [None if t is None else t.double() for t in tensors]
+    exact = results(function, "reference", wide, [s.double() for s in seeds[:outputs]])
+    for name in ours:
+        assert_as_good(name, ours[name], theirs[name], exact[name], hard=hard)
+    return ours
+
+
+def inputs(lead, width, dtype, *, weight_dtype=None, shift=0.5):
+    x = (torch.randn(*lead, width, device=DEVICE) * 2 + shift).to(dtype)
+    w, b = (torch.randn(width, device=DEVICE).to(weight_dtype or dtype) for _ in range(2))
+    return x, w, b
+
+
+@pytest.mark.parametrize("function", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 2, 33, 256, 1000])
+def test_values_and_gradients(function, dtype, width):
+    x, w, b = inputs((3, 5), width, dtype)
+    # In the narrowest rows the gradient is the difference of two equal numbers.
+    check(function, (x, w, b) if function in (layer, rms, offset) else (x, w), hard=width < 3)
+
+
+@pytest.mark.parametrize("function", [layer, rms, crms])
+@pytest.mark.parametrize("width", [1023, 1024, 1025, 2047, 2048, 2049, 4097, 8192])
+def test_block_edges(function, width):
+    x, w, b = inputs((5,), width, torch.float16)
+    check(function, (x, w, b) if function in (layer, rms) else (x, w))
+
+
+@pytest.mark.parametrize(
+    ("function", "width", "dtype"),
+    [(layer, 12288, torch.float16), (rms, 12288, torch.float16), (rms, 16385, torch.float32), (crms, 9001, torch.float32)],
+)
+def test_wide_rows(function, width, dtype):
+    x, w, b = inputs((3,), width, dtype)
+    check(function, (x, w, b) if function in (layer, rms) else (x, w))
+
+
+def test_wide_rows_with_a_residual():
+    x, w, b = inputs((2,), 17000, torch.float32)
+    check(add_layer, (x, torch.randn_like(x), w, b), torchs=torch_add_layer)
+
+
+def add_layer(x, r, w, b):
+    return functional.add_layer_norm(x, r, x.shape[-1], w, b)
+
+
+def torch_add_layer(x, r, w, b):
+    return F.layer_norm(x + r, x.shape[-1:], w, b), x + r
+
+
+def add_rms(x, r, w):
+    return functional.add_rms_norm(x, r, x.shape[-1], w, 1e-5, offset=1.0)
+
+
+@pytest.mark.parametrize("function", [add_layer, add_rms])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [40, 1001])
+def test_residual(function, dtype, width):
+    x, w, b = inputs((2, 5), width, dtype)
+    tensors = (x, torch.randn_like(x), w, b) if function is add_layer else (x, torch.randn_like(x), w)
+    check(function, tensors)
+
+
+def test_residual_in_float32():
+    x, w, _ = inputs((7,), 96, torch.float16)
+    ours = check(add_rms, (x, torch.randn(7, 96, device=DEVICE), w))
+    assert ours["output 0"].dtype == torch.float16
+    assert ours["output 1"].dtype == torch.float32
+
+
+def test_only_the_sum_is_used():
+    x, w, b = inputs((4,), 32, torch.float32)
+    r = torch.randn_like(x).requires_grad_()
+    with normzoo.backend("triton"):
+        _, total = add_layer(x, r, w, b)
+        total.sum().backward()
+    assert torch.equal(r.grad, torch.ones_like(r))
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parameters_of_another_dtype(dtype, weight_dtype):
+    x, w, b = inputs((9,), 72, dtype, weight_dtype=weight_dtype)
+    ours = check(layer, (x, w, b), torchs=layer)
+    assert ours["output 0"].dtype == dtype
+    assert ours["gradient 1"].dtype == weight_dtype
+
+
+LAYOUTS = {
+    "slice of wider rows": lambda d: torch.randn(6, 2 * d, device=DEVICE)[:, d:],
+    "offset by one entry": lambda d: torch.randn(6 * d + 1, device=DEVICE)[1:].view(6, d),
+    "heads before tokens": lambda d: torch.randn(2, 3, 4, d, device=DEVICE).transpose(1, 2),
+    "first token": lambda d: torch.randn(5, 3, d, device=DEVICE)[:, 0],
+    "last token dropped": lambda d: torch.randn(3, 4, d, device=DEVICE)[:, :-1],
+    "padded rows": lambda d: torch.randn(5, d + -d % 8, device=DEVICE)[:, :d],
+    "padded rows at the end of storage": lambda d: torch.empty_strided((5, d), (d + -d % 8, 1), device=DEVICE).normal_(),
+    "columns first": lambda d: torch.randn(d, 6, device=DEVICE).t(),
+    "one row many times": lambda d: torch.randn(d, device=DEVICE).expand(4, d),
+    "single row": lambda d: torch.randn(d, device=DEVICE),
+    "reversed batch of views": lambda d: torch.randn(4, 3, 2, d, device=DEVICE).permute(2, 0, 1, 3),
+}
+
+
+@pytest.mark.parametrize("width", [48, 51])
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(make, width):
+    x = make(width)
+    w, b = torch.randn(2, width, device=DEVICE).unbind()
+    check(layer, (x, w, b))
+    check(add_rms, (x, torch.randn_like(x), w))
+
+
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts_of_the_upstream_gradient(make):
+    dy = make(51)
+    x, w, b = inputs(dy.shape[:-1], 51, torch.float32)
+    check(layer, (x, w, b), seeds=[dy])
+
+
+def test_padding_is_not_read_as_data():
+    wide = torch.full((5, 56), float("nan"), device=DEVICE)
+    x = wide[:, :51]
+    x.copy_(torch.randn(5, 51))
+    w, b = torch.randn(2, 51, device=DEVICE).unbind()
+    ours = check(layer, (x, w, b))
+    assert ours["output 0"].stride() == (56, 1)
+    dy = wide.clone()[:, :51]
+    check(layer, (x, w, b), seeds=[dy.copy_(torch.randn(5, 51))])
+
+
+@pytest.mark.parametrize("reduce", [torch.sum, torch.mean])
+def test_expanded_upstream_gradient(reduce):
+    x, w, b = inputs((6,), 20, torch.float32)
+    x.requires_grad_()
+    grads = []
+    for name in ("triton", "reference"):
+        with normzoo.backend(name):
+            grads.append(torch.autograd.grad(reduce(layer(x, w, b)), x)[0])
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+@pytest.mark.parametrize("function", [layer, rms, crms])
+def test_no_rows(function, shape):
+    x = torch.empty(shape, device=DEVICE, requires_grad=True)
+    w = torch.ones(8, device=DEVICE, requires_grad=True)
+    with normzoo.backend("triton"):
+        y = function(x, w)
+        y.sum().backward()
+    assert y.shape == x.grad.shape == shape
+    assert torch.equal(w.grad, torch.zeros_like(w))
+
+
+@pytest.mark.parametrize(("programs", "count"), [(1, 1), (1, 3), (7, 6), (7, 7), (7, 8), (7, 15), (132, 133)])
+def test_shares_of_the_weight_gradient(monkeypatch, programs, count):
+    """Rows that are no multiple of the programs, and programs that get one row more than others."""
+    monkeypatch.setattr(rows, "sm_count", lambda device: programs)
+    monkeypatch.setattr(rows, "_tile", lambda *args, **kwargs: {"K": 1, "R": 1, "C": 32})
+    x, w, b = inputs((count,), 24, torch.float32)
+    check(layer, (x, w, b), launches=3)
+
+
+def test_shares_of_wide_rows(monkeypatch):
+    monkeypatch.setattr(rows, "sm_count", lambda device: 2)
+    x, w, b = inputs((5,), 9000, torch.float32)
+    check(layer, (x, w, b), launches=3)
+
+
+def test_frozen_parameters_cost_one_launch():
+    x, w, b = inputs((6,), 64, torch.float32)
+    x.requires_grad_()
+    before = _launch.launches.copy()
+    with normzoo.backend("triton"):
+        layer(x, w, b).sum().backward()
+    assert _launch.launches - before == {"norm_fwd": 1, "norm_bwd": 1}
+
+
+def test_trained_parameters_cost_two_launches():
+    x, w, b = (t.requires_grad_() for t in inputs((6,), 64, torch.float32))
+    before = _launch.launches.copy()
+    with normzoo.backend("triton"):
+        layer(x, w, b).sum().backward()
+    assert _launch.launches - before == {"norm_fwd": 1, "norm_bwd": 1, "sum_parts": 1}
+
+
+def test_only_the_weight_wants_a_gradient():
+    x, w, b = inputs((6,), 64, torch.float32)
+    grads = []
+    for name in ("triton", "reference"):
+        leaf = w.clone().requires_grad_()
+        with normzoo.backend(name):
+            (layer(x, leaf, b) * x).sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_large_mean_keeps_its_digits():
+    """At mean 1e4 the kernel is at least a hundred times nearer to the truth than torch, gradients too."""
+    x = torch.randn(16, 4096, device=DEVICE) + 1e4
+    dy = torch.randn_like(x)
+    exact = results(TORCH[layer], "reference", (x.double(),), [dy.double()])
+    ours = results(layer, "triton", (x,), [dy])
+    torchs = results(TORCH[layer], "reference", (x,), [dy])
+    for name in exact:
+        errors = [(r[name].double() - exact[name]).abs().max() for r in (ours, torchs)]
+        assert errors[0] * 100 <= errors[1], f"{name}: {errors[0]:.2e}, torch {errors[1]:.2e}"
+
+
+def test_large_mean_in_wide_rows():
+    x = torch.randn(2, 20000, device=DEVICE) + 1e4
+    x[0, :8192] += 500  # the first chunk, whose mean serves as the pivot, is unlike the rest
+    exact = layer(x.double())
+    with normzoo.backend("triton"):
+        error = (layer(x).double() - exact).abs().max()
+    assert error * 100 <= (TORCH[layer](x).double() - exact).abs().max()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e4, 1e-30])
+def test_constant_rows(value):
+    x = torch.full((3, 100), value, device=DEVICE)
+    with normzoo.backend("triton"):
+        y = layer(x)
+    assert torch.equal(y, torch.zeros_like(y))
+
+
+@pytest.mark.parametrize("function", [layer, rms])
+def test_half_precision_keeps_its_range(function):
+    x = torch.randn(4, 512, device=DEVICE).half() * 8000
+    x[:, 0] = 60000
+    w, b = torch.ones(2, 512, device=DEVICE, dtype=torch.float16).unbind()
+    check(function, (x, w, b), hard=True)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy says so in the interpreter
+def test_a_bad_row_stays_alone():
+    x = torch.randn(5, 64, device=DEVICE)
+    x[2, 7] = float("nan")
+    x[3, 1] = float("inf")
+    with normzoo.backend("triton"):
+        y = layer(x)
+    assert torch.isfinite(y[[0, 1, 4]]).all()
+    assert not torch.isfinite(y[[2, 3]]).any()
+
+
+def test_statistics_are_saved_in_float32():
+    x = torch.randn(4, 64, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    saved = []
+    with normzoo.backend("triton"), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    assert sorted(str(t.dtype) for t in saved) == ["torch.float16", "torch.float32"]
+
+
+def test_incoming_gradients_are_not_written():
+    x, w, b = (t.requires_grad_() for t in inputs((6,), 64, torch.float32))
+    dy = torch.randn(6, 64, device=DEVICE)
+    before = dy.clone()
+    with normzoo.backend("triton"):
+        y = layer(x, w, b)
+        first = torch.autograd.grad(y, (x, w, b), dy, retain_graph=True)
+        second = torch.autograd.grad(y, (x, w, b), dy)
+    assert torch.equal(dy, before)
+    assert all(torch.equal(a, c) for a, c in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("width", [48, 51])
+def test_output_may_be_overwritten(width):
+    x = torch.randn(6, width + -width % 8, device=DEVICE)[:, :width].detach().requires_grad_()
+    with normzoo.backend("triton"):
+        y = layer(x)
+        torch.relu_(y)
+        y.sum().backward()
+    expected = torch.autograd.grad(torch.relu(TORCH[layer](x)).sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("function", [layer, rms, crms])
+def test_second_derivatives(function):
+    x, w, b = inputs((3,), 16, torch.float32)
+    found = []
+    for name in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (x, w)]
+        with normzoo.backend(name):
+            grads = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+            penalty = sum(g.square().sum() for g in grads)
+            found.append(torch.autograd.grad(penalty, leaves))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_second_derivatives_through_a_residual():
+    x, w, b = inputs((3,), 16, torch.float32)
+    r = torch.randn_like(x)
+    found = []
+    for name in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (x, r, w, b)]
+        with normzoo.backend(name):
+            y, total = add_layer(*leaves)
+            grads = torch.autograd.grad((y**3).sum() + (total**2 * y).sum(), leaves, create_graph=True)
+            found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
+def test_rows_are_not_copied(make):
+    x = make(48)
+    order = _layout.order_of(x)
+    copied = _layout.rows_in(order, x).data_ptr() != x.data_ptr()
+    assert copied == (make in (LAYOUTS["columns first"], LAYOUTS["last token dropped"]))
+
+
+class Broken(Exception):
+    """Stands in for a compiler's error."""
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Kernels that do not compile, from the named one on."""
+
+    def install(which, error=_launch.CompilationError):
+        def fail(kernel, grid, device, *args, **meta):
+            if which in kernel.__name__:
+                raise _launch.KernelUnavailable(f"{kernel.__name__}: planted {which}")
+            return launch(kernel, grid, device, *args, **meta)
+
+        launch = _launch.launch
+        monkeypatch.setattr(rows, "launch", fail)
+        monkeypatch.setattr("normzoo.layers.layer.use_kernel", lambda x: normzoo.dispatch._state.name != "reference")
+
+    return install
+
+
+@pytest.mark.parametrize("which", ["fwd", "bwd"])
+def test_a_kernel_that_does_not_compile(broken, which):
+    broken(which)
+    x, w, b = (t.requires_grad_() for t in inputs((6,), 64, torch.float32))
+    with pytest.warns(RuntimeWarning, match=f"planted {which}"):
+        y = layer(x, w, b)
+        grads = torch.autograd.grad(y.square().sum(), (x, w, b))
+    with normzoo.backend("reference"):
+        expected = torch.autograd.grad(layer(x, w, b).square().sum(), (x, w, b))
+    for ours, theirs in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    layer(x, w, b)  # a second warning would be an error here
+
+
+def test_a_kernel_that_does_not_compile_but_was_asked_for(broken):
+    broken("fwd")
+    with normzoo.backend("triton"), pytest.raises(RuntimeError, match="planted fwd"):
+        layer(torch.randn(2, 8, device=DEVICE))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("planted"), ValueError("planted"), RuntimeError("planted")])
+def test_other_errors_are_not_swallowed(monkeypatch, error):
+    class Kernel:
+        __name__ = "planted"
+
+        def __getitem__(self, grid):
+            raise error
+
+    with pytest.raises(type(error), match="planted") as caught:
+        _launch.launch(Kernel(), 1, torch.device("cpu"))
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("error", [OSError("cache"), RuntimeError("PassManager::run failed")])
+def test_compilers_errors_are_told_apart(error):
+    class Kernel:
+        __name__ = "planted"
+
+        def __getitem__(self, grid):
+            raise error
+
+    with pytest.raises(_launch.KernelUnavailable) as caught:
+        _launch.launch(Kernel(), 1, torch.device("cpu"))
+    assert caught.value.__cause__ is error
+
+
+def test_threads_choose_for_themselves():
+    x = torch.randn(4, 64, device=DEVICE)
+    wrong = []
+
+    def work(name):
+        with normzoo.backend(name):
+            wrong.extend(name for _ in range(200) if normzoo.dispatch.use_kernel(x) != (name == "triton"))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("triton", "reference") * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_runs_are_bitwise_equal():
+    x, w, b = inputs((37,), 100, torch.float32)
+    dy = torch.randn_like(x)
+    first, *others = (results(layer, "triton", (x, w, b), [dy]) for _ in range(3))
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+PROBE = """
+import sys, torch, normzoo
+from normzoo_kernels import rows
+N, STEP = 8, 1_200_000_000
+buffer = torch.empty(2 * STEP + N, dtype=torch.int8).view(torch.int8)
+def far():
+    return torch.empty(2 * 2 * STEP + 2 * N, dtype=torch.int8).view(torch.float16).as_strided((3, N), (STEP, 1))
+x, dy = far(), far()
+x.copy_(torch.randn(3, N)); dy.copy_(torch.randn(3, N))
+w = torch.ones(N, dtype=torch.float16)
+for kind in ("layer", "rms", "crms"):
+    y, _, stats = rows.forward(x, None, w, None, kind, 1e-5, 0.0, False)
+    dx, dw, _ = rows.backward(dy, None, x, stats, w, None, kind, 0.0, False, [True, True, False])
+    near = [t.clone(memory_format=torch.contiguous_format) for t in (x, dy)]
+    y2, _, stats = rows.forward(near[0], None, w, None, kind, 1e-5, 0.0, False)
+    dx2, dw2, _ = rows.backward(near[1], None, near[0], stats, w, None, kind, 0.0, False, [True, True, False])
+    assert torch.equal(y, y2) and torch.equal(dx, dx2) and torch.equal(dw, dw2), kind
+print("reached")
+"""
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or sys.platform != "linux", reason="needs lazily mapped memory")
+def test_offsets_beyond_two_to_the_31():
+    """A wrapped int32 offset kills the process, hence a process of its own."""
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, env=_environment())
+    assert done.stdout.strip() == "reached", done.stderr[-2000:] or f"ended by signal {-done.returncode}"
+
+
+def _environment():
+    import os
+
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"}
