@@ -57,19 +57,20 @@ class backend:
         _state.name = self.previous
 
 
-def as_reference(function: Callable) -> Callable:
-    """`function`, always on eager PyTorch.
+class Reference:
+    """A function that always runs on eager PyTorch.
 
-    Kernels take it along for what they leave to the reference: double backward, and a failed compilation
-    unless the user insists on the kernels (``strict``).
+    Kernels take one along for what they leave to it: double backward, and a failed compilation unless the
+    user insists on the kernels (``strict``).
     """
 
-    def reference(*args):
-        with backend("reference"):
-            return function(*args)
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        self.strict = _state.name == "triton"
 
-    reference.strict = _state.name == "triton"
-    return reference
+    def __call__(self, *args: Tensor | None) -> Tensor:
+        with backend("reference"):
+            return self.function(*args)
 
 
 def _transformed() -> bool:
@@ -95,12 +96,7 @@ def use_kernel(x: Tensor, *, fuses: bool = True) -> bool:
     if name == "triton":
         _insist(x)
         return True
-    return (
-        x.is_cuda
-        and x.dtype in KERNEL_DTYPES
-        and _TRITON
-        and not (fuses and torch.compiler.is_compiling())
-    )
+    return x.is_cuda and x.dtype in KERNEL_DTYPES and _TRITON and not (fuses and torch.compiler.is_compiling())
 
 
 def _insist(x: Tensor) -> None:

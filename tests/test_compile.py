@@ -59,7 +59,7 @@ def test_the_residual_form_compiles(entry, backend):
         y, total = entry.added(x, r, 16, w, eps=1e-5)
         return y.sin() + total
 
-    leaves = [entry.sample().requires_grad_(), entry.sample().requires_grad_(), torch.rand(16, requires_grad=True)]
+    leaves = [t.requires_grad_() for t in (entry.sample(), entry.sample(), torch.rand(16))]
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     with normzoo.backend(backend):
         torch.testing.assert_close(compiled(*leaves), call(*leaves))
@@ -119,5 +119,6 @@ def test_onnx():
     x = torch.randn(2, 16)
     exported = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
     assert exported is not None
-    (y,) = reference.ReferenceEvaluator(exported.model_proto).run(None, {exported.model_proto.graph.input[0].name: x.numpy()})
+    proto = exported.model_proto
+    (y,) = reference.ReferenceEvaluator(proto).run(None, {proto.graph.input[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-4, atol=1e-5)

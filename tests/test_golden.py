@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -40,7 +39,7 @@ ADAPTERS = {
 def test_replays(path):
     with safe_open(path, framework="pt") as file:
         about = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
     assert about["layer"] in ADAPTERS, f"{path.name}: no adapter for the layer {about['layer']!r}"
     adapter = ADAPTERS[about["layer"]]
     layer = adapter.build(json.loads(about["config"]))

@@ -1,5 +1,6 @@
 """The Triton kernels against the reference: on a GPU where there is one, else in the interpreter."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -51,7 +52,7 @@ def crms(x, w=None, b=None):
 # torch's own operator where it has one; elsewhere the reference in the dtype of the test takes its place
 TORCH = {
     layer: lambda x, w=None, b=None: F.layer_norm(x, x.shape[-1:], w, b),
-    rms: lambda x, w=None, b=None: (y := F.rms_norm(x, x.shape[-1:], w, 1e-5)) + (0 if b is None else b),
+    rms: lambda x, w=None, b=None: F.rms_norm(x, x.shape[-1:], w, 1e-5) + (0 if b is None else b),
 }
 NORMS = (layer, rms, offset, llama, crms)
 
@@ -63,7 +64,8 @@ def results(function, backend, tensors, seeds):
         outputs = function(*leaves)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         wanted = [t for t in leaves if t is not None]
-        grads = torch.autograd.grad(outputs, wanted, [s.to(o.dtype) for s, o in zip(seeds, outputs, strict=True)])
+        dys = [seed.to(output.dtype) for seed, output in zip(seeds, outputs, strict=True)]
+        grads = torch.autograd.grad(outputs, wanted, dys)
     names = [f"output {i}" for i in range(len(outputs))] + [f"gradient {i}" for i in range(len(grads))]
     return dict(zip(names, (*outputs, *grads), strict=True))
 
@@ -110,7 +112,12 @@ def test_block_edges(function, width):
 
 @pytest.mark.parametrize(
     ("function", "width", "dtype"),
-    [(layer, 12288, torch.float16), (rms, 12288, torch.float16), (rms, 16385, torch.float32), (crms, 9001, torch.float32)],
+    [
+        (layer, 12288, torch.float16),
+        (rms, 12288, torch.float16),
+        (rms, 16385, torch.float32),
+        (crms, 9001, torch.float32),
+    ],
 )
 def test_wide_rows(function, width, dtype):
     x, w, b = inputs((3,), width, dtype)
@@ -175,7 +182,7 @@ LAYOUTS = {
     "first token": lambda d: torch.randn(5, 3, d, device=DEVICE)[:, 0],
     "last token dropped": lambda d: torch.randn(3, 4, d, device=DEVICE)[:, :-1],
     "padded rows": lambda d: torch.randn(5, d + -d % 8, device=DEVICE)[:, :d],
-    "padded rows at the end of storage": lambda d: torch.empty_strided((5, d), (d + -d % 8, 1), device=DEVICE).normal_(),
+    "padded, no end": lambda d: torch.empty_strided((5, d), (d + -d % 8, 1), device=DEVICE).normal_(),
     "columns first": lambda d: torch.randn(d, 6, device=DEVICE).t(),
     "one row many times": lambda d: torch.randn(d, device=DEVICE).expand(4, d),
     "single row": lambda d: torch.randn(d, device=DEVICE),
@@ -327,7 +334,8 @@ def test_a_bad_row_stays_alone():
 def test_statistics_are_saved_in_float32():
     x = torch.randn(4, 64, device=DEVICE, dtype=torch.float16, requires_grad=True)
     saved = []
-    with normzoo.backend("triton"), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with normzoo.backend("triton"), hooks:
         layer(x)
     assert sorted(str(t.dtype) for t in saved) == ["torch.float16", "torch.float32"]
 
@@ -357,7 +365,7 @@ def test_output_may_be_overwritten(width):
 
 @pytest.mark.parametrize("function", [layer, rms, crms])
 def test_second_derivatives(function):
-    x, w, b = inputs((3,), 16, torch.float32)
+    x, w, _ = inputs((3,), 16, torch.float32)
     found = []
     for name in ("triton", "reference"):
         leaves = [t.clone().requires_grad_() for t in (x, w)]
@@ -391,15 +399,11 @@ def test_rows_are_not_copied(make):
     assert copied == (make in (LAYOUTS["columns first"], LAYOUTS["last token dropped"]))
 
 
-class Broken(Exception):
-    """Stands in for a compiler's error."""
-
-
 @pytest.fixture
 def broken(monkeypatch):
     """Kernels that do not compile, from the named one on."""
 
-    def install(which, error=_launch.CompilationError):
+    def install(which):
         def fail(kernel, grid, device, *args, **meta):
             if which in kernel.__name__:
                 raise _launch.KernelUnavailable(f"{kernel.__name__}: planted {which}")
@@ -407,7 +411,8 @@ def broken(monkeypatch):
 
         launch = _launch.launch
         monkeypatch.setattr(rows, "launch", fail)
-        monkeypatch.setattr("normzoo.layers.layer.use_kernel", lambda x: normzoo.dispatch._state.name != "reference")
+        chosen = lambda x: normzoo.dispatch._state.name != "reference"  # noqa: E731
+        monkeypatch.setattr("normzoo.layers.layer.use_kernel", chosen)
 
     return install
 
@@ -432,7 +437,9 @@ def test_a_kernel_that_does_not_compile_but_was_asked_for(broken):
         layer(torch.randn(2, 8, device=DEVICE))
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("planted"), ValueError("planted"), RuntimeError("planted")])
+@pytest.mark.parametrize(
+    "error", [kind("planted") for kind in (torch.OutOfMemoryError, ValueError, RuntimeError)]
+)
 def test_other_errors_are_not_swallowed(monkeypatch, error):
     class Kernel:
         __name__ = "planted"
@@ -511,6 +518,4 @@ def test_offsets_beyond_two_to_the_31():
 
 
 def _environment():
-    import os
-
     return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"}

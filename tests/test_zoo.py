@@ -20,6 +20,9 @@ ENTRIES = [pytest.param(entry, id=entry.name) for entry in ZOO]
 WITH_TORCH = [pytest.param(entry, id=entry.name) for entry in ZOO if entry.torch_class]
 
 
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda layer: pickle.loads(pickle.dumps(layer))}
+
+
 def trained(entry, kwargs, **where):
     """A layer whose parameters are not at their initial values."""
     layer = entry.make(**kwargs, **where)
@@ -54,7 +57,7 @@ def test_repr_names_what_was_asked_for(entry, kwargs):
 
 
 @pytest.mark.parametrize(("entry", "kwargs"), CASES)
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_copies_compute_the_same(entry, kwargs, copied):
     layer, x = trained(entry, kwargs), entry.sample()
     assert torch.equal(copied(layer)(x), layer(x))
@@ -189,8 +192,8 @@ def test_several_normalized_dimensions(entry):
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_long_rows_keep_their_digits(entry):
     x = torch.randn(2, 100_000)
-    error = (entry.function(x, 100_000, eps=1e-5).double() - entry.function(x.double(), 100_000, eps=1e-5)).abs().max()
-    assert error < 2e-6
+    ours, exact = (entry.function(t, 100_000, eps=1e-5) for t in (x, x.double()))
+    assert (ours.double() - exact).abs().max() < 2e-6
 
 
 ADDED = [pytest.param(entry, id=entry.name) for entry in ZOO if entry.added]
@@ -224,7 +227,11 @@ def test_bad_eps_is_refused(entry, eps):
 
 
 BAD_INPUTS = {
-    "width": (lambda x: x[..., :7], ValueError, r"normalized_shape is \(16,\) but the input has shape \(4, 3, 7\)"),
+    "width": (
+        lambda x: x[..., :7],
+        ValueError,
+        r"normalized_shape is \(16,\) but the input has shape \(4, 3, 7\)",
+    ),
     "dimensions": (lambda x: x.sum(), ValueError, r"has shape \(\)"),
     "integers": (lambda x: x.int(), TypeError, "input is torch.int32"),
     "complex": (lambda x: x.cfloat(), TypeError, "input is torch.complex64"),
@@ -253,9 +260,9 @@ def test_bad_parameters_are_refused():
         functional.add_rms_norm(x, x[0], 16)
     with pytest.raises(ValueError, match="cast is 'lama'; it must be one of torch, llama, gemma"):
         normzoo.RMSNorm(16, cast="lama")
-    with pytest.raises(ValueError, match="offset is 1.0 but there is no weight"):
+    with pytest.raises(ValueError, match=r"offset is 1\.0 but there is no weight"):
         functional.rms_norm(x, 16, offset=1.0)
-    with pytest.raises(ValueError, match="offset=1.0 need elementwise_affine=True"):
+    with pytest.raises(ValueError, match=r"offset=1\.0 need elementwise_affine=True"):
         normzoo.RMSNorm(16, elementwise_affine=False, offset=1.0)
     with pytest.raises(TypeError, match="unexpected keyword"):
         normzoo.CRMSNorm(16, bias=True)
@@ -295,13 +302,17 @@ def test_backend_names_are_checked():
 
 
 def test_the_kernels_say_what_they_cannot_take():
-    with normzoo.backend("triton"), pytest.raises(RuntimeError, match=r"float64; convert it or use backend\(\"auto\"\)"):
-        normzoo.LayerNorm(4)(torch.ones(2, 4, dtype=torch.float64))
+    x = torch.ones(2, 4, dtype=torch.float64)
+    with normzoo.backend("triton"), pytest.raises(RuntimeError, match=r"input is torch\.float64; convert"):
+        normzoo.LayerNorm(4)(x)
 
 
 def test_the_kernels_say_where_they_cannot_run(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with normzoo.backend("triton"), pytest.raises(RuntimeError, match="input is on cpu; move it to a GPU, or set TRITON"):
+    with (
+        normzoo.backend("triton"),
+        pytest.raises(RuntimeError, match="on cpu; move it to a GPU, or"),
+    ):
         normzoo.LayerNorm(4)(torch.ones(2, 4))
 
 

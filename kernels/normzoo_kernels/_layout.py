@@ -69,7 +69,7 @@ def _covers(width: int, x: Tensor) -> bool:
 
 
 def like_rows(x: Tensor, order: list[int], dtype: torch.dtype) -> Tensor:
-    """An output for `x`, whose rows are in `order`: dense or padded as x is, dimensions as the caller has them."""
+    """An output for the rows of `x`, taken in `order`: dense or padded as x is, in the caller's dimensions."""
     step = output_stride(x)
     sizes, strides = [0] * x.dim(), [1] * x.dim()
     sizes[-1] = x.shape[-1]

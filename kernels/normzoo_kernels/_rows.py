@@ -186,7 +186,7 @@ def norm_fwd_wide(
     lane = tl.arange(0, C)
     for tile in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.cast(tile, tl.int64)
-        x = _sum_chunk(x_ptr, res_ptr, total_ptr, row, x_step, res_step, lane, X_UNIT, RES_UNIT, Y_STRIDE, N)
+        x = _chunk(x_ptr, res_ptr, total_ptr, row, x_step, res_step, lane, X_UNIT, RES_UNIT, Y_STRIDE, N)
         # The mean of the first chunk is near enough to the mean of the row to subtract it from the rest.
         pivot = 0.0
         if KIND == "layer":
@@ -195,7 +195,7 @@ def norm_fwd_wide(
         acc2 = acc1 * acc1
         for start in tl.range(C, N, C, num_stages=STAGES):
             cols = start + lane
-            x = _sum_chunk(x_ptr, res_ptr, total_ptr, row, x_step, res_step, cols, X_UNIT, RES_UNIT, Y_STRIDE, N)
+            x = _chunk(x_ptr, res_ptr, total_ptr, row, x_step, res_step, cols, X_UNIT, RES_UNIT, Y_STRIDE, N)
             d = x - pivot
             if N % C != 0:
                 d = tl.where(cols < N, d, 0.0)
@@ -225,7 +225,7 @@ def norm_fwd_wide(
 
 
 @triton.jit
-def _sum_chunk(
+def _chunk(
     x_ptr, res_ptr, total_ptr, row, x_step, res_step, cols,
     X_UNIT: tl.constexpr, RES_UNIT: tl.constexpr, Y_STRIDE: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -313,7 +313,7 @@ def _input_grad(g, h, s1, s2, first, scale, KIND: tl.constexpr, N: tl.constexpr)
     elif KIND == "crms":
         return scale * (g - (h + first * scale) * (s2 / (N + 1)))
     else:
-        return scale * g - h * (scale * s2 / N)
+        return scale * (g - h * (s2 / N))
 
 
 @triton.jit(do_not_specialize=["rows", "dy_step", "dtotal_step", "x_step"])
@@ -337,7 +337,8 @@ def norm_bwd_wide(
             cols = start + lane
             touch = (cols < N) & here
             x = _read(x_ptr, row, x_step, X_UNIT, cols, touch, touch, False, "evict_last")
-            g = _read(dy_ptr, row, dy_step, DY_UNIT, cols * DY_COL, touch, touch, False, "evict_last").to(tl.float32)
+            dy = _read(dy_ptr, row, dy_step, DY_UNIT, cols * DY_COL, touch, touch, False, "evict_last")
+            g = dy.to(tl.float32)
             if w_ptr is not None:
                 w = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last")
                 g *= _weight(w, OFFSET)
@@ -353,30 +354,30 @@ def norm_bwd_wide(
             touch = (cols < N) & here
             x = _read(x_ptr, row, x_step, X_UNIT, cols, touch, touch, False, "evict_first")
             dy = _read(dy_ptr, row, dy_step, DY_UNIT, cols * DY_COL, touch, touch, False, "evict_first")
-            h = _normalized(x.to(tl.float32), first, second, scale, KIND)
             g = dy.to(tl.float32)
+            h = _normalized(x.to(tl.float32), first, second, scale, KIND)
             if w_ptr is not None:
                 w = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last")
                 g *= _weight(w, OFFSET)
             dx = _input_grad(g, h, s1, s2, first, scale, KIND, N)
             if dtotal_ptr is not None:
                 at = cols * DTOTAL_COL
-                dtotal = _read(dtotal_ptr, row, dtotal_step, DTOTAL_UNIT, at, touch, touch, False, "evict_first")
-                dx += dtotal.to(tl.float32)
+                more = _read(dtotal_ptr, row, dtotal_step, DTOTAL_UNIT, at, touch, touch, False, "evict_first")
+                dx += more.to(tl.float32)
             if dx_ptr is not None:
                 tl.store(dx_ptr + row * DX_STRIDE + cols, dx.to(dx_ptr.dtype.element_ty), mask=touch)
             flat = start + tl.arange(0, C)
             at = tl.program_id(0).to(tl.int64) * N + flat
-            more = (flat < N) & (tile != tl.program_id(0))
+            later = (flat < N) & (tile != tl.program_id(0))
             if DW:
                 if ROUND:
                     h = h.to(x.dtype).to(tl.float32)
                 share = tl.sum(dy.to(tl.float32) * h, axis=0)
-                tl.store(part_ptr + at, share + tl.load(part_ptr + at, mask=more, other=0.0), mask=flat < N)
+                tl.store(part_ptr + at, share + tl.load(part_ptr + at, mask=later, other=0.0), mask=flat < N)
                 at += tl.num_programs(0).to(tl.int64) * N
             if DB:
                 share = tl.sum(dy.to(tl.float32), axis=0)
-                tl.store(part_ptr + at, share + tl.load(part_ptr + at, mask=more, other=0.0), mask=flat < N)
+                tl.store(part_ptr + at, share + tl.load(part_ptr + at, mask=later, other=0.0), mask=flat < N)
         tl.debug_barrier()  # the next tile reads what other threads added to `part`
 
 

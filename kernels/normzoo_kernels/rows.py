@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -221,7 +220,7 @@ def _by_reference(ctx, x, weight, bias, needs, dy, dtotal):
     return dx if dtotal is None else dx + dtotal, dw, db
 
 
-def _without(error: KernelUnavailable, reference: Callable) -> None:
+def _without(error: KernelUnavailable, reference: Any) -> None:
     """What a kernel that does not compile means: an error where the user insisted on it, else a warning."""
     if reference.strict:
         raise error
@@ -235,31 +234,51 @@ def norm(
     weight: Tensor | None,
     bias: Tensor | None,
     *,
-    residual: Tensor | None = None,
     eps: float,
     offset: float = 0.0,
     llama: bool = False,
-    reference: Callable[..., Tensor],
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The norm `kind` ("layer", "rms", "crms") of x over its trailing `shape`; (y, x + residual) with a residual.
+    reference: Any,
+) -> Tensor:
+    """The norm `kind` ("layer", "rms", "crms") of x over its trailing `shape`.
 
-    `reference` (x, weight, bias) is the eager body over the last dimension, for double backward and for kernels
-    that do not compile; its attribute ``strict`` makes the latter an error.
+    `reference` (x, weight, bias) is the eager body over the last dimension, for double backward and for
+    kernels that do not compile; its attribute ``strict`` makes the latter an error.
     """
-    if len(shape) > 1:
-        x, residual, weight, bias = (None if t is None else t.flatten(-len(shape)) for t in (x, residual, weight, bias))
-    options = (kind, float(eps), float(offset), llama)
+    x, weight, bias = _flat(len(shape), x, weight, bias)
+    y, _ = _run(x, None, weight, bias, (kind, float(eps), float(offset), llama), reference)
+    return y if len(shape) == 1 else y.unflatten(-1, shape)
+
+
+def add_norm(
+    kind: str,
+    x: Tensor,
+    residual: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    llama: bool = False,
+    reference: Any,
+) -> tuple[Tensor, Tensor]:
+    """(norm of total, total) with total = x + residual; the rest as in :func:`norm`."""
+    x, residual, weight, bias = _flat(len(shape), x, residual, weight, bias)
+    y, total = _run(x, residual, weight, bias, (kind, float(eps), float(offset), llama), reference)
+    return (y, total) if len(shape) == 1 else (y.unflatten(-1, shape), total.unflatten(-1, shape))
+
+
+def _flat(dims: int, *tensors: Any) -> tuple[Any, ...]:
+    return tensors if dims == 1 else tuple(None if t is None else t.flatten(-dims) for t in tensors)
+
+
+def _run(x, residual, weight, bias, options, reference):
     try:
         if needs_grad(x, residual, weight, bias):
             outputs = _Norm.apply(x, residual, weight, bias, *options, reference)
-        else:
-            y, total, _ = forward(x, residual, weight, bias, *options, False)
-            outputs = y if residual is None else (y, total)
+            return (outputs, None) if residual is None else outputs
+        return forward(x, residual, weight, bias, *options, False)[:2]
     except KernelUnavailable as error:
         _without(error, reference)
         total = x if residual is None else x + residual
-        y = reference(total, weight, bias).to(x.dtype)
-        outputs = y if residual is None else (y, total)
-    if len(shape) == 1:
-        return outputs
-    return tuple(t.unflatten(-1, shape) for t in outputs) if residual is not None else outputs.unflatten(-1, shape)
+        return reference(total, weight, bias).to(x.dtype), total

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..dispatch import as_reference, use_kernel
+from ..dispatch import Reference, use_kernel
 
 
 def layer_norm(
@@ -49,7 +49,7 @@ def layer_norm(
         def again(x, weight, bias):
             return layer_norm(x, x.shape[-1:], weight, bias, eps)
 
-        return norm("layer", x, shape, weight, bias, eps=eps, reference=as_reference(again))
+        return norm("layer", x, shape, weight, bias, eps=eps, reference=Reference(again))
 
     if any(p is not None and p.dtype != x.dtype for p in (weight, bias)):
         # torch takes few mixtures, and not the same ones on every device
@@ -84,13 +84,12 @@ def add_layer_norm(
     checks.rows("add_layer_norm", x, shape, weight, bias, residual)
     checks.eps("add_layer_norm", eps)
     if use_kernel(x):
-        from normzoo_kernels.rows import norm
+        from normzoo_kernels.rows import add_norm
 
         def again(total, weight, bias):
             return layer_norm(total, total.shape[-1:], weight, bias, eps)
 
-        how = {"eps": eps, "reference": as_reference(again)}
-        return norm("layer", x, shape, weight, bias, residual=residual, **how)
+        return add_norm("layer", x, residual, shape, weight, bias, eps=eps, reference=Reference(again))
 
     total = x + residual
     return layer_norm(total, shape, weight, bias, eps).to(x.dtype), total

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..dispatch import as_reference, use_kernel
+from ..dispatch import Reference, use_kernel
 
 CASTS = ("torch", "llama", "gemma")
 
@@ -62,7 +62,7 @@ def rms_norm(
             return rms_norm(x, x.shape[-1:], weight, eps, bias=bias, offset=offset, cast=cast)
 
         how = {"eps": eps, "offset": offset, "llama": cast == "llama"}
-        return norm("rms", x, shape, weight, bias, **how, reference=as_reference(again))
+        return norm("rms", x, shape, weight, bias, **how, reference=Reference(again))
 
     h = checks.at_least_float32(x)
     y = h * torch.rsqrt(_sum_of_squares(h, len(shape)) / math.prod(shape) + eps)
@@ -97,13 +97,13 @@ def add_rms_norm(
     checks.rows("add_rms_norm", x, shape, weight, bias, residual)
     eps = _options("add_rms_norm", x, weight, eps, offset, cast)
     if use_kernel(x):
-        from normzoo_kernels.rows import norm
+        from normzoo_kernels.rows import add_norm
 
         def again(total, weight, bias):
             return rms_norm(total, total.shape[-1:], weight, eps, bias=bias, offset=offset, cast=cast)
 
-        how = {"eps": eps, "offset": offset, "llama": cast == "llama", "reference": as_reference(again)}
-        return norm("rms", x, shape, weight, bias, residual=residual, **how)
+        how = {"eps": eps, "offset": offset, "llama": cast == "llama"}
+        return add_norm("rms", x, residual, shape, weight, bias, **how, reference=Reference(again))
 
     total = x + residual
     y = rms_norm(total, shape, weight, eps, bias=bias, offset=offset, cast=cast)
@@ -145,7 +145,7 @@ def crms_norm(
         def again(x, weight, bias):
             return crms_norm(x, x.shape[-1:], weight, eps)
 
-        return norm("crms", x, shape, weight, None, eps=eps, reference=as_reference(again))
+        return norm("crms", x, shape, weight, None, eps=eps, reference=Reference(again))
 
     h = checks.at_least_float32(x)
     dropped = h.sum(dim=tuple(range(-len(shape), 0)), keepdim=True)
@@ -154,9 +154,7 @@ def crms_norm(
     return _affine(y, x.dtype, weight, None, 0.0, "torch")
 
 
-def _options(
-    name: str, x: Tensor, weight: Tensor | None, eps: float | None, offset: float, cast: str
-) -> float:
+def _options(name: str, x: Tensor, weight: Tensor | None, eps: float | None, offset: float, cast: str) -> float:
     """Checks the options of RMSNorm and returns eps as a number."""
     checks.choice(name, "cast", cast, CASTS)
     if offset and weight is None:
@@ -210,6 +208,8 @@ class RMSNorm(nn.RMSNorm):
     torch.Size([2, 4])
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -233,14 +233,14 @@ class RMSNorm(nn.RMSNorm):
         self.offset = float(offset)
         self.cast = cast
         super().__init__(list(shape), eps, elementwise_affine, device, dtype)
-        made = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)) if bias else None
-        self.register_parameter("bias", made)
+        self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)) if bias else None
 
     def reset_parameters(self) -> None:
         if self.elementwise_affine:
             nn.init.constant_(self.weight, 1.0 - self.offset)
-        if getattr(self, "bias", None) is not None:
-            nn.init.zeros_(self.bias)
+        bias = getattr(self, "bias", None)  # torch's constructor calls this before there is one
+        if bias is not None:
+            nn.init.zeros_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         how = {"bias": self.bias, "offset": self.offset, "cast": self.cast}
@@ -269,6 +269,7 @@ class CRMSNorm(nn.Module):
     """
 
     normalized_shape: tuple[int, ...]
+    weight: nn.Parameter | None
 
     def __init__(
         self,
@@ -284,12 +285,13 @@ class CRMSNorm(nn.Module):
         checks.eps("CRMSNorm", eps)
         self.eps = eps
         self.elementwise_affine = elementwise_affine
-        made = torch.empty(self.normalized_shape, device=device, dtype=dtype) if elementwise_affine else None
-        self.register_parameter("weight", None if made is None else nn.Parameter(made))
+        self.weight = None
+        if elementwise_affine:
+            self.weight = nn.Parameter(torch.empty(self.normalized_shape, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        if self.elementwise_affine:
+        if self.weight is not None:
             nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:

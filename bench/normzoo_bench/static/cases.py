@@ -52,6 +52,7 @@ _TWICE = "the gradients of its parameters leave no registers for the row: it is 
 EXCEPTIONS: tuple[tuple[str, str, str], ...] = (
     ("ln-bwd-16384-*@*", "x_passes", _TWICE),
     ("rms-bwd-16384-fp32@*", "x_passes", _TWICE),
+    ("rms-bwd-4095-bf16@*", "instructions", "17.5: with fewer the gradient of narrow rows loses a digit"),
 )
 
 ROWS = {
