@@ -27,33 +27,44 @@ def eps(layer: str, value: float) -> None:
 def rows(
     layer: str,
     x: Tensor,
-    shape: tuple[int, ...],
+    shape: int | Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-) -> None:
-    """x (*, *shape) of a floating dtype; weight and bias of `shape`; residual shaped like x; one device."""
+) -> tuple[int, ...]:
+    """x (*, *shape) of a floating dtype; weight and bias of `shape`; residual shaped like x; one device.
+
+    Returns `shape` as a tuple. This runs at every call, hence the long look only where the short one fails.
+    """
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape) if isinstance(shape, Sequence) else ()
+    if not sizes or x.shape[-len(sizes) :] != sizes or 0 in sizes:
+        sizes = normalized_shape(layer, shape)
+        raise ValueError(
+            f"{layer}: normalized_shape is {sizes} but the input has shape {tuple(x.shape)}; "
+            f"its last {len(sizes)} dimension(s) must match"
+        )
     if not x.is_floating_point():
         raise TypeError(f"{layer}: the input is {x.dtype}; it must be of a real floating-point dtype")
-    if x.shape[-len(shape) :] != shape:
+    if weight is not None:
+        _beside(layer, "weight", weight, x, sizes)
+    if bias is not None:
+        _beside(layer, "bias", bias, x, sizes)
+    if residual is not None:
+        _beside(layer, "residual", residual, x, x.shape)
+    return sizes
+
+
+def _beside(layer: str, name: str, p: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    if p.shape != shape:
         raise ValueError(
-            f"{layer}: normalized_shape is {shape} but the input has shape {tuple(x.shape)}; "
-            f"its last {len(shape)} dimension(s) must match"
+            f"{layer}: {name} has shape {tuple(p.shape)}; for this input it must be {tuple(shape)}"
         )
-    for name, p in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if p is None:
-            continue
-        wanted = x.shape if name == "residual" else shape
-        if p.shape != wanted:
-            raise ValueError(
-                f"{layer}: {name} has shape {tuple(p.shape)}; for this input it must be {tuple(wanted)}"
-            )
-        if not p.is_floating_point():
-            raise TypeError(f"{layer}: {name} is {p.dtype}; it must be of a real floating-point dtype")
-        if p.device != x.device:
-            raise ValueError(
-                f"{layer}: {name} is on {p.device} but the input is on {x.device}; move one to the other"
-            )
+    if p.dtype is not x.dtype and not p.is_floating_point():
+        raise TypeError(f"{layer}: {name} is {p.dtype}; it must be of a real floating-point dtype")
+    if p.device != x.device:
+        raise ValueError(
+            f"{layer}: {name} is on {p.device} but the input is on {x.device}; move one to the other"
+        )
 
 
 def choice(layer: str, argument: str, value: str, allowed: Sequence[str]) -> None:

@@ -40,8 +40,7 @@ def layer_norm(
     >>> layer_norm(torch.tensor([[1.0, 3.0]]), 2)
     tensor([[-1.0000,  1.0000]])
     """
-    shape = checks.normalized_shape("layer_norm", normalized_shape)
-    checks.rows("layer_norm", x, shape, weight, bias)
+    shape = checks.rows("layer_norm", x, normalized_shape, weight, bias)
     checks.eps("layer_norm", eps)
     if use_kernel(x):
         from normzoo_kernels.rows import norm
@@ -51,12 +50,13 @@ def layer_norm(
 
         return norm("layer", x, shape, weight, bias, eps=eps, reference=Reference(again))
 
-    if any(p is not None and p.dtype != x.dtype for p in (weight, bias)):
+    h = x
+    if (weight is not None and weight.dtype != x.dtype) or (bias is not None and bias.dtype != x.dtype):
         # torch takes few mixtures, and not the same ones on every device
         h = checks.at_least_float32(x)
         weight, bias = (None if p is None else p.to(h.dtype) for p in (weight, bias))
-        return F.layer_norm(h, shape, weight, bias, eps).to(x.dtype)
-    return F.layer_norm(x, shape, weight, bias, eps).to(x.dtype)  # CUDA autocast returns float32
+    y = F.layer_norm(h, shape, weight, bias, eps)
+    return y if y.dtype == x.dtype else y.to(x.dtype)  # CUDA autocast returns float32
 
 
 def add_layer_norm(
@@ -80,8 +80,7 @@ def add_layer_norm(
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not fit together.
     """
-    shape = checks.normalized_shape("add_layer_norm", normalized_shape)
-    checks.rows("add_layer_norm", x, shape, weight, bias, residual)
+    shape = checks.rows("add_layer_norm", x, normalized_shape, weight, bias, residual)
     checks.eps("add_layer_norm", eps)
     if use_kernel(x):
         from normzoo_kernels.rows import add_norm

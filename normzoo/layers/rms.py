@@ -19,6 +19,8 @@ from .. import checks
 from ..dispatch import Reference, use_kernel
 
 CASTS = ("torch", "llama", "gemma")
+_IN_LINE = 8192
+"""Squares that one vector_norm may add up in float32 before the last digits suffer."""
 
 
 def rms_norm(
@@ -52,8 +54,7 @@ def rms_norm(
     >>> rms_norm(torch.tensor([[3.0, 4.0]]), 2, eps=1e-5)
     tensor([[0.8485, 1.1314]])
     """
-    shape = checks.normalized_shape("rms_norm", normalized_shape)
-    checks.rows("rms_norm", x, shape, weight, bias)
+    shape = checks.rows("rms_norm", x, normalized_shape, weight, bias)
     eps = _options("rms_norm", x, weight, eps, offset, cast)
     if use_kernel(x):
         from normzoo_kernels.rows import norm
@@ -93,8 +94,7 @@ def add_rms_norm(
     Raises:
         ValueError, TypeError: shapes, devices, dtypes or options do not fit together.
     """
-    shape = checks.normalized_shape("add_rms_norm", normalized_shape)
-    checks.rows("add_rms_norm", x, shape, weight, bias, residual)
+    shape = checks.rows("add_rms_norm", x, normalized_shape, weight, bias, residual)
     eps = _options("add_rms_norm", x, weight, eps, offset, cast)
     if use_kernel(x):
         from normzoo_kernels.rows import add_norm
@@ -136,8 +136,7 @@ def crms_norm(
     >>> crms_norm(torch.tensor([[1.0, 1.0]]), 2)  # the row is (1, 1, -2)
     tensor([[0.7071, 0.7071]])
     """
-    shape = checks.normalized_shape("crms_norm", normalized_shape)
-    checks.rows("crms_norm", x, shape, weight)
+    shape = checks.rows("crms_norm", x, normalized_shape, weight)
     checks.eps("crms_norm", eps)
     if use_kernel(x):
         from normzoo_kernels.rows import norm
@@ -167,11 +166,13 @@ def _options(name: str, x: Tensor, weight: Tensor | None, eps: float | None, off
 
 def _sum_of_squares(h: Tensor, dims: int) -> Tensor:
     """Over the last `dims` dimensions, kept with size one."""
-    rows = h.flatten(-dims)
-    # In chunks: one vector_norm over a longer row adds too many squares in line to keep the last digits.
-    norms = [torch.linalg.vector_norm(part, dim=-1) for part in rows.split(8192, dim=-1)]
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
-    return norm.square().reshape(h.shape[:-dims] + (1,) * dims)
+    rows = h if dims == 1 else h.flatten(-dims)
+    if rows.shape[-1] <= _IN_LINE:
+        norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    else:
+        norms = [torch.linalg.vector_norm(part, dim=-1, keepdim=True) for part in rows.split(_IN_LINE, dim=-1)]
+        norm = torch.linalg.vector_norm(torch.cat(norms, dim=-1), dim=-1, keepdim=True)
+    return norm.square() if dims == 1 else norm.square().reshape(h.shape[:-dims] + (1,) * dims)
 
 
 def _affine(
@@ -187,7 +188,7 @@ def _affine(
         y = y.mul_(w) if own else y * w
     if bias is not None:
         y = y + bias
-    return y.to(dtype)
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 class RMSNorm(nn.RMSNorm):
