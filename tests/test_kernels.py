@@ -15,7 +15,7 @@ from normzoo import functional
 
 pytest.importorskip("triton")
 
-from normzoo_kernels import _launch, _layout, rows
+from normzoo_kernels import _forms, _launch, _layout, rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -243,14 +243,14 @@ def test_no_rows(function, shape):
 @pytest.mark.parametrize(("programs", "count"), [(1, 1), (1, 3), (7, 6), (7, 7), (7, 8), (7, 15), (132, 133)])
 def test_shares_of_the_weight_gradient(monkeypatch, programs, count):
     """Rows that are no multiple of the programs, and programs that get one row more than others."""
-    monkeypatch.setattr(rows, "sm_count", lambda device: programs)
-    monkeypatch.setattr(rows, "_tile", lambda *args, **kwargs: {"K": 1, "R": 1, "C": 32})
+    monkeypatch.setattr(_forms, "sm_count", lambda device: programs)
+    monkeypatch.setattr(_forms, "_tile", lambda *args, **kwargs: {"K": 1, "R": 1, "C": 32})
     x, w, b = inputs((count,), 24, torch.float32)
     check(layer, (x, w, b), launches=3)
 
 
 def test_shares_of_wide_rows(monkeypatch):
-    monkeypatch.setattr(rows, "sm_count", lambda device: 2)
+    monkeypatch.setattr(_forms, "sm_count", lambda device: 2)
     x, w, b = inputs((5,), 9000, torch.float32)
     check(layer, (x, w, b), launches=3)
 

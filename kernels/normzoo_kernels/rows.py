@@ -1,4 +1,4 @@
-"""Row norms on the GPU: launchers, operators and autograd over the kernels of `_rows.py`."""
+"""Row norms on the GPU: launchers, operators and autograd over `_rows.py` and `_rows_wide.py`."""
 
 from __future__ import annotations
 
@@ -6,41 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from . import _rows
-from ._launch import KernelUnavailable, launch, shared_memory, sm_count, warn_once
-from ._layout import VECTOR, like_rows, order_of, output_stride, row_stride, rows_in, touched_width, unit_of
+from ._forms import backward_form, forward_form
+from ._launch import KernelUnavailable, launch, warn_once
+from ._layout import like_rows, order_of, output_stride, row_stride, rows_in, touched_width, unit_of
 from ._op import needs_grad, op, through_reference
+from ._rows import norm_bwd, norm_fwd, sum_parts
 
 STATS = {"layer": 3, "crms": 2, "rms": 1}
 """Float32 statistics kept for each row."""
 
-_ON_CHIP = 16384
-"""Widest row that a program holds in registers."""
-
-_L2 = 40 << 20
-"""Bytes that a second sweep may hope to find in the L2 cache."""
-
-
-def _tile(block: int, itemsize: int, elements: int, warps: int, owned: int) -> dict[str, int]:
-    """A tile of about `elements` in rows of `block`; rows up to `owned` belong to one warp each."""
-    vectors = 32 * VECTOR // itemsize
-    if vectors < block <= owned:
-        return {"K": block // vectors, "R": warps, "C": vectors}
-    return {"K": 1, "R": max(1, elements // block), "C": block}
-
 
 def _scalar(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether rows lie so that only single entries of 16 bit can be read: smaller tiles then, or they spill."""
+    """Whether rows lie so that 16-bit entries are read one by one."""
     return any(t is not None and row_stride(t) % 2 and t.element_size() == 2 for t in (x, *others))
-
-
-def _stages(device: torch.device, tensors: int, tile_bytes: int) -> int:
-    """Depth of the software pipeline: 48 KB of x and dy on their way, as far as shared memory holds them."""
-    ahead = -(-(48 << 10) // (2 * tile_bytes))
-    return 1 + min(ahead, shared_memory(device) // (tensors * tile_bytes))
 
 
 def _strided(prefix: str, x: Tensor | None) -> tuple[int | None, dict[str, int]]:
@@ -56,16 +36,18 @@ def _contiguous(p: Tensor | None) -> Tensor | None:
     return None if p is None else p.contiguous()
 
 
-def _outputs(x, residual, weight, bias, kind, eps, offset, llama, save=True):
+def _outputs(x, residual, weight, bias, kind, eps, offset, llama, save):
     order = order_of(x)
-    rows = rows_in(order, x)
-    y = like_rows(rows, order, x.dtype)
-    if residual is None:
-        total = x.new_empty(0)
-    else:
-        total = like_rows(rows, order, torch.promote_types(x.dtype, residual.dtype))
-    kept = x.numel() // x.shape[-1] if save else 0
-    return y, total, x.new_empty((kept, STATS[kind]), dtype=torch.float32)
+    return _allocate(rows_in(order, x), order, residual, kind, save)
+
+
+def _allocate(rows, order, residual, kind, save):
+    y = like_rows(rows, order, rows.dtype)
+    total = rows.new_empty(0)
+    if residual is not None:
+        total = like_rows(rows, order, torch.promote_types(rows.dtype, residual.dtype))
+    kept = rows.numel() // rows.shape[-1] if save else 0
+    return y, total, rows.new_empty((kept, STATS[kind]), dtype=torch.float32)
 
 
 @op(
@@ -75,36 +57,24 @@ def _outputs(x, residual, weight, bias, kind, eps, offset, llama, save=True):
 )
 def forward(x, residual, weight, bias, kind, eps, offset, llama, save=True):
     """(y, total, stats) for the rows of x, or of total = x + residual; without `save` stats are empty."""
-    y, total, stats = _outputs(x, residual, weight, bias, kind, eps, offset, llama, save)
-    width, itemsize = x.shape[-1], x.element_size()
+    order = order_of(x)
+    rows = rows_in(order, x)
+    y, total, stats = _allocate(rows, order, residual, kind, save)
+    width = x.shape[-1]
     count = x.numel() // width
     if count == 0:
         return y, total, stats
-    order = order_of(x)
-    rows = rows_in(order, x)
     residual = None if residual is None else rows_in(order, residual)
     x_step, x_unit = _strided("X", rows)
     res_step, res_unit = _strided("RES", residual)
+    form = forward_form(width, x.element_size(), _scalar(rows, residual), x.device)
+    constants = {"KIND": kind, "N": width, "EPS": eps, "OFFSET": offset, "ROUND": llama, **x_unit, **res_unit}
+    constants |= form.constants | {"Y_STRIDE": output_stride(rows)}
+    if form.kernel is norm_fwd:
+        constants["WIDTH"] = touched_width(rows, residual)
     pointers = (rows, residual, _contiguous(weight), _contiguous(bias), y)
     pointers += (None if residual is None else total, stats if save else None)
-    constants = {"KIND": kind, "N": width, "EPS": eps, "OFFSET": offset, "ROUND": llama, **x_unit, **res_unit}
-    constants["Y_STRIDE"] = output_stride(rows)
-    sms, block = sm_count(x.device), triton.next_power_of_2(width)
-    if block <= _ON_CHIP:
-        kernel = _rows.norm_fwd
-        elements = 8192 if itemsize == 2 and not _scalar(rows, residual) else 4096
-        if block <= 128 and itemsize == 4:
-            elements = 2048  # more and ptxas spills a register
-        warps = max(4, block // 1024)
-        constants |= _tile(block, itemsize, elements, warps, owned=4096 // itemsize) | {"num_warps": warps}
-        constants["WIDTH"] = touched_width(rows, residual)
-        grid = min(triton.cdiv(count, constants["R"]), sms * max(1, 16 // warps))
-    else:
-        kernel = _rows.norm_fwd_wide
-        chunk = 16384 // itemsize
-        constants |= {"C": chunk, "STAGES": _stages(x.device, 3, chunk * itemsize), "num_warps": 8}
-        grid = min(count, 2 * sms)
-    launch(kernel, grid, x.device, *pointers, count, x_step, res_step, **constants)
+    launch(form.kernel, form.grid(count), x.device, *pointers, count, x_step, res_step, **constants)
     return y, total, stats
 
 
@@ -122,57 +92,37 @@ def _gradients(dy, dtotal, x, stats, weight, bias, kind, offset, llama, needs):
 )
 def backward(dy, dtotal, x, stats, weight, bias, kind, offset, llama, needs):
     """(dx, dw, db), empty where not in `needs`; x is the input, or the sum where dtotal is its gradient."""
-    width, itemsize = x.shape[-1], x.element_size()
+    width = x.shape[-1]
     count = x.numel() // width
     if count == 0:
         return _gradients(dy, dtotal, x, stats, weight, bias, kind, offset, llama, needs)
     order = order_of(x)
     rows = rows_in(order, x)
-    dx = like_rows(rows, order, x.dtype) if needs[0] else x.new_empty(0)
+    dx = like_rows(rows, order, x.dtype) if needs[0] else None
     dy = rows_in(order, dy, broadcast=True)
     dtotal = None if dtotal is None else rows_in(order, dtotal, broadcast=True)
     x_step, x_unit = _strided("X", rows)
     dy_step, dy_unit = _strided("DY", dy)
     dtotal_step, dtotal_unit = _strided("DTOTAL", dtotal)
-    dx_stride = output_stride(rows)
+    tensors, gradients = 2 if dtotal is None else 3, sum(needs[1:])
+    form = backward_form(kind, width, x.element_size(), _scalar(rows, dy), x.device, tensors, gradients)
     constants = {"KIND": kind, "N": width, "OFFSET": offset, "ROUND": llama, **x_unit, **dy_unit, **dtotal_unit}
-    constants |= {"DY_COL": _entry_stride(dy), "DTOTAL_COL": _entry_stride(dtotal), "DX_STRIDE": dx_stride}
-    constants |= {"DW": needs[1], "DB": needs[2]}
-    tensors = 2 if dtotal is None else 3
-    sms, block = sm_count(x.device), triton.next_power_of_2(width)
-    if block <= 8192 or (block <= _ON_CHIP and itemsize == 2 and kind == "rms"):
-        kernel = _rows.norm_bwd
-        packed = block > 8192
-        warps = 16 if packed else 8 if block > 4096 or kind == "layer" or itemsize == 4 else 4
-        if block <= 4096 and _scalar(rows, dy):
-            warps = 4
-        elements = 1024 * warps
-        tile = _tile(block, itemsize, elements, warps, owned=1024)
-        constants |= tile | {"PACKED": packed, "num_warps": warps}
-        constants["STAGES"] = 1 if packed else _stages(x.device, tensors, max(block, elements) * itemsize)
+    constants |= {"DY_COL": _entry_stride(dy), "DTOTAL_COL": _entry_stride(dtotal)}
+    constants |= form.constants | {"DX_STRIDE": output_stride(rows), "DW": needs[1], "DB": needs[2]}
+    if form.kernel is norm_bwd:
         constants["X_WIDTH"] = touched_width(rows)
         constants["DY_WIDTH"] = touched_width(dy) if constants["DY_COL"] else width
-        grid = min(triton.cdiv(count, tile["R"]), sms)
-    else:
-        kernel = _rows.norm_bwd_wide
-        elements = 16384 // itemsize
-        together = max(1, min(4, (256 << 10) // (2 * block * itemsize)))
-        chunk = elements // together
-        constants |= {"R": together, "C": chunk, "num_warps": 8}
-        constants["STAGES"] = min(2, _stages(x.device, 2 * tensors, elements * itemsize))
-        held = together * 2 * width * itemsize + sum(needs[1:]) * 4 * width
-        grid = min(triton.cdiv(count, together), sms, max(1, _L2 // held))
-    parts = x.new_empty((sum(needs[1:]), grid, width), dtype=torch.float32) if any(needs[1:]) else None
-    pointers = (dy, dtotal, rows, _contiguous(weight), stats, dx if needs[0] else None, parts)
-    launch(kernel, grid, x.device, *pointers, count, dy_step, dtotal_step, x_step, **constants)
-    if parts is None:
-        return dx, x.new_empty(0), x.new_empty(0)
-    dw = torch.empty_like(weight) if needs[1] else x.new_empty(0)
-    db = torch.empty_like(bias) if needs[2] else x.new_empty(0)
-    columns = 64
-    sums = (parts, dw if needs[1] else None, db if needs[2] else None, grid)
-    launch(_rows.sum_parts, triton.cdiv(width, columns), x.device, *sums, N=width, P=32, C=columns)
-    return dx, dw, db
+    grid = form.grid(count)
+    parts = x.new_empty((gradients, grid, width), dtype=torch.float32) if gradients else None
+    pointers = (dy, dtotal, rows, _contiguous(weight), stats, dx, parts)
+    launch(form.kernel, grid, x.device, *pointers, count, dy_step, dtotal_step, x_step, **constants)
+    dw = torch.empty_like(weight) if needs[1] else None
+    db = torch.empty_like(bias) if needs[2] else None
+    if parts is not None:
+        columns = 64
+        blocks = -(-width // columns)
+        launch(sum_parts, blocks, x.device, parts, dw, db, grid, N=width, P=32, C=columns)
+    return tuple(x.new_empty(0) if t is None else t for t in (dx, dw, db))
 
 
 def _entry_stride(x: Tensor | None) -> int:

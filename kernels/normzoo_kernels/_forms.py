@@ -1,0 +1,95 @@
+"""Which form of a row kernel runs, and how large its tiles are: a static table, so that nothing is tuned at
+run time and the order of every sum depends on the shape and the device alone.
+
+The numbers come from the compiled code (`python -m normzoo_bench.static`): no spills, 16-byte accesses, enough
+bytes on their way to hide the latency of memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+
+from ._launch import shared_memory, sm_count
+from ._layout import VECTOR
+from ._rows import norm_bwd, norm_fwd
+from ._rows_wide import norm_bwd_wide, norm_fwd_wide
+
+_ON_CHIP = 16384
+"""Widest row that a program holds in registers."""
+
+_L2 = 40 << 20
+"""Bytes that a second sweep may hope to find in the L2 cache."""
+
+_IN_FLIGHT = 48 << 10
+"""Bytes of x and dy that a multiprocessor should have on their way."""
+
+
+@dataclass(frozen=True)
+class Form:
+    kernel: Any
+    programs: int
+    """At most; one program does several tiles."""
+    rows: int
+    """Rows of a tile."""
+    constants: dict[str, Any] = field(default_factory=dict)
+
+    def grid(self, count: int) -> int:
+        """Programs for `count` rows."""
+        return min(triton.cdiv(count, self.rows), self.programs)
+
+
+def forward_form(width: int, itemsize: int, scalar: bool, device: torch.device) -> Form:
+    """`scalar`: rows lie so that 16-bit entries are read one by one, which asks for smaller tiles."""
+    block, sms = triton.next_power_of_2(width), sm_count(device)
+    if block > _ON_CHIP:
+        chunk = 16384 // itemsize
+        stages = _stages(device, 3, chunk * itemsize)
+        return Form(norm_fwd_wide, 2 * sms, 1, {"C": chunk, "STAGES": stages, "num_warps": 8})
+    warps = max(4, block // 1024)
+    elements = 8192 if itemsize == 2 and not scalar else 4096
+    if block <= 128 and itemsize == 4:
+        elements = 2048  # more and ptxas spills a register
+    tile = _tile(block, itemsize, elements, warps, owned=4096 // itemsize)
+    return Form(norm_fwd, sms * max(1, 16 // warps), tile["R"], tile | {"num_warps": warps})
+
+
+def backward_form(
+    kind: str, width: int, itemsize: int, scalar: bool, device: torch.device, tensors: int, gradients: int
+) -> Form:
+    """`tensors`: read by the kernel, as large as x. `gradients`: of parameters, 0 to 2."""
+    block, sms = triton.next_power_of_2(width), sm_count(device)
+    packed = 8192 < block <= _ON_CHIP and itemsize == 2 and kind == "rms"
+    if block > 8192 and not packed:
+        elements = 16384 // itemsize
+        rows = max(1, min(4, (256 << 10) // (2 * block * itemsize)))
+        stages = min(2, _stages(device, 2 * tensors, elements * itemsize))
+        held = rows * 2 * width * itemsize + gradients * 4 * width
+        constants = {"R": rows, "C": elements // rows, "STAGES": stages, "num_warps": 8}
+        return Form(norm_bwd_wide, min(sms, max(1, _L2 // held)), rows, constants)
+    warps = 16 if packed else 8 if block > 4096 or kind == "layer" or itemsize == 4 else 4
+    if scalar and block <= 4096:
+        warps = 4
+    elements = 1024 * warps
+    tile = _tile(block, itemsize, elements, warps, owned=1024)
+    # Packed rows have the registers of the multiprocessor to themselves; there is no room to run ahead.
+    stages = 1 if packed else _stages(device, tensors, max(block, elements) * itemsize)
+    constants = tile | {"PACKED": packed, "STAGES": stages, "num_warps": warps}
+    return Form(norm_bwd, sms, tile["R"], constants)
+
+
+def _tile(block: int, itemsize: int, elements: int, warps: int, owned: int) -> dict[str, int]:
+    """A tile of about `elements` in rows of `block`; rows up to `owned` belong to one warp each."""
+    vectors = 32 * VECTOR // itemsize
+    if vectors < block <= owned:
+        return {"K": block // vectors, "R": warps, "C": vectors}
+    return {"K": 1, "R": max(1, elements // block), "C": block}
+
+
+def _stages(device: torch.device, tensors: int, tile_bytes: int) -> int:
+    """Depth of the software pipeline, as far as shared memory holds it."""
+    ahead = -(-_IN_FLIGHT // (2 * tile_bytes))
+    return 1 + min(ahead, shared_memory(device) // (tensors * tile_bytes))
