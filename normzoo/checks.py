@@ -12,7 +12,7 @@ from torch import Tensor
 def normalized_shape(layer: str, shape: int | Sequence[int]) -> tuple[int, ...]:
     """The trailing dimensions as a tuple of positive ints."""
     sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
-    if not sizes or not all(isinstance(s, int) and s > 0 for s in sizes):
+    if not sizes or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sizes):
         raise ValueError(
             f"{layer}: normalized_shape is {shape!r}; it must be a positive int or a sequence of them"
         )
@@ -20,8 +20,8 @@ def normalized_shape(layer: str, shape: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def eps(layer: str, value: float) -> None:
-    if not (0 < value < math.inf):
-        raise ValueError(f"{layer}: eps is {value}; it must be a positive finite number")
+    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        raise ValueError(f"{layer}: eps is {value!r}; it must be a positive finite number")
 
 
 def rows(
@@ -36,6 +36,8 @@ def rows(
 
     Returns `shape` as a tuple. This runs at every call, hence the long look only where the short one fails.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{layer}: the input is a {type(x).__name__}; it must be a torch.Tensor")
     sizes = (shape,) if isinstance(shape, int) else tuple(shape) if isinstance(shape, Sequence) else ()
     if not sizes or x.shape[-len(sizes) :] != sizes or 0 in sizes:
         sizes = normalized_shape(layer, shape)
@@ -55,6 +57,8 @@ def rows(
 
 
 def _beside(layer: str, name: str, p: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(p, Tensor):
+        raise TypeError(f"{layer}: {name} is a {type(p).__name__}; it must be a torch.Tensor")
     if p.shape != shape:
         raise ValueError(
             f"{layer}: {name} has shape {tuple(p.shape)}; for this input it must be {tuple(shape)}"

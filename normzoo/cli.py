@@ -94,7 +94,7 @@ def _list(arguments: argparse.Namespace) -> int:
         for entry in ZOO
     ]
     header = ("name", "input", "kernel", "couples", "arXiv", "title")
-    table("Layers; couples: a sample's output depends on the others in its batch", header, rows, ("title",))
+    table("Layers; couples: a sample's output depends on the rest of its batch", header, rows, ("title",))
     return 0
 
 

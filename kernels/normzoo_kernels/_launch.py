@@ -6,22 +6,22 @@ import collections
 import contextlib
 import functools
 import warnings
+from subprocess import CalledProcessError
 
 import torch
 import triton
 from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources
-
-try:
-    from triton.runtime.errors import PTXASError
-except ImportError:  # Triton before 3.3 and forks name it otherwise
-    PTXASError = OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 launches: collections.Counter[str] = collections.Counter()
 """Launches by kernel name since the start: a test that compares a kernel sees here that it ran."""
 
 # Programs of a persistent grid on a CPU, where the interpreter runs them one after another.
 _INTERPRETED_PROGRAMS = 4
+
+
+# What Triton says with a plain RuntimeError
+_NOT_COMPILED = ("PassManager::run failed", "Failed to find C compiler")
 
 
 class KernelUnavailable(RuntimeError):
@@ -57,10 +57,10 @@ def launch(kernel, grid: int, device: torch.device, *args, **meta) -> None:
     with on_device:
         try:
             kernel[(grid,)](*args, **meta)
-        except (CompilationError, OutOfResources, PTXASError, OSError) as error:
+        except (CompilationError, OutOfResources, PTXASError, OSError, CalledProcessError) as error:
             raise KernelUnavailable(f"{kernel.__name__}: {type(error).__name__}: {error}") from error
         except RuntimeError as error:
-            if "PassManager::run failed" not in str(error):
+            if not any(text in str(error) for text in _NOT_COMPILED):
                 raise
             raise KernelUnavailable(f"{kernel.__name__}: {error}") from error
 

@@ -37,29 +37,25 @@ def rows_in(order: list[int], x: Tensor, *, broadcast: bool = False) -> Tensor:
     A copy only where the layout has no such form. `broadcast` also takes rows whose entries are all one
     (stride 0), as in the gradient of a sum.
     """
-    x = x.permute(*order, x.dim() - 1)
+    x = x.resolve_neg().permute(*order, x.dim() - 1)
     beside = x.stride(-1) == 1 or x.shape[-1] == 1 or (broadcast and x.stride(-1) == 0)
     return x if beside and row_stride(x) is not None else x.contiguous()
 
 
 def output_stride(x: Tensor) -> int:
-    """Row stride of an output for `x`: its width, or the stride of x where that pads rows to whole vectors.
+    """Row stride of an output for `x`: its width, or that padded to whole vectors where x is laid out so.
 
     Keeping the padding of rows of odd width keeps wide accesses from one kernel to the next.
     """
-    stride, width = row_stride(x), x.shape[-1]
-    padded = 0 < stride - width < VECTOR and stride * x.element_size() % VECTOR == 0
-    return stride if padded else width
+    unit = VECTOR // x.element_size()
+    whole = -(-x.shape[-1] // unit) * unit
+    return whole if row_stride(x) == whole else x.shape[-1]
 
 
 def touched_width(x: Tensor, *others: Tensor | None) -> int:
-    """Entries of a row that an access may touch: whole vectors where x is padded and all storages allow it."""
-    unit = VECTOR // x.element_size()
-    width = x.shape[-1]
-    whole = -(-width // unit) * unit
-    if output_stride(x) == width or not all(_covers(whole, t) for t in (x, *others) if t is not None):
-        return width
-    return whole
+    """Entries of a row that an access may touch: those of the padding too where all storages have them."""
+    padded = output_stride(x)
+    return padded if all(_covers(padded, t) for t in (x, *others) if t is not None) else x.shape[-1]
 
 
 def _covers(width: int, x: Tensor) -> bool:
@@ -70,14 +66,17 @@ def _covers(width: int, x: Tensor) -> bool:
 
 def like_rows(x: Tensor, order: list[int], dtype: torch.dtype) -> Tensor:
     """An output for the rows of `x`, taken in `order`: dense or padded as x is, in the caller's dimensions."""
-    step = output_stride(x)
-    sizes, strides = [0] * x.dim(), [1] * x.dim()
-    sizes[-1] = x.shape[-1]
+    return empty_rows(x, order, x.shape[-1], output_stride(x), dtype)
+
+
+def empty_rows(x: Tensor, order: list[int], width: int, step: int, dtype: torch.dtype) -> Tensor:
+    """`width` entries for each row of `x`, `step` apart, the rows in `order`, in the caller's dimensions."""
+    sizes, strides = [width] * x.dim(), [1] * x.dim()
     outer = step
     for place in reversed(range(x.dim() - 1)):
         sizes[order[place]], strides[order[place]] = x.shape[place], outer
         outer *= max(x.shape[place], 1)
-    if step == x.shape[-1]:
+    if step == width:
         return torch.empty_strided(sizes, strides, dtype=dtype, device=x.device)
     # The last row needs its padding too; as_strided_ makes no view, which autograd would treat differently.
     return torch.empty(outer, dtype=dtype, device=x.device).as_strided_(sizes, strides)

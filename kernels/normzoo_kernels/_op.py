@@ -28,7 +28,9 @@ def op(schema: str, fake: Callable) -> Callable:
 
         @functools.wraps(launcher)
         def call(*args):
-            return opaque(*args) if torch.compiler.is_compiling() else launcher(*args)
+            # A dispatch mode (make_fx, a FLOP counter) must see an operator.
+            seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+            return opaque(*args) if seen else launcher(*args)
 
         return call
 
@@ -45,10 +47,10 @@ def through_reference(
 ) -> list[Tensor | None]:
     """Gradients of ``reference(*inputs)`` by ordinary autograd, differentiable where the caller's are."""
     create_graph = torch.is_grad_enabled()
-    if not create_graph:
-        inputs = [t if t is None else t.detach().requires_grad_() for t in inputs]
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     with torch.enable_grad():
+        # Aliases, since one input may have been computed from another: that is not this operation's path.
+        inputs = [t if t is None else t.view_as(t) for t in inputs]
         output = reference(*inputs)
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(output, wanted, grad, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needs]

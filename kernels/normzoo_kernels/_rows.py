@@ -210,7 +210,7 @@ def norm_bwd(
         if PACKED:
             # Hold the row as 16-bit words across the reduction, not as float32, which would not fit. The
             # compiler merges both conversions unless something it cannot foresee (a zero) lies between.
-            zero = (s2 != s2).to(tl.int16)
+            zero = ((s2 != s2) & (rows < 0)).to(tl.int16)
             x = (x.to(tl.int16, bitcast=True) ^ zero).to(x.dtype, bitcast=True)
             dy = (dy.to(tl.int16, bitcast=True) ^ zero).to(dy.dtype, bitcast=True)
             h = _normalized(x.to(tl.float32), first, second, scale, KIND)

@@ -20,22 +20,45 @@ def norm_fwd_wide(
     for tile in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.cast(tile, tl.int64)
         x = _chunk(x_ptr, res_ptr, total_ptr, row, x_step, res_step, lane, X_UNIT, RES_UNIT, Y_STRIDE, N)
-        # The mean of the first chunk is near enough to the mean of the row to subtract it from the rest.
-        pivot = 0.0
         if KIND == "layer":
             pivot = tl.sum(x, axis=0) / C
-        acc1 = x - pivot
-        acc2 = acc1 * acc1
+            x -= pivot
+            s1, s2 = tl.split(tl.sum(tl.join(x, x * x), axis=0))
+            offset = s1 / C
+            m2 = s2 - offset * s1
+        else:
+            squares = x * x
+            if KIND == "crms":
+                entries = x
         for start in tl.range(C, N, C, num_stages=STAGES):
             cols = start + lane
             x = _chunk(x_ptr, res_ptr, total_ptr, row, x_step, res_step, cols, X_UNIT, RES_UNIT, Y_STRIDE, N)
-            d = x - pivot
-            if N % C != 0:
-                d = tl.where(cols < N, d, 0.0)
-            acc1 += d
-            acc2 += d * d
-        s1, s2 = tl.split(tl.sum(tl.join(acc1, acc2), axis=0))
-        first, second, scale = _finish(pivot, s1, s2, KIND, N, EPS)
+            if KIND == "layer":
+                # Chan's formula. Around the mean so far, what cancels here is no larger than what that
+                # chunk adds to the spread of the row, so no digit of the variance is lost.
+                before = tl.cast(start, tl.float32)
+                more = tl.cast(tl.minimum(start + C, N), tl.float32) - before
+                d = x - pivot - offset
+                if N % C != 0:
+                    d = tl.where(cols < N, d, 0.0)
+                s1, s2 = tl.split(tl.sum(tl.join(d, d * d), axis=0))
+                shift = s1 / more
+                m2 += s2 - shift * s1 + shift * shift * (before * more / (before + more))
+                offset += shift * (more / (before + more))
+            else:
+                squares += x * x
+                if KIND == "crms":
+                    entries += x
+        if KIND == "layer":
+            first = pivot + offset
+            second = pivot - first + offset  # what the rounding of `first` left over
+            scale = tl.rsqrt(m2 / N + EPS)
+        else:
+            s2 = tl.sum(squares, axis=0)
+            s1 = s2
+            if KIND == "crms":
+                s1 = tl.sum(entries, axis=0)
+            first, second, scale = _finish(0.0, s1, s2, KIND, N, EPS)
         if stats_ptr is not None:
             _store_stats(stats_ptr, row, True, first, second, scale, KIND)
         if res_ptr is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._forms import backward_form, forward_form
 from ._launch import KernelUnavailable, launch, warn_once
-from ._layout import like_rows, order_of, output_stride, row_stride, rows_in, touched_width, unit_of
+from ._layout import empty_rows, like_rows, order_of, output_stride, row_stride, rows_in, touched_width, unit_of
 from ._op import needs_grad, op, through_reference
 from ._rows import norm_bwd, norm_fwd, sum_parts
 
@@ -33,7 +33,7 @@ def _strided(prefix: str, x: Tensor | None) -> tuple[int | None, dict[str, int]]
 
 
 def _contiguous(p: Tensor | None) -> Tensor | None:
-    return None if p is None else p.contiguous()
+    return None if p is None else p.resolve_neg().contiguous()
 
 
 def _outputs(x, residual, weight, bias, kind, eps, offset, llama, save):
@@ -46,8 +46,9 @@ def _allocate(rows, order, residual, kind, save):
     total = rows.new_empty(0)
     if residual is not None:
         total = like_rows(rows, order, torch.promote_types(rows.dtype, residual.dtype))
-    kept = rows.numel() // rows.shape[-1] if save else 0
-    return y, total, rows.new_empty((kept, STATS[kind]), dtype=torch.float32)
+    if not save:
+        return y, total, rows.new_empty(0, dtype=torch.float32)
+    return y, total, empty_rows(rows, order, STATS[kind], STATS[kind], torch.float32)
 
 
 @op(
@@ -56,7 +57,11 @@ def _allocate(rows, order, residual, kind, save):
     fake=_outputs,
 )
 def forward(x, residual, weight, bias, kind, eps, offset, llama, save=True):
-    """(y, total, stats) for the rows of x, or of total = x + residual; without `save` stats are empty."""
+    """(y, total, stats) for the rows of x, or of total = x + residual.
+
+    x, residual: (*, d); weight, bias: (d,). y and total are like x; stats are the STATS[kind] float32 numbers
+    of each row, (*, k), empty without `save`; total is empty without a residual.
+    """
     order = order_of(x)
     rows = rows_in(order, x)
     y, total, stats = _allocate(rows, order, residual, kind, save)
@@ -91,7 +96,11 @@ def _gradients(dy, dtotal, x, stats, weight, bias, kind, offset, llama, needs):
     fake=_gradients,
 )
 def backward(dy, dtotal, x, stats, weight, bias, kind, offset, llama, needs):
-    """(dx, dw, db), empty where not in `needs`; x is the input, or the sum where dtotal is its gradient."""
+    """(dx, dw, db), empty where not in `needs`.
+
+    x is the input of the norm, that is the sum where there was a residual; dtotal is the gradient that the sum
+    has from elsewhere, added to dx.
+    """
     width = x.shape[-1]
     count = x.numel() // width
     if count == 0:
@@ -101,6 +110,8 @@ def backward(dy, dtotal, x, stats, weight, bias, kind, offset, llama, needs):
     dx = like_rows(rows, order, x.dtype) if needs[0] else None
     dy = rows_in(order, dy, broadcast=True)
     dtotal = None if dtotal is None else rows_in(order, dtotal, broadcast=True)
+    # A copy only where a hook brought x back in another order than it was saved in.
+    stats = stats.permute(*order, x.dim() - 1).contiguous()
     x_step, x_unit = _strided("X", rows)
     dy_step, dy_unit = _strided("DY", dy)
     dtotal_step, dtotal_unit = _strided("DTOTAL", dtotal)
@@ -150,8 +161,7 @@ class _Norm(torch.autograd.Function):
         needs = (wants_x or wants_residual, *wants)
         if dy is None:
             dx, dw, db = dtotal, None, None
-        elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # create_graph: only the differentiable formulas will do
+        elif _transformed(dy):
             dx, dw, db = _by_reference(ctx, x, weight, bias, needs, dy, dtotal)
         else:
             try:
@@ -163,6 +173,14 @@ class _Norm(torch.autograd.Function):
         grads = [g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
         grads += [g if need else None for g, need in zip((dw, db), wants, strict=True)]
         return *grads, None, None, None, None, None
+
+
+def _transformed(dy: Tensor) -> bool:
+    """Whether the backward pass is itself differentiated (create_graph) or batched: kernels cannot be."""
+    if torch.compiler.is_compiling():
+        return False
+    batched = torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy)
+    return batched or torch.is_grad_enabled()
 
 
 def _by_reference(ctx, x, weight, bias, needs, dy, dtotal):

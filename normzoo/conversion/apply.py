@@ -7,7 +7,7 @@ from collections import Counter
 
 from torch import nn
 
-from ..zoo import ZOO, Entry, find
+from ..zoo import ZOO, Entry
 from . import refusals
 
 
@@ -63,7 +63,9 @@ def _target(to: str | type[nn.Module]) -> tuple[Entry, type[nn.Module]]:
     """The entry that `to` means, and the class of torch it replaces."""
     possible = ", ".join(entry.name for entry in ZOO if entry.torch_class)
     if isinstance(to, str):
-        entry = find(to)
+        entry = next((entry for entry in ZOO if to in (entry.name, entry.cls.__name__)), None)
+        if entry is None:
+            raise ValueError(f"convert: there is no layer called {to!r}; use one of {possible}")
     elif isinstance(to, type):
         entry = next((entry for entry in ZOO if entry.cls is to), None)
         if entry is None:

@@ -1,8 +1,8 @@
 r"""Layer normalization: every row gets mean zero and variance one.
 
 Ba, Kiros and Hinton, *Layer Normalization*, 2016, arXiv:1607.06450, eq. (3) and (4).
-The eager body is torch's own operator; the kernels take the statistics in two corrected passes, which keeps
-the digits that a large mean costs elsewhere.
+The eager body is torch's own operator; the kernels take the variance around the mean and correct it for the
+rounding of that mean, which keeps the digits that a large mean costs elsewhere.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def layer_norm(
     """
     shape = checks.rows("layer_norm", x, normalized_shape, weight, bias)
     checks.eps("layer_norm", eps)
-    if use_kernel(x):
+    if use_kernel(x, None, weight, bias):
         from normzoo_kernels.rows import norm
 
         def again(x, weight, bias):
@@ -82,7 +82,7 @@ def add_layer_norm(
     """
     shape = checks.rows("add_layer_norm", x, normalized_shape, weight, bias, residual)
     checks.eps("add_layer_norm", eps)
-    if use_kernel(x):
+    if use_kernel(x, residual, weight, bias):
         from normzoo_kernels.rows import add_norm
 
         def again(total, weight, bias):

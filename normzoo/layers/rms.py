@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..dispatch import Reference, use_kernel
+from ..dispatch import Reference, transformed, use_kernel
 
 CASTS = ("torch", "llama", "gemma")
 _IN_LINE = 8192
@@ -56,7 +56,7 @@ def rms_norm(
     """
     shape = checks.rows("rms_norm", x, normalized_shape, weight, bias)
     eps = _options("rms_norm", x, weight, eps, offset, cast)
-    if use_kernel(x):
+    if use_kernel(x, None, weight, bias):
         from normzoo_kernels.rows import norm
 
         def again(x, weight, bias):
@@ -95,14 +95,14 @@ def add_rms_norm(
         ValueError, TypeError: shapes, devices, dtypes or options do not fit together.
     """
     shape = checks.rows("add_rms_norm", x, normalized_shape, weight, bias, residual)
-    eps = _options("add_rms_norm", x, weight, eps, offset, cast)
-    if use_kernel(x):
+    number = _options("add_rms_norm", x, weight, eps, offset, cast)
+    if use_kernel(x, residual, weight, bias):
         from normzoo_kernels.rows import add_norm
 
         def again(total, weight, bias):
             return rms_norm(total, total.shape[-1:], weight, eps, bias=bias, offset=offset, cast=cast)
 
-        how = {"eps": eps, "offset": offset, "llama": cast == "llama"}
+        how = {"eps": number, "offset": offset, "llama": cast == "llama"}
         return add_norm("rms", x, residual, shape, weight, bias, **how, reference=Reference(again))
 
     total = x + residual
@@ -138,7 +138,7 @@ def crms_norm(
     """
     shape = checks.rows("crms_norm", x, normalized_shape, weight)
     checks.eps("crms_norm", eps)
-    if use_kernel(x):
+    if use_kernel(x, None, weight):
         from normzoo_kernels.rows import norm
 
         def again(x, weight, bias):
@@ -167,12 +167,36 @@ def _options(name: str, x: Tensor, weight: Tensor | None, eps: float | None, off
 def _sum_of_squares(h: Tensor, dims: int) -> Tensor:
     """Over the last `dims` dimensions, kept with size one."""
     rows = h if dims == 1 else h.flatten(-dims)
-    if rows.shape[-1] <= _IN_LINE:
-        norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    if torch.compiler.is_compiling() or transformed():
+        squares = rows.square().sum(dim=-1, keepdim=True)
+    elif torch.is_grad_enabled() and rows.requires_grad:
+        squares = _SumOfSquares.apply(rows)
     else:
+        squares = _SumOfSquares.forward(rows)
+    return squares if dims == 1 else squares.reshape(h.shape[:-dims] + (1,) * dims)
+
+
+class _SumOfSquares(torch.autograd.Function):
+    """vector_norm squared, the fastest way on a CPU, without its NaN in second derivatives at zero."""
+
+    @staticmethod
+    def forward(rows: Tensor) -> Tensor:
         norms = [torch.linalg.vector_norm(part, dim=-1, keepdim=True) for part in rows.split(_IN_LINE, dim=-1)]
-        norm = torch.linalg.vector_norm(torch.cat(norms, dim=-1), dim=-1, keepdim=True)
-    return norm.square() if dims == 1 else norm.square().reshape(h.shape[:-dims] + (1,) * dims)
+        norm = (
+            norms[0]
+            if len(norms) == 1
+            else torch.linalg.vector_norm(torch.cat(norms, -1), dim=-1, keepdim=True)
+        )
+        return norm.square()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        return 2 * grad * rows
 
 
 def _affine(
@@ -185,7 +209,7 @@ def _affine(
         w = checks.at_least_float32(weight) + offset if offset else weight
         # y is ours; writing into it saves a pass over memory wherever autograd does not need it.
         own = not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
-        y = y.mul_(w) if own else y * w
+        y = y.mul_(w) if own and torch.result_type(y, w) == y.dtype else y * w
     if bias is not None:
         y = y + bias
     return y if y.dtype == dtype else y.to(dtype)

@@ -30,7 +30,6 @@ class Target:
     gpu: GPUTarget
     sm_count: int
     shared_per_sm: int
-    capability: tuple[int, int]
 
     @property
     def shared_per_program(self) -> int:
@@ -40,10 +39,10 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", GPUTarget("cuda", 80, 32), 108, 164 << 10, (8, 0)),
-        Target("sm_90", GPUTarget("cuda", 90, 32), 132, 228 << 10, (9, 0)),
-        Target("sm_100", GPUTarget("cuda", 100, 32), 148, 228 << 10, (10, 0)),
-        Target("gfx942", GPUTarget("hip", "gfx942", 64), 304, 64 << 10, (9, 4)),
+        Target("sm_80", GPUTarget("cuda", 80, 32), 108, 164 << 10),
+        Target("sm_90", GPUTarget("cuda", 90, 32), 132, 228 << 10),
+        Target("sm_100", GPUTarget("cuda", 100, 32), 148, 228 << 10),
+        Target("gfx942", GPUTarget("hip", "gfx942", 64), 304, 64 << 10),
     )
 }
 
@@ -113,9 +112,6 @@ class _Driver:
 
     def get_current_device(self) -> str:
         return self.target.name  # the key under which Triton keeps its binders
-
-    def get_current_stream(self, device=None) -> int:
-        return 0
 
 
 class _Pointer(MockTensor):
@@ -187,11 +183,7 @@ def _device(target: Target, caught: Caught) -> Iterator[None]:
     """Puts the absent device under Triton and torch.cuda for the length of one call."""
     properties = types.SimpleNamespace(
         multi_processor_count=target.sm_count,
-        warp_size=target.gpu.warp_size,
         shared_memory_per_block_optin=target.shared_per_program,
-        gcnArchName=target.gpu.arch if target.gpu.backend == "hip" else "",
-        major=target.capability[0],
-        minor=target.capability[1],
     )
 
     def run(kernel, *args, grid, warmup, **kwargs):
@@ -203,7 +195,6 @@ def _device(target: Target, caught: Caught) -> Iterator[None]:
         )
         patch(JITFunction, "run", run)
         patch(torch.cuda, "get_device_properties", lambda *a, **k: properties)
-        patch(torch.cuda, "get_device_capability", lambda *a, **k: target.capability)
         patch(torch.cuda, "device", lambda *a, **k: contextlib.nullcontext())
         # What launchers ask about a device, they ask through cached helpers that take meta for the CPU.
         for name, module in list(sys.modules.items()):

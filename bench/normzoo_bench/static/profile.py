@@ -71,10 +71,8 @@ def measure(launch: fake.Launch, x: torch.Tensor, target: fake.Target) -> Row:
     programs = sass.resident(row["registers"], row["warps"], row["shared"], target)
     programs = min(programs, -(-math.prod(launch.grid) // target.sm_count))
     on_x = [a for a in ptx if a.args & x_args]
-    slots = sum(a.width for a in on_x if a.kind != "async" or a.in_loop) * row["warps"] * 32
     row |= {
         "x_width": min((a.width for a in on_x), default=0),
-        "lanes": slots / sum(a.tile_bytes for a in tiles) if tiles else 0.0,
         "pipelined": bool(x_args & frozenset().union(*(a.args for a in ptx if a.kind == "async"))),
         "kb_in_flight": _bytes_in_flight(module, ptx, row["shared"], x_args) * programs / 1024,
         "atomics": max(row["atomics"], sum(a.kind in ("atom", "red") for a in ptx)),
@@ -106,7 +104,6 @@ def add_instructions(rows: Sequence[Row]) -> None:
         unrolled = 1.0
         if loads and not row["pipelined"]:
             unrolled = max(1.0, instructions.wide_loads / loads)
-        row["local"] = instructions.local
         row["barriers"] = instructions.barriers / unrolled
         if row["tile"]:
             threads = row["warps"] * 32

@@ -28,19 +28,7 @@ _ADDRESS = re.compile(r"(?:(?:mov|add|sub|cvta|selp|mad)[\w.:]*64|mad\.wide\.[su
 class Access:
     kind: str  # ld, st, async, atom, red
     width: int  # bytes per thread
-    in_loop: bool
     args: frozenset[str]
-
-
-def _loops(lines: Sequence[str]) -> list[tuple[int, int]]:
-    labels, found = {}, []
-    for i, line in enumerate(lines):
-        if match := re.match(r"\s*(\$L__BB\w+):", line):
-            labels[match.group(1)] = i
-        elif match := re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", line):
-            if match.group(1) in labels:
-                found.append((labels[match.group(1)], i))
-    return found
 
 
 def _origins(lines: Sequence[str], names: Sequence[str]) -> dict[str, set[str]]:
@@ -63,8 +51,8 @@ def _origins(lines: Sequence[str], names: Sequence[str]) -> dict[str, set[str]]:
 def accesses(ptx: str, names: Sequence[str]) -> list[Access]:
     """Global accesses of PTX code; `names` are the kernel's run-time arguments in order."""
     lines = ptx.splitlines()
-    loops, origin, found = _loops(lines), _origins(lines, names), []
-    for i, line in enumerate(lines):
+    origin, found = _origins(lines, names), []
+    for line in lines:
         if match := _ASYNC.search(line):
             kind, register, width = "async", match.group(1), int(match.group(2), 0)
         elif match := _GLOBAL.search(line):
@@ -77,7 +65,7 @@ def accesses(ptx: str, names: Sequence[str]) -> list[Access]:
         else:
             continue
         args = frozenset(origin.get(register) or {"?"})
-        found.append(Access(kind, width, any(a <= i <= z for a, z in loops), args))
+        found.append(Access(kind, width, args))
     return found
 
 
@@ -118,7 +106,6 @@ class Instructions:
     count: int
     barriers: int
     wide_loads: int  # LDG in the whole kernel, to see what ptxas unrolled
-    local: int  # LDL and STL in the whole kernel
 
 
 def disassemble(codes: Sequence[bytes], arch: str) -> list[Instructions]:
@@ -152,7 +139,6 @@ def _count(instructions: Sequence[tuple[int, str, str]]) -> Instructions:
         count=sum(op != "NOP" for op in body),
         barriers=sum(op.startswith("BAR") for op in body),
         wide_loads=sum(op.startswith("LDG") and not op.startswith("LDGSTS") for op in everything),
-        local=sum(op.startswith(("LDL", "STL")) for op in everything),
     )
 
 

@@ -1,4 +1,4 @@
-"""Exact bytes that a launch moves: the tiles of its IR times loop trips times the share of mask lanes."""
+"""Bytes that a launch moves: the tiles of its IR times loop trips times the share of mask lanes."""
 
 from __future__ import annotations
 
