@@ -296,7 +296,9 @@ def test_second_conversion_says_so():
 
 def test_bad_targets():
     model = Net()
-    with pytest.raises(ValueError, match=r"no layer called 'layernorm'; there are layer_norm"):
+    with pytest.raises(
+        ValueError, match=r"convert: there is no layer called 'layernorm'; use one of layer_norm"
+    ):
         normzoo.convert(model, "layernorm")
     with pytest.raises(ValueError, match=r"crms_norm has no counterpart in torch.*use one of layer_norm"):
         normzoo.convert(model, "crms_norm")

@@ -167,9 +167,8 @@ def _options(name: str, x: Tensor, weight: Tensor | None, eps: float | None, off
 def _sum_of_squares(h: Tensor, dims: int) -> Tensor:
     """Over the last `dims` dimensions, kept with size one."""
     rows = h if dims == 1 else h.flatten(-dims)
-    if torch.compiler.is_compiling() or transformed():
-        squares = rows.square().sum(dim=-1, keepdim=True)
-    elif torch.is_grad_enabled() and rows.requires_grad:
+    recorded = rows.requires_grad and torch.is_grad_enabled()
+    if recorded and not (torch.compiler.is_compiling() or transformed()):
         squares = _SumOfSquares.apply(rows)
     else:
         squares = _SumOfSquares.forward(rows)
@@ -181,22 +180,19 @@ class _SumOfSquares(torch.autograd.Function):
 
     @staticmethod
     def forward(rows: Tensor) -> Tensor:
+        if rows.shape[-1] <= _IN_LINE:
+            return torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square()
         norms = [torch.linalg.vector_norm(part, dim=-1, keepdim=True) for part in rows.split(_IN_LINE, dim=-1)]
-        norm = (
-            norms[0]
-            if len(norms) == 1
-            else torch.linalg.vector_norm(torch.cat(norms, -1), dim=-1, keepdim=True)
-        )
-        return norm.square()
+        return torch.linalg.vector_norm(torch.cat(norms, dim=-1), dim=-1, keepdim=True).square()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx, *grads: Tensor) -> Tensor:
         (rows,) = ctx.saved_tensors
-        return 2 * grad * rows
+        return 2 * grads[0] * rows
 
 
 def _affine(
