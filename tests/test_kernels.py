@@ -512,16 +512,21 @@ def test_other_errors_are_not_swallowed(monkeypatch, error):
     "error",
     [OSError("cache"), RuntimeError("PassManager::run failed"), RuntimeError("Failed to find C compiler")],
 )
-def test_compilers_errors_are_told_apart(error):
+def test_compilers_errors_are_told_apart(monkeypatch, error):
+    tried = []
+
     class Kernel:
         __name__ = "planted"
 
         def __getitem__(self, grid):
+            tried.append(grid)
             raise error
 
-    with pytest.raises(_launch.KernelUnavailable) as caught:
-        _launch.launch(Kernel(), 1, torch.device("cpu"))
-    assert caught.value.__cause__ is error
+    monkeypatch.setattr(_launch, "_broken", {})
+    for _ in range(2):
+        with pytest.raises(_launch.KernelUnavailable, match=f"planted: {type(error).__name__}"):
+            _launch.launch(Kernel(), 1, torch.device("cpu"), torch.ones(1), N=8)
+    assert len(tried) == (2 if isinstance(error, OSError) else 1)
 
 
 def test_threads_choose_for_themselves():

@@ -24,6 +24,10 @@ _INTERPRETED_PROGRAMS = 4
 _NOT_COMPILED = ("PassManager::run failed", "Failed to find C compiler")
 
 
+_broken: dict[tuple, str] = {}
+"""Variants of kernels that do not compile, and why: trying again would cost a compilation a call."""
+
+
 class KernelUnavailable(RuntimeError):
     """The kernel did not compile; the reference can still do the work."""
 
@@ -53,16 +57,30 @@ def launch(kernel, grid: int, device: torch.device, *args, **meta) -> None:
             illegal access, pass through as they are.
     """
     launches[kernel.__name__] += 1
+    if _broken and _variant(kernel, args, meta) in _broken:
+        raise KernelUnavailable(_broken[_variant(kernel, args, meta)])
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
         try:
             kernel[(grid,)](*args, **meta)
-        except (CompilationError, OutOfResources, PTXASError, OSError, CalledProcessError) as error:
-            raise KernelUnavailable(f"{kernel.__name__}: {type(error).__name__}: {error}") from error
-        except RuntimeError as error:
-            if not any(text in str(error) for text in _NOT_COMPILED):
+        except Exception as error:
+            if not _of_compiler(error):
                 raise
-            raise KernelUnavailable(f"{kernel.__name__}: {error}") from error
+            cause = f"{kernel.__name__}: {type(error).__name__}: {error}"
+            if not isinstance(error, OSError):  # a cache that failed to open may open next time
+                _broken[_variant(kernel, args, meta)] = cause
+            raise KernelUnavailable(cause) from error
+
+
+def _of_compiler(error: Exception) -> bool:
+    if isinstance(error, (CompilationError, OutOfResources, PTXASError, CalledProcessError, OSError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NOT_COMPILED)
+
+
+def _variant(kernel, args: tuple, meta: dict) -> tuple:
+    dtypes = tuple(a.dtype if isinstance(a, torch.Tensor) else None for a in args)
+    return (kernel.__name__, dtypes, *sorted(meta.items()))
 
 
 @functools.cache
