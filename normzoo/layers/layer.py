@@ -67,7 +67,7 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    r"""``total = x + residual`` and ``y = layer_norm(total)`` in one pass over memory.
+    r"""``total = x + residual`` and ``y = layer_norm(total)``, in one kernel where kernels run.
 
     Args:
         x, residual: (\*, \*normalized_shape); the sum has their promoted dtype, so a float32 residual stream
@@ -95,11 +95,17 @@ def add_layer_norm(
 
 
 class LayerNorm(nn.LayerNorm):
-    r"""Layer normalization, a drop-in for :class:`torch.nn.LayerNorm`: same arguments, state and mathematics.
+    r"""y = weight · (x − mean) / sqrt(var + eps) + bias, a drop-in for :class:`torch.nn.LayerNorm`.
 
-    Input (\*, \*normalized_shape), output alike in shape and dtype. Parameters may be of another dtype than
-    the input. A parent module that reads ``weight`` and ``bias`` itself, such as the fast path of
+    Same arguments, state and mathematics; eps must be positive, which torch does not ask. Input
+    (\*, \*normalized_shape), output alike in shape and dtype; a kernel keeps the order that the leading
+    dimensions have in memory. Parameters may be of another dtype than the input.
+
+    A parent module that reads ``weight`` and ``bias`` itself, such as the fast path of
     :class:`torch.nn.TransformerEncoderLayer` in eval mode, never calls this forward.
+
+    Raises:
+        ValueError, TypeError: an argument, or the input of a call, does not fit.
 
     >>> import torch
     >>> LayerNorm(4)(torch.ones(2, 4)).shape

@@ -81,7 +81,7 @@ def add_rms_norm(
     offset: float = 0.0,
     cast: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    r"""``total = x + residual`` and ``y = rms_norm(total)`` in one pass over memory.
+    r"""``total = x + residual`` and ``y = rms_norm(total)``, in one kernel where kernels run.
 
     Args:
         x, residual: (\*, \*normalized_shape); the sum has their promoted dtype, so a float32 residual stream
@@ -212,10 +212,10 @@ def _affine(
 
 
 class RMSNorm(nn.RMSNorm):
-    r"""RMS normalization, a drop-in for :class:`torch.nn.RMSNorm` with three options more.
+    r"""y = (offset + weight) · x / sqrt(mean(x²) + eps) + bias, a drop-in for :class:`torch.nn.RMSNorm`.
 
-    Input (\*, \*normalized_shape), output alike in shape and dtype. Parameters may be of another dtype than
-    the input.
+    Input (\*, \*normalized_shape), output alike in shape and dtype; a kernel keeps the order that the leading
+    dimensions have in memory. Parameters may be of another dtype than the input.
 
     Args:
         normalized_shape, eps, elementwise_affine, device, dtype: as in torch; ``eps=None`` is the machine
@@ -223,6 +223,9 @@ class RMSNorm(nn.RMSNorm):
         bias: adds a bias, initialised to zero.
         offset: the layer applies ``offset + weight``; the weight starts at ``1 - offset``.
         cast: ``"torch"``, ``"llama"`` or ``"gemma"``, see :func:`normzoo.functional.rms_norm`.
+
+    Raises:
+        ValueError, TypeError: an argument, or the input of a call, does not fit.
 
     >>> import torch
     >>> RMSNorm(4, offset=1.0, cast="gemma")(torch.ones(2, 4)).shape
@@ -280,8 +283,11 @@ class CRMSNorm(nn.Module):
     Args:
         normalized_shape: the stored width d − 1, or a shape with that many entries.
         eps: positive.
-        elementwise_affine: a weight of d − 1 entries, initialised to one. Our extension: the official code
-            folds it into the layers around, which conversion needs.
+        elementwise_affine: a weight of d − 1 entries, initialised to one. The official code has none: it
+            folds weights into the layers around.
+
+    Raises:
+        ValueError, TypeError: an argument, or the input of a call, does not fit.
 
     >>> import torch
     >>> x = torch.tensor([[1.0, 1.0, -2.0]])
