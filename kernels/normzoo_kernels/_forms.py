@@ -72,7 +72,8 @@ def backward_form(
         held = rows * 2 * width * itemsize + gradients * 4 * width
         constants = {"R": rows, "C": elements // rows, "STAGES": stages, "num_warps": 8}
         return Form(norm_bwd_wide, min(sms, max(1, _L2 // held)), rows, constants)
-    warps = 16 if packed else 8 if block > 4096 or kind == "layer" or itemsize == 4 else 4
+    light = kind != "layer" and itemsize == 2 and 128 < block <= 4096
+    warps = 16 if packed else 4 if light else 8
     if scalar and block <= 4096:
         warps = 4
     elements = 1024 * warps
