@@ -89,13 +89,8 @@ def transformed() -> bool:
     )
 
 
-def use_kernel(
-    x: Tensor,
-    residual: Tensor | None = None,
-    *parameters: Tensor | None,
-    fuses: bool = True,
-) -> bool:
-    """Whether the kernel runs. `fuses`: under torch.compile Inductor does as well on the eager body.
+def use_kernel(x: Tensor, residual: Tensor | None = None, *parameters: Tensor | None) -> bool:
+    """Whether the kernel runs. Under torch.compile "auto" leaves the eager body to Inductor, which fuses it.
 
     Raises:
         RuntimeError: ``backend("triton")`` was asked for and the inputs cannot run there.
@@ -110,7 +105,7 @@ def use_kernel(
         return True
     if residual is not None and residual.dtype not in KERNEL_DTYPES:
         return False
-    return x.is_cuda and x.dtype in KERNEL_DTYPES and _TRITON and not (fuses and torch.compiler.is_compiling())
+    return x.is_cuda and x.dtype in KERNEL_DTYPES and _TRITON and not torch.compiler.is_compiling()
 
 
 def _insist(x: Tensor) -> None:
