@@ -111,6 +111,7 @@ def test_parameters_and_flags_stay():
     model.norm.eval()
     model.norm.remark = "mine"
     model.norm.register_buffer("seen", torch.zeros(1), persistent=False)
+    model.norm.register_parameter("spare", nn.Parameter(torch.zeros(1)))
     before, keys = dict(model.named_parameters()), model.state_dict().keys()
     buffer = model.norm.seen
     normzoo.convert(model, "layer_norm")
@@ -131,17 +132,51 @@ def test_random_state_and_order_stay():
     assert [name for name, _ in model.named_modules()] == names
 
 
-def test_only_the_named_class():
+def test_the_same_layers_by_default():
     model = Net()
+    x = torch.randn(3, 8)
+    before = model(x)
+    normzoo.convert(model)
+    assert type(model.norm) is normzoo.LayerNorm and type(model.rms) is normzoo.RMSNorm
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-5)
+
+
+def test_another_layer_where_asked(caplog):
+    model = Net()
+    weight, bias = model.norm.weight, model.norm.bias
     normzoo.convert(model, "rms_norm")
-    assert type(model.norm) is nn.LayerNorm and type(model.rms) is normzoo.RMSNorm
+    assert type(model.norm) is type(model.rms) is normzoo.RMSNorm
+    assert model.norm.weight is weight and model.norm.bias is bias and model.norm.eps == 1e-3
+    assert "1 of 2 converted norms compute another function (approximate" in caplog.text
 
 
-def test_subclasses_stay():
+def test_nothing_to_say_after_an_exact_conversion(caplog):
+    normzoo.convert(Net())
+    assert not caplog.records
+
+
+def test_subclasses_stay(caplog):
     model = nn.ModuleList([nn.LayerNorm(4), Own(4)])
     own = model[1]
     normzoo.convert(model, "layer_norm")
     assert type(model[0]) is normzoo.LayerNorm and model[1] is own
+    assert "1 norm left as they are:\n  1: it agrees with no norm known here" in caplog.text
+
+
+def test_a_subclass_that_inherits_the_forward_is_its_base():
+    class Marked(nn.LayerNorm):
+        pass
+
+    assert type(normzoo.convert(Marked(4), "layer_norm")) is normzoo.LayerNorm
+
+
+def test_a_copy_leaves_the_model():
+    model = Net()
+    other = normzoo.convert(model, inplace=False)
+    assert type(model.norm) is nn.LayerNorm and type(other.norm) is normzoo.LayerNorm
+    assert other.norm.weight is not model.norm.weight
+    with pytest.raises(ValueError, match="optimizer holds the parameters of model, and inplace=False"):
+        normzoo.convert(model, inplace=False, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_aliases_stay_shared():
@@ -184,7 +219,7 @@ def test_optimizer_goes_on():
     x = torch.randn(16, 8)
     for step in range(4):
         if step == 2:
-            normzoo.convert(model, "layer_norm")
+            normzoo.convert(model, "layer_norm", include="norm")
         for each, optimizer in zip((model, other), optimizers, strict=True):
             optimizer.zero_grad()
             each(x).square().mean().backward()
@@ -210,34 +245,61 @@ def test_transformer_encoder_layer(norm_first):
     torch.testing.assert_close(layer(x), other(x), rtol=0, atol=1e-6)
 
 
-def parametrized(model):
-    parametrize.register_parametrization(model.norm, "weight", Doubled())
+def parametrized(norm):
+    parametrize.register_parametrization(norm, "weight", Doubled())
+
+
+def state_hook(norm):
+    norm.register_load_state_dict_pre_hook(lambda *_: None)
 
 
 @pytest.mark.parametrize(
     "spoil, words",
     [
-        (lambda m: m.norm.register_forward_hook(print), r"'norm' has hooks \(_forward_hooks\)"),
-        (lambda m: m.norm.register_forward_pre_hook(print), r"'norm' has hooks \(_forward_pre_hooks\)"),
-        (lambda m: m.norm.register_full_backward_hook(print), r"'norm' has hooks \(_backward_hooks\)"),
-        (lambda m: m.norm.register_full_backward_pre_hook(print), r"hooks \(_backward_pre_hooks\)"),
-        (lambda m: m.norm.register_state_dict_post_hook(lambda *_: None), r"hooks \(_state_dict_hooks\)"),
-        (parametrized, r"'norm' is parametrized"),
-        (lambda m: setattr(m.norm, "forward", print), r"'norm' has a forward of its own"),
-        (lambda m: m.norm.compile(), r"'norm' has a forward of its own"),
-        (lambda m: setattr(m.norm, "eps", 0.0), r"'norm' cannot become a layer_norm: .*eps is 0.0"),
-        (lambda m: setattr(m, "last", torch.compile(m.last)), r"'last' is wrapped \(OptimizedModule\)"),
+        (parametrized, "it is parametrized.*remove_parametrizations, convert, then parametrize again"),
+        (nn.utils.weight_norm, "its weight is computed, not stored"),
+        (state_hook, "it has a load_state_dict hook tied to the module; remove it"),
+        (lambda norm: setattr(norm, "forward", print), "its forward was replaced on the instance"),
+        (lambda norm: setattr(norm, "eps", 0.0), "eps is 0.0; it must be a positive"),
     ],
 )
-def test_refusals_leave_the_model_as_it_was(spoil, words):
-    model = nn.ModuleList([nn.LayerNorm(4)])
-    model.extend([net := Net(), nn.LayerNorm(4)])
-    spoil(net)
-    before = list(model.modules())
-    with pytest.raises(ValueError, match=words.replace("'norm'", "'1.norm'").replace("'last'", "'1.last'")):
-        normzoo.convert(model, "layer_norm")
-    after = list(model.modules())
-    assert len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_what_would_be_lost_stays(spoil, words):
+    net = Net()
+    model = nn.ModuleList([nn.LayerNorm(8), net])
+    spoil(net.norm)
+    old = net.norm
+    with pytest.raises(ValueError, match=f"1.norm: .*{words}"):
+        normzoo.convert(model, strict=True)
+    assert type(model[0]) is nn.LayerNorm
+    normzoo.convert(model)
+    assert type(model[0]) is normzoo.LayerNorm and net.norm is old and type(net.rms) is normzoo.RMSNorm
+
+
+def test_hooks_come_along():
+    calls = []
+    model = Net()
+    norm = model.norm
+    handles = [
+        norm.register_forward_pre_hook(lambda module, args: calls.append(("pre", type(module)))),
+        norm.register_forward_hook(lambda module, args, kwargs, y: y + 1, with_kwargs=True, always_call=True),
+        norm.register_full_backward_hook(lambda module, *_: calls.append(("backward", type(module)))),
+        norm.register_state_dict_post_hook(lambda module, *_: calls.append(("state", type(module)))),
+    ]
+    assert "has backward_hooks, forward_hooks" in str(normzoo.inspect(model))
+    x = torch.randn(3, 8)
+    wanted = model(x)
+    calls.clear()
+    normzoo.convert(model)
+    y = model(x)
+    torch.testing.assert_close(y, wanted, rtol=0, atol=1e-5)
+    y.sum().backward()
+    model.state_dict()
+    assert calls == [(kind, normzoo.LayerNorm) for kind in ("pre", "backward", "state")]
+    for handle in handles:
+        handle.remove()
+    assert not torch.allclose(model(x), wanted)
+    assert len(calls) == 3
 
 
 def test_hooks_elsewhere_are_no_obstacle():
@@ -253,6 +315,14 @@ def test_compiled_model_refused():
         ValueError, match=r"the model itself is wrapped \(OptimizedModule\).*then call torch.co"
     ):
         normzoo.convert(torch.compile(Net()), "layer_norm")
+
+
+@pytest.mark.parametrize("part", ["", "first", "norm"])
+def test_model_compiled_in_place_refused(part):
+    model = Net()
+    model.get_submodule(part).compile()
+    with pytest.raises(ValueError, match=rf"{part or 'the model itself'}'? is compiled .*convert the model first"):
+        normzoo.convert(model)
 
 
 def test_script_module_refused():
@@ -281,31 +351,38 @@ def test_fsdp_refused(one_process):
 
 def test_nothing_to_convert():
     model = nn.Sequential(nn.BatchNorm1d(4), Own(4), Own(4), nn.Linear(4, 4))
-    seen = r"seen: 2 \S*test_conversion\.Own, 1 torch\.nn\.\S*\.BatchNorm1d$"
-    with pytest.raises(ValueError, match=r"torch\.nn\.LayerNorm and no subclass.*" + seen):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)norm classes seen: 2 \S*test_conversion\.Own, 1 torch\.nn\.\S*\.BatchNorm1d\n"
+        r"  0: no rule takes a batch norm to layer_norm\n  1, 2: it agrees with no norm known here",
+    ):
         normzoo.convert(model, "layer_norm")
     with pytest.raises(ValueError, match="norm classes seen: none"):
         normzoo.convert(nn.Linear(4, 4), "rms_norm")
 
 
 def test_second_conversion_says_so():
-    model = normzoo.convert(Net(), "layer_norm")
-    with pytest.raises(ValueError, match=r"1 normzoo\.layers\.layer\.LayerNorm"):
-        normzoo.convert(model, "layer_norm")
+    model = normzoo.convert(Net())
+    with pytest.raises(
+        ValueError, match=r"(?s)1 normzoo\.layers\.layer\.LayerNorm.*it is normzoo's layer_norm"
+    ):
+        normzoo.convert(model)
 
 
 def test_bad_targets():
     model = Net()
-    with pytest.raises(
-        ValueError, match=r"convert: there is no layer called 'layernorm'; use one of layer_norm"
-    ):
+    with pytest.raises(ValueError, match=r"there is no layer called 'layernorm'; use one of layer_norm"):
         normzoo.convert(model, "layernorm")
-    with pytest.raises(ValueError, match=r"crms_norm has no counterpart in torch.*use one of layer_norm"):
+    with pytest.raises(
+        ValueError, match=r"no rule takes a layer norm to crms_norm, only to layer_norm and rms_"
+    ):
         normzoo.convert(model, "crms_norm")
-    with pytest.raises(ValueError, match=r"BatchNorm1d is not a layer of normzoo"):
+    with pytest.raises(ValueError, match=r"BatchNorm1d is not a layer of normzoo; .*a function of a site"):
         normzoo.convert(model, nn.BatchNorm1d)
     with pytest.raises(TypeError, match=r"to is a LayerNorm; it must be the name or the class"):
         normzoo.convert(model, normzoo.LayerNorm(4))
     with pytest.raises(TypeError, match=r"model is a list; it must be a torch\.nn\.Module"):
         normzoo.convert([model], "layer_norm")
-    assert normzoo.LayerNorm not in types(model)
+    with pytest.raises(TypeError, match=r"RMSNorm takes no 'epsilon'; it takes normalized_shape, eps, .*cast"):
+        normzoo.convert(model, "rms_norm", epsilon=1e-3)
+    assert normzoo.LayerNorm not in types(model) and normzoo.RMSNorm not in types(model)

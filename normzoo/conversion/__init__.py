@@ -1,3 +1,15 @@
-"""Converting the norms of an existing model."""
+"""Converting the norms of an existing model, and knowing what that did to it."""
 
-from .apply import convert as convert
+from . import rows as rows  # the rules for norms of rows
+from .change import Plan as Plan
+from .change import Step as Step
+from .examine import Inspection as Inspection
+from .examine import inspect as inspect
+from .norm import Norm as Norm
+from .planning import convert as convert
+from .planning import plan as plan
+from .proof import Proof as Proof
+from .recognise import Site as Site
+from .recognise import register_adapter as register_adapter
+from .transfer import TRANSFERS as TRANSFERS
+from .transfer import Exactness as Exactness

@@ -1,0 +1,70 @@
+"""Parents that read the tensors of their norm themselves and never call it.
+
+torch.nn.TransformerEncoderLayer does so in eval mode, the fused training paths of Mamba-like models too. A
+replacement there is without effect, or breaks.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import nn
+
+_READ = re.compile(r"\bself\.(\w+)\.(weight|bias|eps|variance_epsilon)\b(?!\s*\.\s*(?:dtype|device|shape))")
+_FUNCTIONAL = re.compile(r"\b(?:F|functional|torch)\.(\w*_norm|normalize)\(")
+# They prepare a module and compute nothing.
+_SETTING_UP = ("__init__", "_init_weights", "reset_parameters", "extra_repr")
+
+
+def reads(parent: nn.Module, child: str) -> tuple[str, ...]:
+    """The attributes of its `child` that the methods of `parent` read, as the source tells."""
+    return _scan(type(parent))[0].get(child, ())
+
+
+def functional_norms(model: nn.Module, norms: Collection[nn.Module]) -> dict[str, tuple[str, ...]]:
+    """Classes in `model` that call a norm as a function, `norms` aside: no module, so nothing to replace."""
+    classes = {type(module) for module in model.modules()} - {type(norm) for norm in norms}
+    called = {cls.__qualname__: _scan(cls)[1] for cls in classes if not cls.__module__.startswith("torch.")}
+    return {name: functions for name, functions in sorted(called.items()) if functions}
+
+
+@functools.cache
+def _scan(cls: type[nn.Module]) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    found: dict[str, set[str]] = {}
+    functions: set[str] = set()
+    for source in _sources(cls):
+        for child, attribute in _READ.findall(source):
+            found.setdefault(child, set()).add(attribute)
+        functions.update(_FUNCTIONAL.findall(source))
+    return {child: tuple(sorted(names)) for child, names in found.items()}, tuple(sorted(functions))
+
+
+def _sources(cls: type[nn.Module]) -> Iterator[str]:
+    seen: set[str] = set(_SETTING_UP)
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, value in vars(base).items():
+            if inspect.isfunction(value) and name not in seen:
+                seen.add(name)
+                try:
+                    yield inspect.getsource(value)
+                except (OSError, TypeError):  # made at run time
+                    continue
+
+
+def fast_path(parent: nn.Module, child: str) -> bool:
+    """Whether torch's fused encoder may compute the norm called `child` in its place."""
+    return isinstance(parent, nn.TransformerEncoderLayer) and child in ("norm1", "norm2")
+
+
+def without_fast_path(model: nn.Module, layers: Collection[nn.Module]) -> list[tuple[nn.Module, str, Any]]:
+    """Settings (module, attribute, value) under which the encoder `layers` of `model` call their norms."""
+    settings: list[tuple[nn.Module, str, Any]] = [(layer, "activation_relu_or_gelu", 0) for layer in layers]
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(layer in layers for layer in module.layers):
+            # It would hand them nested tensors, for that path alone.
+            settings.append((module, "use_nested_tensor", False))
+    return settings

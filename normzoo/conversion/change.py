@@ -1,0 +1,241 @@
+"""A plan: what becomes of every norm of a model, to be looked at, applied, verified and reverted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from . import bypass, report
+from .proof import Proof, compare, nudged, outputs
+from .recognise import Site
+from .surgery import Exchange, Swap, edit
+from .transfer import UNCHANGED, Choice, Exactness, Refused, Replacement, replacement
+
+_KINDS = ("kept", "converted", "new", "lost")
+
+
+@dataclasses.dataclass
+class Step:
+    """What a plan does with one norm."""
+
+    site: Site
+    action: str
+    """``convert``, ``keep`` as was asked for, ``refuse`` what was asked for, or leave what is ``unknown``."""
+    reason: str = ""
+    """Why it stays, or what to know about its conversion."""
+    choice: Choice | nn.Module | None = None
+    exactness: Exactness | None = None
+    error: float | None = None
+    """Measured difference of old and new norm on one input, of the largest entry sharing statistics."""
+    tensors: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Names of the tensors that are ``kept`` (the same objects), ``converted``, ``new`` and ``lost``."""
+
+    @property
+    def target(self) -> str | None:
+        """The layer that the norm becomes."""
+        if isinstance(self.choice, nn.Module):
+            return type(self.choice).__name__
+        return self.choice and self.choice.entry.name
+
+    def make(self) -> Replacement:
+        """What takes the place of the norm, holding the tensors that it has now."""
+        if self.choice is None:
+            raise ValueError(f"Step.make: {self.site.name!r} stays as it is ({self.reason})")
+        return replacement(self.site, self.choice)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        plan = {key: getattr(self, key) or None for key in ("action", "target", "exactness", "error", "reason")}
+        return self.site.to_dict() | plan | {"error": self.error, "tensors": self.tensors}
+
+
+class Plan:
+    """What :func:`normzoo.plan` found: one :class:`Step` a norm. Nothing happens before :meth:`apply`.
+
+    ``print(plan)`` shows the table.
+    """
+
+    def __init__(self, model: nn.Module, steps: list[Step], functional: Mapping[str, Sequence[str]]) -> None:
+        self.model = model
+        self.steps = steps
+        self.functional = functional
+        self._swap: Swap | None = None
+        self._made: dict[nn.Module, Replacement] = {}
+        self._undo_optimizer: Callable[[], None] | None = None
+
+    @property
+    def changes(self) -> list[Step]:
+        """The steps that convert."""
+        return [step for step in self.steps if step.action == "convert"]
+
+    @property
+    def exactness(self) -> Exactness:
+        """The least exact of the conversions."""
+        return max((step.exactness for step in self.changes if step.exactness), key=list(Exactness).index)
+
+    @property
+    def applied(self) -> bool:
+        return self._swap is not None
+
+    def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Header and rows of the table."""
+        items = []
+        for step in self.steps:
+            site = step.site
+            becomes = f"{step.target}: {step.exactness.value}" if step.exactness else step.action
+            changed = [
+                f"{kind}: {', '.join(step.tensors[kind])}" for kind in _KINDS[1:] if step.tensors.get(kind)
+            ]
+            notes = "; ".join(filter(None, (step.reason, site.note, *changed, *site.flags)))
+            items.append((site.name, (site.cls.__name__, site.describe(), becomes, notes), step.error))
+        rows = [(*cells[:4], error, cells[4]) for *cells, error in report.grouped(items)]
+        return ("norm", "class", "computes", "becomes", "error", "notes"), rows
+
+    def summary(self) -> str:
+        """What is converted, how exactly, and what becomes of the tensors, in a few lines."""
+        totals = {kind: sum(len(step.tensors[kind]) for step in self.changes) for kind in _KINDS}
+        lines = [
+            f"{report.count(len(self.steps), 'norm')}: {report.tally(step.action for step in self.steps)}",
+            f"conversions: {report.tally(step.exactness.value for step in self.changes if step.exactness)}",
+            f"tensors: {', '.join(f'{number} {kind}' for kind, number in totals.items())}",
+        ]
+        if totals["converted"] or totals["new"]:
+            lines.append("parameters change: pass optimizer= to keep an optimizer in step, or make a new one")
+        for name, functions in self.functional.items():
+            lines.append(f"{name} calls {', '.join(functions)} as a function, out of reach of a conversion")
+        return "\n".join(lines)
+
+    def table(self) -> str:
+        """The plan as text; norms that differ by a number in their name share a row."""
+        return f"{report.plain(*self.rows())}\n\n{self.summary()}"
+
+    __str__ = table
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"steps": [step.to_dict() for step in self.steps], "functional": dict(self.functional)}
+
+    def to_json(self) -> str:
+        """Every step with all that is known about it."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def apply(self, optimizer: Optimizer | None = None) -> nn.Module:
+        """Convert the model in place, all of it or nothing.
+
+        Args:
+            optimizer: is kept in step where parameters are replaced, added or dropped: the new take the group
+                of the old. Parameters that stay need nothing.
+
+        Returns:
+            The model, or the new module where the model itself is a norm.
+
+        Raises:
+            ValueError: the plan was applied before, or the model has changed since. It is left as it is.
+        """
+        if self.applied:
+            raise ValueError("Plan.apply: this plan was applied already; revert() it or make a new one")
+        made = self._make()
+        swap = self._exchange(made)
+        swap.do()
+        try:
+            if optimizer is not None:
+                self._undo_optimizer = edit(optimizer, self._exchanges(made), swap.root)
+        except Exception:
+            swap.undo()
+            raise
+        self._swap, self._made = swap, made
+        return swap.root
+
+    def revert(self) -> nn.Module:
+        """Put the old norms back, and the optimizer's groups.
+
+        Tensors that the conversion kept are as they are now, trained perhaps; those that it converted are as
+        they were then.
+
+        Returns:
+            The model as it was.
+
+        Raises:
+            ValueError: the plan is not applied, or the model has changed since. It is left as it is.
+        """
+        if self._swap is None:
+            raise ValueError("Plan.revert: this plan is not applied; there is nothing to take back")
+        self._swap.undo()
+        for old, made in self._made.items():
+            old.training = made.module.training
+            for name, source in made.kept.items():
+                table = old._parameters if source in old._parameters else old._buffers
+                if type(table[source]) is type(getattr(made.module, name)):
+                    table[source] = getattr(made.module, name)  # load_state_dict(assign=True) puts others there
+        if self._undo_optimizer is not None:
+            self._undo_optimizer()
+        self._swap, self._made, self._undo_optimizer = None, {}, None
+        return self.model
+
+    def verify(self, sample: Any) -> Proof:
+        """Run the model on `sample` before and after the conversion and compare what it returns.
+
+        Both runs are in eval mode and without gradients; afterwards the model is as it was, converted or not.
+        A third run tells how much rounding explains: there the last bit of every converted norm is changed.
+
+        Args:
+            sample: the input; a tuple is taken as positional, a mapping as keyword arguments. Or a function
+                that calls the model it is given and returns what is to be compared.
+
+        Raises:
+            ValueError: the model returns no floating-point tensors, or other ones after the conversion.
+        """
+        swap = self._swap or self._exchange(self._make())
+        exact = self.exactness in UNCHANGED
+        sites = [(step.site.module, step.error or 0.0 if exact else 0.0) for step in self.changes]
+        if self.applied:
+            swap.undo()
+        try:
+            before = outputs(self.model, sample)
+            with nudged(sites):
+                rounded = outputs(self.model, sample)
+            swap.do()
+            try:
+                after = outputs(swap.root, sample)
+            finally:
+                swap.undo()
+        finally:
+            if self.applied:
+                swap.do()
+        return compare(before, rounded, after, exact)
+
+    def _make(self) -> dict[nn.Module, Replacement]:
+        try:
+            return {step.site.module: step.make() for step in self.changes}
+        except Refused as error:
+            raise ValueError(f"convert: the model has changed since the plan was made: {error}") from error
+
+    def _exchange(self, made: Mapping[nn.Module, Replacement]) -> Swap:
+        layers = {
+            parent
+            for step in self.changes
+            if step.exactness is not Exactness.EXACT
+            for parent, child in step.site.parents
+            if bypass.fast_path(parent, child)
+        }
+        settings = bypass.without_fast_path(self.model, layers)
+        return Swap(self.model, {old: each.module for old, each in made.items()}, settings)
+
+    def _exchanges(self, made: Mapping[nn.Module, Replacement]) -> list[Exchange]:
+        found = []
+        for step in self.changes:
+            old, each = step.site.module, made[step.site.module]
+            held = {name: each.module._parameters.get(name) for name in (*each.converted, *each.new)}
+            fresh = {name: p for name, p in held.items() if p is not None}
+            before = {name: p for name, p in old._parameters.items() if p is not None}
+            pairs = [
+                (before[name], fresh.pop(name)) for name in each.converted if name in before and name in fresh
+            ]
+            added = {f"{step.site.name}.{name}".lstrip("."): p for name, p in fresh.items()}
+            found.append(Exchange(pairs, added, list(before.values())))
+        return found

@@ -1,0 +1,128 @@
+"""What norms a model has, and what is to be known about each before anything is done to it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from . import bypass, luggage, report
+from .recognise import Site, sites
+from .surgery import references
+
+
+@dataclass
+class Inspection:
+    """The norms of a model; ``print()`` shows them as a table."""
+
+    sites: list[Site]
+    functional: dict[str, tuple[str, ...]]
+    """Classes that call a norm as a function, and which."""
+
+    def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Header and rows of the table."""
+        items = []
+        for site in self.sites:
+            notes = "; ".join(filter(None, (site.note, *site.flags)))
+            items.append((site.name, (site.cls.__name__, site.describe(), site.how or "-", notes), None))
+        return ("norm", "class", "computes", "known by", "notes"), [row[:-1] for row in report.grouped(items)]
+
+    def summary(self) -> str:
+        """How many norms of which family there are, and what an inspection cannot see."""
+        if not self.sites:
+            lines = ["no norms"]
+        else:
+            lines = [
+                f"{report.count(len(self.sites), 'norm')}: {report.tally(site.family for site in self.sites)}"
+            ]
+        lines += [
+            f"{name} calls {', '.join(functions)} as a function" for name, functions in self.functional.items()
+        ]
+        return "\n".join(lines)
+
+    def table(self) -> str:
+        """The inspection as text; norms that differ by a number in their name share a row."""
+        return f"{report.plain(*self.rows())}\n\n{self.summary()}" if self.sites else self.summary()
+
+    __str__ = table
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"sites": [site.to_dict() for site in self.sites], "functional": self.functional}
+
+    def to_json(self) -> str:
+        """Every norm with all that is known about it."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def inspect(model: nn.Module) -> Inspection:
+    """The norms of a model: where they are, what each computes, and what stands in the way of a conversion.
+
+    The class of torch and of this library are known; a subclass counts as one only where it inherits the
+    forward. Of anything else that calls itself a norm, a copy runs beside the candidates: layer or RMS norm,
+    over the last dimension or the channels, with ``w`` or ``1 + w``, in groups, a batch norm, a frozen one;
+    in bfloat16 it shows where it rounds. What agrees with none stays unknown.
+
+    Norms that are called as functions, such as ``F.layer_norm`` in a forward, are no modules: they are named
+    by the class that calls them, as far as its source tells.
+
+    Args:
+        model: any module, on any device, the meta device included. It is not changed.
+
+    Raises:
+        TypeError: `model` is no module.
+
+    >>> print(inspect(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))))
+    norm  class      computes               known by  notes
+    ----  ---------  ---------------------  --------  -----
+    1     LayerNorm  layer (4,), eps=1e-05  class
+    <BLANKLINE>
+    1 norm: 1 layer
+    """
+    found = examine(model, "inspect")
+    return Inspection(found, bypass.functional_norms(model, [site.module for site in found]))
+
+
+def examine(model: nn.Module, caller: str) -> list[Site]:
+    """The norms of `model` with their flags; errors name `caller`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model is a {type(model).__name__}; it must be a torch.nn.Module")
+    found = sites(model)
+    owners = owners_of_parameters(model)
+    outside = references(model, [site.module for site in found])
+    for site in found:
+        site.outside = outside.get(site.module, "")
+        site.flags = list(_flags(site, owners))
+    return found
+
+
+def owners_of_parameters(model: nn.Module) -> Counter[int]:
+    """How many modules hold the parameter with an id."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+
+
+def _flags(site: Site, owners: Counter[int]) -> Iterator[str]:
+    module = site.module
+    if len(site.names) > 1:
+        yield f"also called {', '.join(site.names[1:])}"
+    if any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):
+        yield "shares a parameter with another module"
+    if parametrize.is_parametrized(module):
+        yield "parametrized"
+    if kinds := luggage.hooks(module):
+        yield f"has {', '.join(kinds)}"
+    if site.outside:
+        yield f"{site.outside} holds it too, outside the module tree"
+    for parent, child in site.parents:
+        if bypass.fast_path(parent, child):
+            yield "its encoder layer computes it itself in eval mode"
+        elif names := bypass.reads(parent, child):
+            yield f"{type(parent).__name__} reads its {', '.join(names)} itself"
+    momentum = getattr(module, "momentum", None)
+    if site.family == "batch" and isinstance(momentum, float) and momentum > 0.5:
+        yield f"momentum={momentum}: the running statistics are almost those of the last batch"

@@ -1,0 +1,107 @@
+"""What a norm computes, in terms that hold across libraries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional
+from ..checks import at_least_float32
+from ..dispatch import backend
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The mathematics of a norm, and the attributes of the module that hold its tensors.
+
+    >>> Norm("rms", (64,), 1e-6, weight="weight", offset=1.0, cast="gemma").describe()
+    'rms (64,), eps=1e-06, 1 + weight, cast=gemma'
+    """
+
+    family: str
+    """``layer``, ``rms``, ``crms``, ``batch``, ``frozen_batch``, ``group`` or ``instance``."""
+    shape: tuple[int, ...] | None
+    """Shape of the normalized dimensions, or the number of channels; None where the module does not say."""
+    eps: float | None
+    """Inside the root; None means the machine epsilon of the dtype the statistics are taken in."""
+    weight: str | None = None
+    bias: str | None = None
+    statistics: tuple[str, ...] = ()
+    """Buffers with stored statistics."""
+    offset: float = 0.0
+    """What is applied is ``offset + weight``."""
+    cast: str | None = "torch"
+    """Where low precision rounds, as in :func:`normzoo.functional.rms_norm`; None where it matches no order."""
+    axis: int = -1
+    """-1: the trailing dimensions. 1: the channels of (N, C, \\*)."""
+    groups: int = 1
+    """Into how many groups the row or the channels fall, each with statistics of its own."""
+    after: tuple[str, ...] = ()
+    """Children that forward applies to the normalized values, such as an activation."""
+    arguments: tuple[str, ...] = ()
+    """What forward takes beside the input: a module that takes the input alone cannot stand in its place."""
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The attributes that hold what the norm computes with."""
+        return tuple(name for name in (self.weight, self.bias) if name) + self.statistics
+
+    def describe(self) -> str:
+        """One line for a table."""
+        parts = [self.family if self.shape is None else f"{self.family} {self.shape}"]
+        parts.append(f"eps={self.eps}")
+        if self.offset:
+            parts.append(f"{self.offset:g} + weight")
+        if self.cast != "torch":
+            parts.append(f"cast={self.cast or 'unknown'}")
+        if self.groups != 1:
+            parts.append(f"groups={self.groups}")
+        if self.after:
+            parts.append(f"then {', '.join(self.after)}")
+        if self.axis != -1 and self.family in ("layer", "rms"):
+            parts.append("over channels")
+        return ", ".join(parts)
+
+    def compute(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """A layer, RMS or group norm of x, (\\*, \\*shape) or (N, C, \\*), by the references."""
+        eps = 0.0 if self.eps is None else self.eps
+        if self.family == "group":
+            h = at_least_float32(x)
+            weight, bias = (None if t is None else t.to(h.dtype) for t in (weight, bias))
+            return F.group_norm(h, self.groups, weight, bias, eps).to(x.dtype)
+        rows = at_least_float32(x if self.axis == -1 else x.movedim(1, -1))
+        shape = rows.shape[-1:] if self.shape is None else self.shape
+        if self.groups != 1:
+            rows = rows.unflatten(-1, (self.groups, -1))
+            shape = rows.shape[-1:]
+        with backend("reference"):
+            if self.family == "layer":
+                y = functional.layer_norm(rows, shape, eps=eps)
+            else:
+                y = functional.rms_norm(rows, shape, eps=self.eps)
+        y = y.flatten(-2) if self.groups != 1 else y
+        if self.cast == "llama":
+            y = y.to(x.dtype)
+        if weight is not None:
+            y = y * (self._wide(weight) + self.offset if self.offset else weight)
+        y = (y if bias is None else y + bias).to(x.dtype)
+        return y if self.axis == -1 else y.movedim(-1, 1)
+
+    def span(self, x: Tensor) -> tuple[int, ...]:
+        """The dimensions of x that share statistics."""
+        if self.family in ("layer", "rms", "crms"):
+            return (self.axis,)
+        along = 1 if "batch" in self.family else 0
+        return tuple(dim for dim in range(x.dim()) if dim != along)
+
+    def _wide(self, weight: Tensor) -> Tensor:
+        # Gemma adds its one in float32, LayerNorm1P in the dtype of the weight.
+        return weight if self.family == "layer" else at_least_float32(weight)
+
+
+def tensor(module: nn.Module, name: str | None) -> Tensor | None:
+    """The parameter or buffer of `module` called `name`."""
+    found = None if name is None else getattr(module, name, None)
+    return found if isinstance(found, Tensor) else None

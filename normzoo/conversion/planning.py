@@ -1,0 +1,243 @@
+"""Planning a conversion, and converting in one call."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import bypass, report
+from .change import Plan, Step
+from .examine import examine, owners_of_parameters
+from .norm import Norm
+from .probe import bare, short, stand_in
+from .proof import site_error
+from .recognise import Site
+from .rules import SAME, Chooser, Kinds, Names, Target, chooser, seen, selector
+from .surgery import refuse_wrapped
+from .transfer import UNCHANGED, Choice, Exactness, Refused, Replacement, replacement
+
+logger = logging.getLogger("normzoo")
+
+
+def plan(
+    model: nn.Module,
+    to: Target = SAME,
+    *,
+    include: Names = "*",
+    exclude: Names = (),
+    types: Kinds | None = None,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    strict: bool = False,
+    **options: Any,
+) -> Plan:
+    """What a conversion would do to every norm of `model`, and how exactly; the model is not touched.
+
+    Args:
+        model: any module, itself a norm perhaps.
+        to: what the norms become. The name or the class of a layer of this library; ``"same"``, the layer
+            with the mathematics of each; a ``functools.partial`` of a class; a function of a
+            :class:`~normzoo.conversion.Site` that returns one of these, a module, or None; or a mapping of
+            names to these, where an exact name goes before a glob, a glob before a regular expression
+            (``"re:..."``, matched in full), and that before ``"_default"``. None keeps the norm.
+        include, exclude: names, globs or ``"re:..."``, one or several; a norm must match one of `include` and
+            none of `exclude`.
+        types: families (``"layer"``, ``"rms"``, ...), class names or classes, one or several.
+        where: a function of name and module that says whether a norm is meant.
+        strict: a norm that is meant and cannot be converted is an error, rather than left alone.
+        options: constructor arguments of the new layers, which overrule those of the old norms.
+
+    Raises:
+        TypeError: an argument is of the wrong kind; `options` holds what the layer does not take.
+        ValueError: a name or rule means nothing here; nothing can be converted; the model is wrapped (DDP,
+            FSDP, torch.compile, TorchScript); with `strict`, something that is meant cannot be converted.
+
+    >>> made = plan(nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(4)), "layer_norm")
+    >>> [(step.site.name, step.action) for step in made.steps]
+    [('0', 'convert'), ('1', 'refuse')]
+    """
+    found = examine(model, "convert")
+    refuse_wrapped(model)
+    selected = selector(include, exclude, types, where, found)
+    choose = chooser(to, options, found)
+    owners = owners_of_parameters(model)
+    steps = [
+        _step(site, choose, owners) if selected(site) else Step(site, "keep", "filtered out") for site in found
+    ]
+    if not any(step.action == "convert" for step in steps):
+        raise ValueError(f"convert: nothing can be converted; {seen(found)}{_reasons(steps)}")
+    if strict and (left := [step for step in steps if step.action in ("refuse", "unknown")]):
+        raise ValueError(f"convert: strict=True, and some norms cannot be converted{_reasons(left)}")
+    return Plan(model, steps, bypass.functional_norms(model, [site.module for site in found]))
+
+
+def convert(
+    model: nn.Module,
+    to: Target = SAME,
+    *,
+    include: Names = "*",
+    exclude: Names = (),
+    types: Kinds | None = None,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    strict: bool = False,
+    optimizer: Optimizer | None = None,
+    inplace: bool = True,
+    verify: Any = None,
+    **options: Any,
+) -> nn.Module:
+    """Replace the norms of a model by layers of this library: :func:`normzoo.plan`, applied.
+
+    Tensors that keep their meaning stay the very same objects, so optimizers, tied weights, ``requires_grad``,
+    dtype and device stay as they are, on the meta device too. Hooks, ``training``, and buffers and attributes
+    set by the user come along. A norm registered under several names or parents stays one shared module.
+    Norms that are unknown, or have no counterpart, are left alone.
+
+    Where new layers compute another function, or norms that are meant are left alone, the logger ``normzoo``
+    says so in a warning; the whole account is at level INFO.
+
+    :class:`torch.nn.TransformerEncoderLayer` in eval mode without grad computes its norms itself, from their
+    weight, bias and eps. After an exact conversion that gives the same; else its fast path is turned off.
+
+    Args:
+        model, to, include, exclude, types, where, strict, options: as in :func:`normzoo.plan`.
+        optimizer: is kept in step where parameters are replaced or added.
+        inplace: False converts a deep copy.
+        verify: a sample input of the model, see :meth:`normzoo.conversion.Plan.verify`; where an exact
+            conversion changes the outputs on it by more than rounding, the model is left as it was.
+
+    Returns:
+        `model`, or the new module where `model` itself is a norm.
+
+    Raises:
+        TypeError, ValueError: as in :func:`normzoo.plan`; `verify` failed. The model is left as it was.
+
+    >>> convert(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), "layer_norm")[1]
+    LayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=True)
+    """
+    if optimizer is not None and not inplace:
+        raise ValueError(
+            "convert: optimizer holds the parameters of model, and inplace=False converts a copy; drop one"
+        )
+    if not inplace:
+        model = copy.deepcopy(model)
+    made = plan(model, to, include=include, exclude=exclude, types=types, where=where, strict=strict, **options)
+    if verify is not None and not (proof := made.verify(verify)).passed:
+        raise ValueError(f"convert: {proof}; the model is left as it was")
+    root = made.apply(optimizer)
+    _report(made)
+    return root
+
+
+def _report(made: Plan) -> None:
+    """Tells the log what came of a plan, as a warning where it is not all that a user may take it for."""
+    changed = [step for step in made.changes if step.exactness not in UNCHANGED]
+    left = [step for step in made.steps if step.action in ("refuse", "unknown")]
+    logger.info("convert: %s", made.summary())
+    if changed:
+        logger.warning(
+            "convert: %d of %d converted norms compute another function (%s, by up to %.1e of the largest entry "
+            "on a test input); normzoo.plan(...).verify(sample) tells what that does to the model",
+            len(changed),
+            len(made.changes),
+            made.exactness.value,
+            max(step.error or 0.0 for step in changed),
+        )
+    if left:
+        logger.warning("convert: %s left as they are:%s", report.count(len(left), "norm"), _reasons(left))
+
+
+def _reasons(steps: Sequence[Step]) -> str:
+    """A line a reason, with some of the norms that it holds for."""
+    reasons: dict[str, list[str]] = {}
+    for step in steps:
+        reasons.setdefault(step.reason or step.site.note, []).append(step.site.name or "the model itself")
+    lines = []
+    for why, names in reasons.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"\n  {', '.join(names[:3])}{more}: {why}")
+    return "".join(lines)
+
+
+def _step(site: Site, choose: Chooser, owners: Counter[int]) -> Step:
+    if site.norm is None:
+        return Step(site, "unknown")
+    try:
+        choice = choose(site)
+        if choice is None:
+            return Step(site, "keep", "as asked")
+        if isinstance(choice, Choice) and type(site.module) is choice.entry.cls and not choice.options:
+            return Step(site, "keep", f"it is normzoo's {choice.entry.name} already")
+        made = replacement(site, choice)
+        _refuse(site, made, owners)
+        return _measured(site, site.norm, choice, made)
+    except Refused as reason:
+        return Step(site, "refuse", str(reason))
+
+
+def _refuse(site: Site, made: Replacement, owners: Counter[int]) -> None:
+    """Raises Refused where the model would no longer hang together."""
+    if site.outside:
+        raise Refused(f"{site.outside} holds it too, outside the module tree, and would go on with the old one")
+    leaving = [
+        p for name, p in site.module._parameters.items() if name not in made.kept.values() and p is not None
+    ]
+    if made.converted and any(owners[id(p)] > 1 for p in leaving):
+        raise Refused(
+            f"another module shares its parameters, and a new {', '.join(made.converted)} would untie them"
+        )
+    for parent, child in site.parents:
+        if bypass.fast_path(parent, child):
+            continue
+        for name in bypass.reads(parent, child):
+            before, after = getattr(site.module, name, None), getattr(made.module, name, None)
+            unlike = before is not after and (isinstance(before, Tensor) or before != after)
+            if unlike or made.exactness is not Exactness.EXACT:
+                raise Refused(
+                    f"{type(parent).__name__} reads its {name} and may compute the norm itself, as it was; "
+                    "change that class first"
+                )
+
+
+def _measured(site: Site, norm: Norm, choice: Choice | nn.Module, made: Replacement) -> Step:
+    """The step that converts, with what test runs of both norms show."""
+    old, new = site.module, made.module
+    if any(t.is_meta for t in (*old.parameters(), *old.buffers(), *new.parameters())):
+        old = stand_in(old)  # numbers of their kind for those that are not there
+        new = _again(site, choice, old)
+    exactness, reason = made.exactness, made.note
+    try:
+        error, close = site_error(old, new, norm)
+    except Exception as failure:  # the new module may be the caller's
+        if not (needed := getattr(new, "side_inputs", ())):
+            raise Refused(f"a test run of the new {type(new).__name__} failed: {short(failure)}") from failure
+        error, close = None, True
+        reason = (
+            f"{reason}; " * bool(reason) + f"not measured, as it takes {', '.join(needed)} from normzoo.inputs"
+        )
+    if (
+        error is not None
+        and close
+        and any(p.dtype in (torch.float16, torch.bfloat16) for p in old.parameters())
+    ):
+        # Little shows in low precision.
+        old = copy.deepcopy(bare(old)).float()
+        close = site_error(old, _again(site, choice, old), norm)[1]
+    if exactness in UNCHANGED and not close:
+        exactness = Exactness.APPROXIMATE
+        reason = f"{reason}; " * bool(reason) + "a test run shows another function"
+    tensors = {"kept": tuple(made.kept), "converted": made.converted, "new": made.new, "lost": made.lost}
+    return Step(site, "convert", reason, choice, exactness, error, tensors)
+
+
+def _again(site: Site, choice: Choice | nn.Module, old: nn.Module) -> nn.Module:
+    """What takes the place of `old`, were it in the place of the site's module."""
+    if isinstance(choice, nn.Module):
+        return copy.deepcopy(choice).to(next(old.parameters(), torch.empty(0)))
+    return replacement(dataclasses.replace(site, module=old), choice).module

@@ -1,0 +1,327 @@
+"""What an unknown module computes, found by running a copy of it beside every norm it might be.
+
+float32 shows the family and bfloat16 the order of rounding. float64 cannot judge: many norms go to float32
+whatever the input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import itertools
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .norm import Norm, tensor
+
+AGREES = 3e-6
+"""Largest difference from a candidate, relative to the largest entry of a row."""
+
+_SAME_ENTRIES = 0.98
+"""Share of bfloat16 entries that the right order of rounding reproduces; a wrong one misses a quarter."""
+
+_MOST_ENTRIES = 1 << 22
+_USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
+_WIDTHS = ("normalized_shape", "num_features", "hidden_size", "dim")
+
+
+class Unrecognised(Exception):
+    """Why a module is no norm that this library knows."""
+
+
+def identify(module: nn.Module) -> Norm:
+    """The norm that `module` computes.
+
+    A copy of it with random parameters runs on its device (on the CPU, if that is meta).
+
+    Raises:
+        Unrecognised: it does not run on one input, or agrees with no norm, or with several.
+    """
+    extra, needed = _arguments(module)
+    if needed:
+        raise Unrecognised(f"its forward needs {', '.join(needed)} beside the input")
+    if sum(t.numel() for t in _tensors(module).values()) > _MOST_ENTRIES:
+        raise Unrecognised(f"it holds more than {_MOST_ENTRIES} numbers, too many to copy for a test run")
+    try:
+        with undisturbed():
+            found = _identify(stand_in(module))
+    except Unrecognised:
+        raise
+    except Exception as error:  # the module is code that nobody here has seen
+        raise Unrecognised(f"a test run of it failed: {short(error)}") from error
+    return replace(found, arguments=extra)
+
+
+def row_inputs(shape: Sequence[int], device: torch.device) -> Tensor:
+    """(2, 3, \\*shape) in float32: rows off zero and of many sizes, so that eps, centring and 1 + w show."""
+    x = 0.02 + 0.05 * torch.randn(2, 3, *shape, generator=_chance())
+    sizes = torch.logspace(0, -3, 6).reshape(2, 3, *(1 for _ in shape))
+    return (x * sizes).to(device)
+
+
+def inputs_for(norm: Norm, device: torch.device) -> Tensor:
+    """What shows a norm: rows, or (N, C, H, W)."""
+    shape = norm.shape or (48,)
+    return row_inputs(shape, device) if norm.axis == -1 else channel_inputs(shape[0], device)
+
+
+def channel_inputs(channels: int, device: torch.device) -> Tensor:
+    """(3, channels, 2, 2) in float32, every pixel of another size."""
+    return row_inputs((2, channels), device).permute(1, 3, 0, 2).contiguous()
+
+
+def _chance() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def short(error: Exception) -> str:
+    """What went wrong in code that is not ours, in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """The code under test leaves no gradients, warnings or drawn random numbers behind."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _arguments(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What forward takes beside its first argument, and which of that it cannot do without."""
+    parameters = list(inspect.signature(module.forward).parameters.values())[1:]
+    various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in various]
+    return tuple(p.name for p in parameters), tuple(needed)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The floating-point parameters and buffers that the module itself holds."""
+    own = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+    return {name: t for name, t in own if t.is_floating_point()}
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """A copy that shares the tensors and has no hooks, nor have its children.
+
+    A hook may be a method of something large, which deepcopy would follow.
+    """
+    made = copy.copy(module)
+    for key, value in vars(made).items():
+        if key.endswith("_hooks"):
+            vars(made)[key] = type(value)()
+    vars(made)["_modules"] = {
+        name: None if child is None else bare(child) for name, child in module._modules.items()
+    }
+    return made
+
+
+def stand_in(module: nn.Module) -> nn.Module:
+    """A copy in float32 and eval mode, without hooks, with random parameters; on the CPU in place of meta."""
+    twin = copy.deepcopy(bare(module))
+    if any(t.is_meta for t in _tensors(twin).values()):
+        twin = twin.to_empty(device="cpu")
+    twin = twin.float().eval()
+    chance = _chance()
+    for name, t in _tensors(twin).items():
+        noise = torch.randn(t.shape, generator=chance)
+        if "var" in name:  # small ones too, so that eps shows
+            noise = (noise.abs() + 0.5) * 1e-6 * 10.0 ** (torch.arange(t.numel()).reshape(t.shape) % 7)
+        else:
+            noise = 0.2 * noise if _shifts(name) else 0.7 + 0.3 * noise
+        t.data.copy_(noise)
+    return twin
+
+
+def _shifts(name: str) -> bool:
+    return re.search("bias|beta|shift|mean", name, re.IGNORECASE) is not None
+
+
+def _identify(twin: nn.Module) -> Norm:
+    children = dict(twin.named_children())
+    for name in children:
+        setattr(twin, name, nn.Identity())
+    stored = statistics(twin)
+    found, x = _batch(twin, stored) if stored else _rows(twin)
+    if not children:
+        return found
+    y = twin(x)
+    for name, child in children.items():
+        y = child(y)
+        setattr(twin, name, child)
+    if not torch.equal(twin(x), y):
+        raise Unrecognised(f"what it does with its children ({', '.join(children)}) is unclear")
+    after = tuple(name for name, child in children.items() if not isinstance(child, nn.Identity))
+    return replace(found, after=after)
+
+
+def statistics(module: nn.Module) -> tuple[str, str] | None:
+    """The names of the buffers that hold a mean and a variance for each channel."""
+    buffers = [name for name, b in module.named_buffers(recurse=False) if b.dim() == 1]
+    means, variances = ([name for name in buffers if word in name] for word in ("mean", "var"))
+    return (means[0], variances[0]) if len(means) == len(variances) == 1 else None
+
+
+def _affine(module: nn.Module, besides: Sequence[str] = ()) -> tuple[str | None, str | None]:
+    """The names of the weight and of the bias."""
+    # A number on its own counts calls, or the like.
+    names = [name for name, t in _tensors(module).items() if name not in besides and t.dim()]
+    weights, biases = [n for n in names if not _shifts(n)], [n for n in names if _shifts(n)]
+    if len(weights) > 1 or len(biases) > 1:
+        raise Unrecognised(f"it holds {', '.join(names)}, more than a weight and a bias")
+    return next(iter(weights), None), next(iter(biases), None)
+
+
+def _numbers(module: nn.Module) -> tuple[list[float | None], list[int]]:
+    """Values that eps and the number of groups may have, from the attributes of the module."""
+    eps: list[float | None] = []
+    groups = []
+    for name, value in vars(module).items():
+        if (isinstance(value, float) and 0 < value < 0.05) or (value is None and "eps" in name):
+            eps.append(value)
+        elif isinstance(value, int) and "group" in name and value > 0:
+            groups.append(value)
+    return list(dict.fromkeys((*eps, *_USUAL_EPS))), groups
+
+
+def _rows(twin: nn.Module) -> tuple[Norm, Tensor]:
+    """The layer or RMS norm that `twin` computes, and an input that shows it."""
+    weight, bias = _affine(twin)
+    held = tensor(twin, weight or bias)
+    known = tuple(held.shape) if held is not None else _declared(twin)
+    # A weight of shape (C, 1, 1) belongs to channels, one of (1, 1, d) to the last dimension.
+    shape = tuple(size for size in known if size != 1) or known or (48,)
+    if math.prod(shape) < 2:
+        raise Unrecognised(f"its weight has shape {shape}, which does not tell what it normalises")
+    failure: Exception = Unrecognised("its output has another shape than its input")
+    for axis in (1,) if known and known[-1] == 1 else (-1, 1):
+        x = row_inputs(shape, _device(twin)) if axis == -1 else channel_inputs(shape[0], _device(twin))
+        try:
+            y = twin(x)
+        except Exception as error:  # another layout may suit it
+            failure = error
+            continue
+        if isinstance(y, Tensor) and y.shape == x.shape:
+            candidates = _row_candidates(twin, axis, shape, weight, bias)
+            found = _only(candidates, y, lambda norm, x=x: norm.compute(x, *_held(twin, norm)))
+            if not torch.equal(twin.train()(x), y):
+                raise Unrecognised(
+                    f"it computes a {found.describe()} in eval mode and something else in training"
+                )
+            found = replace(found, cast=_cast(copy.deepcopy(twin.eval()), found, x))
+            return found if known else replace(found, shape=None), x
+    raise failure
+
+
+def _declared(module: nn.Module) -> tuple[int, ...]:
+    """The width that a module without parameters says it has."""
+    for name in _WIDTHS:
+        width: Any = getattr(module, name, None)
+        sizes = tuple(width) if isinstance(width, (tuple, list)) else (width,)
+        if all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+            return sizes
+    return ()
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((t.device for t in _tensors(module).values()), torch.device("cpu"))
+
+
+def _held(module: nn.Module, norm: Norm) -> tuple[Tensor | None, Tensor | None]:
+    weight, bias = (tensor(module, name) for name in (norm.weight, norm.bias))
+    return tuple(t if t is None or 1 not in t.shape else t.squeeze() for t in (weight, bias))
+
+
+def _row_candidates(
+    module: nn.Module, axis: int, shape: tuple[int, ...], weight: str | None, bias: str | None
+) -> Iterator[Norm]:
+    eps, sizes = _numbers(module)
+    width = shape[0] if axis == 1 else shape[-1]
+    spans = [(width,)] if axis == 1 or len(shape) == 1 else [shape, (width,)]
+    groups = {1} | {g for size in sizes if width % size == 0 for g in (size, width // size)} - {width}
+    # A buffer may go by the name of a weight and be ignored.
+    held = list(itertools.product({weight, None}, {bias, None}))
+    for (w, b), family, e, span, g in itertools.product(held, ("layer", "rms"), eps, spans, sorted(groups)):
+        for offset in (0.0, 1.0) if w else (0.0,):
+            if e is None and family == "layer":
+                continue
+            yield Norm(family, span, e, weight=w, bias=b, offset=offset, axis=axis, groups=g)
+    if axis == 1:
+        of_group = {1, width} | {g for g in sizes if width % g == 0}
+        for (w, b), e, g in itertools.product(held, filter(None, eps), sorted(of_group)):
+            yield Norm("group", (width,), e, weight=w, bias=b, axis=axis, groups=g)
+
+
+def _only(candidates: Iterator[Norm], y: Tensor, compute: Callable[[Norm], Tensor]) -> Norm:
+    """The one candidate that computes y."""
+    errors = {norm: distance(compute(norm), y, norm.span(y)) for norm in candidates}
+    fitting = [norm for norm, error in errors.items() if error <= AGREES]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise Unrecognised(f"it fits several norms: {'; '.join(norm.describe() for norm in fitting[:3])}")
+    nearest = min(errors, key=errors.__getitem__)
+    raise Unrecognised(
+        f"it agrees with no norm known here; the nearest, {nearest.describe()}, is off by {errors[nearest]:.1e}"
+    )
+
+
+def distance(a: Tensor, b: Tensor, span: tuple[int, ...]) -> float:
+    """Largest difference, relative to the largest entry over the dimensions `span`; infinite for NaN."""
+    if a.shape != b.shape:
+        return math.inf
+    relative = (a - b).abs().amax(span) / b.abs().amax(span).clamp_min(1e-30)
+    return relative.nan_to_num(math.inf).max().item()
+
+
+def _cast(twin: nn.Module, norm: Norm, x: Tensor) -> str | None:
+    """The order of rounding that reproduces the module in bfloat16."""
+    twin.bfloat16()
+    x = x.bfloat16()
+    y = twin(x)
+    if y.dtype != x.dtype:
+        return None
+    held = _held(twin, norm)
+    for cast in ("torch", "llama"):
+        if (replace(norm, cast=cast).compute(x, *held) == y).float().mean() >= _SAME_ENTRIES:
+            return "gemma" if norm.offset and norm.family == "rms" and cast == "torch" else cast
+    return None
+
+
+def _batch(twin: nn.Module, stored: tuple[str, str]) -> tuple[Norm, Tensor]:
+    """The batch norm that `twin` computes, which may be frozen, and an input that shows it."""
+    mean, variance = (twin.get_buffer(name) for name in stored)
+    weight, bias = _affine(twin, stored)
+    x = channel_inputs(len(mean), mean.device)
+    y = twin(x)
+    held = itertools.product({weight, None}, {bias, None})
+    candidates = (
+        Norm("batch", tuple(mean.shape), e, weight=w, bias=b, statistics=stored, axis=1)
+        for (w, b), e in itertools.product(held, filter(None, _numbers(twin)[0]))
+    )
+
+    def compute(norm: Norm, training: bool = False) -> Tensor:
+        known = (None, None) if training else (mean, variance)
+        return F.batch_norm(x, *known, *_held(twin, norm), training, eps=norm.eps or 0.0)
+
+    found = _only(candidates, y, compute)
+    before = mean.clone(), variance.clone()
+    trained = twin.train()(x)
+    unmoved = torch.equal(mean, before[0]) and torch.equal(variance, before[1])
+    mean.copy_(before[0])
+    variance.copy_(before[1])
+    twin.eval()
+    if unmoved and torch.equal(trained, y):
+        return replace(found, family="frozen_batch"), x
+    if distance(trained, compute(found, training=True), found.span(x)) <= AGREES:
+        return found, x
+    raise Unrecognised(f"it computes a {found.describe()} in eval mode and something else in training")

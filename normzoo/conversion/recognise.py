@@ -1,0 +1,233 @@
+"""Finding the norms of a model and telling what each of them computes.
+
+In this order: an adapter of the user, the exact class, a subclass that inherits the forward of a known class,
+and last a test run of what calls itself a norm. A name alone decides nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _LazyNormBase, _NormBase
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from ..layers.layer import LayerNorm
+from ..layers.rms import CRMSNorm, RMSNorm
+from .norm import Norm
+from .probe import Unrecognised, identify
+from .surgery import places
+
+Adapter = Callable[[nn.Module], Norm | None]
+
+# RemovableHandle wants a dict that can be weakly referenced.
+_adapters: OrderedDict[int, tuple[type[nn.Module] | Callable[[nn.Module], bool], Adapter]] = OrderedDict()
+
+# "Normalize" is about norms, "normal" is not.
+_NAMED_NORM = re.compile("norm(?!al(?!i))", re.IGNORECASE)
+
+
+def register_adapter(
+    source: type[nn.Module] | Callable[[nn.Module], bool], adapter: Adapter
+) -> RemovableHandle:
+    """Teach :func:`normzoo.inspect` and :func:`normzoo.convert` a norm that they do not recognise.
+
+    Args:
+        source: the exact class of the modules that `adapter` describes, or a function that picks them.
+        adapter: returns the :class:`normzoo.conversion.Norm` that a module computes, or None to say that it
+            is to be left alone. What it says is still held against a test run of module and replacement.
+
+    Returns:
+        A handle; its ``remove()`` forgets the adapter. The adapter registered last is asked first.
+
+    Raises:
+        TypeError: `source` or `adapter` cannot be called.
+
+    >>> import torch, normzoo
+    >>> class Unit(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return torch.nn.functional.rms_norm(x, (8,), eps=1e-6)
+    >>> handle = normzoo.register_adapter(Unit, lambda module: normzoo.conversion.Norm("rms", (8,), 1e-6))
+    >>> type(normzoo.convert(Unit(), "rms_norm")).__name__
+    'RMSNorm'
+    >>> handle.remove()
+    """
+    for name, value in (("source", source), ("adapter", adapter)):
+        if not callable(value):
+            raise TypeError(f"register_adapter: {name} is a {type(value).__name__}; it must be callable")
+    handle = RemovableHandle(_adapters)
+    _adapters[handle.id] = source, adapter
+    return handle
+
+
+@dataclass
+class Site:
+    """A norm of a model: where it is, and what it computes."""
+
+    names: tuple[str, ...]
+    """Every name it has; a module may be registered more than once. The root's is empty."""
+    module: nn.Module
+    norm: Norm | None
+    """What it computes; None where that is unknown."""
+    how: str
+    """Recognised by ``adapter``, ``class``, ``subclass`` or ``probe``."""
+    note: str = ""
+    """Why it is unknown."""
+    parents: list[tuple[nn.Module, str]] = field(default_factory=list)
+    """The modules that hold it, and its name there."""
+    outside: str = ""
+    """An attribute beside the module tree that holds it too."""
+    flags: list[str] = field(default_factory=list)
+    """What else to know about it."""
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def family(self) -> str:
+        return self.norm.family if self.norm else "unknown"
+
+    @property
+    def cls(self) -> type[nn.Module]:
+        return parametrize.type_before_parametrizations(self.module)
+
+    @property
+    def source(self) -> str:
+        """The class, with its module."""
+        return f"{self.cls.__module__}.{self.cls.__qualname__}"
+
+    def describe(self) -> str:
+        """What it computes, in a few words."""
+        return self.norm.describe() if self.norm else "unknown"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        norm = None if self.norm is None else asdict(self.norm)
+        about = {"name": self.name, "aliases": self.names[1:], "class": self.source, "norm": norm}
+        return about | {"recognised_by": self.how or None, "note": self.note or None, "flags": self.flags}
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """The norms of `model` in the order of its modules; each module once."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    parents = places(model)
+    known: dict[tuple, tuple[Norm | None, str, str]] = {}
+    found = []
+    for module, its_names in names.items():
+        if _looks_like_a_norm(module):
+            alike = _alike(module)
+            if alike not in known:
+                known[alike] = _recognise(module)
+            found.append(Site(tuple(its_names), module, *known[alike], parents.get(module, [])))
+    return found
+
+
+def _looks_like_a_norm(module: nn.Module) -> bool:
+    cls = parametrize.type_before_parametrizations(module)
+    if cls.__module__.startswith("torch.nn.utils"):  # weight norm as a parametrization
+        return False
+    if cls in KNOWN or _adapter(module) or isinstance(module, _BASES):
+        return True
+    tag = getattr(cls, "kernel_layer_name", None)  # Hugging Face kernels
+    named = any(_NAMED_NORM.search(base.__name__) for base in cls.__mro__) or "Norm" in str(tag)
+    # A module around norms has parameters below it; an activation has none.
+    return named and not any(True for child in _children(module) for _ in child.parameters())
+
+
+def _children(module: nn.Module) -> list[nn.Module]:
+    return [child for name, child in module.named_children() if name != "parametrizations"]
+
+
+def _alike(module: nn.Module) -> tuple:
+    """Equal for modules that a look at one of them tells about."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    layout = tuple((name, None if is_lazy(t) else tuple(t.shape), t.dtype, t.device) for name, t in tensors)
+    plain = (bool, int, float, str, tuple, type(None))
+    settings = [(k, repr(v)) for k, v in vars(module).items() if isinstance(v, plain) and k != "training"]
+    own = "forward" in vars(module), _adapter(module)
+    return (type(module), layout, tuple(settings), *own, *map(_alike, _children(module)))
+
+
+def _adapter(module: nn.Module) -> Adapter | None:
+    for source, adapter in reversed(_adapters.values()):
+        if type(module) is source if isinstance(source, type) else source(module):
+            return adapter
+    return None
+
+
+def _recognise(module: nn.Module) -> tuple[Norm | None, str, str]:
+    """(what it computes, how that is known, why it is unknown)."""
+    cls = parametrize.type_before_parametrizations(module)
+    try:
+        if adapter := _adapter(module):
+            norm = adapter(module)
+            return norm, "adapter" if norm else "", "" if norm else "its adapter leaves it alone"
+        if "forward" in vars(module):
+            raise Unrecognised("its forward was replaced on the instance")
+        if isinstance(module, _LazyNormBase) or any(map(is_lazy, module.parameters())):
+            raise Unrecognised("it has no shape yet; run the model once")
+        if cls in KNOWN:
+            return KNOWN[cls](module), "class", ""
+        for base in cls.__mro__:
+            if base in KNOWN and cls.forward is base.forward:
+                return KNOWN[base](module), "subclass", ""
+        return identify(module), "probe", ""
+    except Unrecognised as reason:
+        return None, "", str(reason)
+
+
+def _held(module: Any, *names: str) -> dict[str, Any]:
+    """Weight and bias by the names they have everywhere, or None."""
+    return {name: name if getattr(module, name, None) is not None else None for name in names}
+
+
+def _layer(module: Any) -> Norm:
+    return Norm("layer", tuple(module.normalized_shape), module.eps, **_held(module, "weight", "bias"))
+
+
+def _rms(module: Any) -> Norm:
+    how = {"offset": getattr(module, "offset", 0.0), "cast": getattr(module, "cast", "torch")}
+    return Norm("rms", tuple(module.normalized_shape), module.eps, **_held(module, "weight", "bias"), **how)
+
+
+def _crms(module: Any) -> Norm:
+    return Norm("crms", tuple(module.normalized_shape), module.eps, **_held(module, "weight"))
+
+
+def _group(module: Any) -> Norm:
+    held = _held(module, "weight", "bias")
+    return Norm("group", (module.num_channels,), module.eps, **held, axis=1, groups=module.num_groups)
+
+
+def _stored(family: str) -> Callable[[Any], Norm]:
+    def describe(module: Any) -> Norm:
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        stored = tuple(name for name in names if getattr(module, name, None) is not None)
+        held = _held(module, "weight", "bias")
+        return Norm(family, (module.num_features,), module.eps, **held, statistics=stored, axis=1)
+
+    return describe
+
+
+KNOWN: dict[type[nn.Module], Callable[[Any], Norm]] = {
+    nn.LayerNorm: _layer,
+    nn.RMSNorm: _rms,
+    nn.GroupNorm: _group,
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _stored("batch")),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _stored("instance")),
+    LayerNorm: _layer,
+    RMSNorm: _rms,
+    CRMSNorm: _crms,
+}
+"""Classes whose mathematics is known, and what describes one of them."""
+
+_BASES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)

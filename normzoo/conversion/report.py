@@ -1,0 +1,51 @@
+"""Inspections and plans as tables: sites that differ by a number in their name share a row."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+_NUMBER = re.compile(r"\d+")
+
+
+def grouped(items: Iterable[tuple[str, Sequence[str], float | None]]) -> list[tuple[str, ...]]:
+    """Rows (name, cells, error) of items that differ in the numbers of their names alone.
+
+    The error of a row is its largest.
+    """
+    groups: dict[tuple, list[tuple[str, float | None]]] = {}
+    for name, cells, error in items:
+        groups.setdefault((_NUMBER.sub("*", name), *cells), []).append((name, error))
+    rows = []
+    for (_, *cells), members in groups.items():
+        errors = [error for _, error in members if error is not None]
+        rows.append((_called([name for name, _ in members]), *cells, f"{max(errors):.1e}" if errors else "-"))
+    return rows
+
+
+def _called(names: Sequence[str]) -> str:
+    """One name for several, with a star in place of the numbers in which they differ."""
+    if len(names) == 1:
+        return names[0] or "(the model)"
+    numbers = zip(*map(_NUMBER.findall, names), strict=True)
+    shown = iter([values[0] if len(set(values)) == 1 else "*" for values in numbers])
+    return f"{_NUMBER.sub(lambda match: next(shown), names[0])} x{len(names)}"
+
+
+def plain(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in plain text."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = (header, ["-" * width for width in widths], *rows)
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def tally(kinds: Iterable[str]) -> str:
+    """How many there are of each kind, in a phrase."""
+    return ", ".join(f"{number} {kind}" for kind, number in Counter(kinds).items())

@@ -1,0 +1,73 @@
+"""Rules for norms of rows: LayerNorm, RMSNorm and what goes by other names."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .norm import Norm, tensor
+from .transfer import Carried, Exactness, Refused, transfer
+
+
+def _row(norm: Norm, module: nn.Module) -> Carried:
+    """Shape, eps, weight and bias, as every row norm has them."""
+    if norm.groups != 1:
+        raise Refused(f"it normalises {norm.groups} groups of a row one by one, and the layer a row")
+    if norm.arguments:
+        raise Refused(f"its callers may pass {', '.join(norm.arguments)}, and the layer takes the input alone")
+    if norm.shape is None:
+        raise Refused("it does not say how wide its rows are, and the layer has to know")
+    weight, bias = tensor(module, norm.weight), tensor(module, norm.bias)
+    for name, held in ((norm.weight, weight), (norm.bias, bias)):
+        if held is not None and tuple(held.shape) != norm.shape:
+            raise Refused(f"it normalises {norm.shape} with a {name} of shape {tuple(held.shape)}")
+    if bias is not None and weight is None:
+        raise Refused("it has a bias and no weight")
+    arguments = {
+        "normalized_shape": norm.shape,
+        "eps": norm.eps,
+        "elementwise_affine": weight is not None,
+        "bias": bias is not None,
+    }
+    kept = {"weight": norm.weight, "bias": norm.bias}
+    return Carried(
+        arguments, {name: source for name, source in kept.items() if source}, over_channels=norm.axis == 1
+    )
+
+
+@transfer("layer", "layer_norm", Exactness.EXACT, same=True)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _row(norm, module)
+    if norm.offset:
+        weight = getattr(module, carried.kept.pop("weight"))
+        carried.converted["weight"] = weight.detach() + norm.offset
+        carried.exactness = Exactness.EVAL_EXACT
+        carried.note = f"the weight becomes {norm.offset:g} + weight, which weight decay treats differently"
+    return carried
+
+
+@transfer("rms", "rms_norm", Exactness.EXACT, same=True)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _row(norm, module)
+    carried.arguments |= {"offset": norm.offset, "cast": norm.cast or "torch"}
+    return carried
+
+
+@transfer("layer", "rms_norm", Exactness.APPROXIMATE, "the mean is no longer taken away")
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _row(norm, module)
+    carried.arguments |= {"offset": norm.offset}
+    return carried
+
+
+@transfer("rms", "layer_norm", Exactness.APPROXIMATE, "the mean is taken away")
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _row(norm, module)
+    if norm.eps is None:
+        held = tensor(module, norm.weight)
+        double = held is not None and held.dtype == torch.float64
+        carried.arguments["eps"] = torch.finfo(torch.float64 if double else torch.float32).eps
+    if norm.offset:
+        weight = getattr(module, carried.kept.pop("weight"))
+        carried.converted["weight"] = weight.detach() + norm.offset
+    return carried

@@ -1,0 +1,196 @@
+"""Which norms a conversion takes, and what each of them is to become."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from ..zoo import ZOO, Entry
+from .recognise import Site
+from .transfer import TRANSFERS, Choice, Refused
+
+Names = str | Iterable[str]
+Kinds = str | type[nn.Module] | Iterable[str | type[nn.Module]]
+Layer = str | type[nn.Module] | functools.partial | None
+Target = Layer | Callable[[Site], Layer | nn.Module] | Mapping[str, Any]
+Chooser = Callable[[Site], Choice | nn.Module | None]
+
+SAME = "same"
+"""Stands for the layer with the mathematics of each norm."""
+
+
+def chooser(to: Target, options: Mapping[str, Any], found: Sequence[Site]) -> Chooser:
+    """A function that says what a site is to become, None where it is to stay; it may raise Refused.
+
+    Raises:
+        TypeError, ValueError: `to` or `options` mean nothing; a rule of `to` matches none of the sites `found`.
+    """
+    if not isinstance(to, Mapping):
+        return _one(to, options)
+    rules = {key: _one(target, options) for key, target in to.items()}
+    for key in rules:
+        if not isinstance(key, str):
+            raise TypeError(f"convert: to has the key {key!r}; keys must be names, globs or 're:' expressions")
+        if key != "_default" and not any(matches(key, site.names) for site in found):
+            raise ValueError(f"convert: the rule {key!r} matches no norm; {seen(found)}")
+
+    def choose(site: Site) -> Choice | nn.Module | None:
+        for fits in _PRECEDENCE:
+            for key, target in rules.items():
+                if fits(key, site.names):
+                    return target(site)
+        return None
+
+    return choose
+
+
+def _is_exact(key: str, names: Sequence[str]) -> bool:
+    return key in names
+
+
+def _is_glob(key: str, names: Sequence[str]) -> bool:
+    return not key.startswith("re:") and any(fnmatchcase(name, key) for name in names)
+
+
+def _is_expression(key: str, names: Sequence[str]) -> bool:
+    return key.startswith("re:") and any(re.fullmatch(key[3:], name) for name in names)
+
+
+def _is_default(key: str, names: Sequence[str]) -> bool:
+    return key == "_default"
+
+
+_PRECEDENCE = (_is_exact, _is_glob, _is_expression, _is_default)
+
+
+def matches(pattern: str, names: Sequence[str]) -> bool:
+    """Whether a name, glob or ``re:`` expression fits one of `names`."""
+    return any(fits(pattern, names) for fits in _PRECEDENCE[:3])
+
+
+def _one(to: Any, options: Mapping[str, Any]) -> Chooser:
+    if to is None:
+        return lambda site: None
+    if isinstance(to, functools.partial):
+        if to.args:
+            raise TypeError(f"convert: {to} has positional arguments; pass them by name")
+        return _one(to.func, {**to.keywords, **options})
+    if to == SAME:
+        return lambda site: _same(site, options)
+    if isinstance(to, (str, type)):
+        choice = _choice(_entry(to), options)
+        return lambda site: choice
+    if callable(to) and not isinstance(to, nn.Module):
+        return lambda site: _answer(to(site), site, options)
+    raise TypeError(
+        f"convert: to is a {type(to).__name__}; it must be the name or the class of a layer, a function of a "
+        "site, or a mapping of names to these"
+    )
+
+
+def _answer(answer: Any, site: Site, options: Mapping[str, Any]) -> Choice | nn.Module | None:
+    """What a function of the user says of a site."""
+    if answer is site.module:
+        return None
+    if isinstance(answer, nn.Module):
+        return answer
+    if answer is None or isinstance(answer, (str, type, functools.partial)):
+        return _one(answer, options)(site)
+    raise TypeError(
+        f"convert: to returned a {type(answer).__name__} for {site.name!r}; it must return a module, the name "
+        "or the class of a layer, or None"
+    )
+
+
+def _same(site: Site, options: Mapping[str, Any]) -> Choice:
+    for rule in TRANSFERS.values():
+        if rule.same and rule.family == site.family:
+            return _choice(_entry(rule.target), options)
+    raise Refused(f"normzoo has no layer yet that computes a {site.family} norm")
+
+
+def _choice(entry: Entry, options: Mapping[str, Any]) -> Choice:
+    known = [name for name in inspect.signature(entry.cls).parameters if name not in ("device", "dtype")]
+    for option in options:
+        if option not in known:
+            raise TypeError(f"convert: {entry.cls.__name__} takes no {option!r}; it takes {', '.join(known)}")
+    return Choice(entry, options)
+
+
+def _entry(to: str | type[nn.Module]) -> Entry:
+    entry = next((entry for entry in ZOO if to in (entry.name, entry.cls.__name__, entry.cls)), None)
+    if entry is not None:
+        return entry
+    possible = ", ".join(entry.name for entry in ZOO)
+    if isinstance(to, str):
+        raise ValueError(f"convert: there is no layer called {to!r}; use one of {possible}, or {SAME!r}")
+    raise ValueError(
+        f"convert: {to.__module__}.{to.__qualname__} is not a layer of normzoo; use one of {possible}, or a "
+        "function of a site that returns a module"
+    )
+
+
+def selector(
+    include: Names,
+    exclude: Names,
+    types: Kinds | None,
+    where: Callable[[str, nn.Module], bool] | None,
+    found: Sequence[Site],
+) -> Callable[[Site], bool]:
+    """Whether a site passes all of the filters.
+
+    Raises:
+        TypeError: one of them is of another kind.
+        ValueError: a pattern matches none of the sites `found`.
+    """
+    includes, excludes = (
+        _several(name, value, (str,)) for name, value in (("include", include), ("exclude", exclude))
+    )
+    for pattern in (*includes, *excludes):
+        if pattern != "*" and not any(matches(pattern, site.names) for site in found):
+            argument = "include" if pattern in includes else "exclude"
+            raise ValueError(f"convert: {pattern!r} in {argument} matches no norm; {seen(found)}")
+    kinds = None if types is None else _several("types", types, (str, type))
+    if where is not None and not callable(where):
+        raise TypeError(f"convert: where is a {type(where).__name__}; it must be a function of name and module")
+
+    def selected(site: Site) -> bool:
+        return (
+            any(matches(pattern, site.names) for pattern in includes)
+            and not any(matches(pattern, site.names) for pattern in excludes)
+            and (kinds is None or any(_is_kind(site, kind) for kind in kinds))
+            and (where is None or bool(where(site.name, site.module)))
+        )
+
+    return selected
+
+
+def _several(argument: str, value: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]:
+    values = (value,) if isinstance(value, kinds) else tuple(value)
+    for one in values:
+        if not isinstance(one, kinds):
+            what = (
+                "names, globs or 're:' expressions" if kinds == (str,) else "families, class names or classes"
+            )
+            raise TypeError(f"convert: {argument} holds {one!r}; it must hold {what}")
+    return values
+
+
+def _is_kind(site: Site, kind: str | type[nn.Module]) -> bool:
+    if isinstance(kind, type):
+        return isinstance(site.module, kind)
+    return kind in (site.family, type(site.module).__name__)
+
+
+def seen(found: Sequence[Site]) -> str:
+    """The norm classes of a model in a sentence, with their number."""
+    counts = Counter(site.source for site in found)
+    listed = ", ".join(f"{count} {source}" for source, count in sorted(counts.items()))
+    return f"norm classes seen: {listed or 'none'}"

@@ -1,0 +1,197 @@
+"""What becomes of a norm: the rules that carry one kind to a layer of this library, and how true each is."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..zoo import Entry
+from .adapted import adapted
+from .luggage import bring_along, obstacle
+from .norm import Norm
+from .recognise import Site
+
+
+class Exactness(str, enum.Enum):
+    """What a conversion keeps of the function that the norm computes, up to rounding."""
+
+    EXACT = "exact"
+    """The same in training and in eval mode."""
+    EVAL_EXACT = "eval-exact"
+    """The same outputs in eval mode; training goes another way."""
+    APPROXIMATE = "approximate"
+    """Weights are kept, the function is another one."""
+    CALIBRATE = "needs calibration"
+    """Running statistics start unknown; run data through the model before eval mode."""
+    REINITIALISED = "re-initialised"
+    """Nothing that was learnt is kept."""
+
+
+UNCHANGED = (Exactness.EXACT, Exactness.EVAL_EXACT)
+"""Where the outputs in eval mode stay what they were."""
+
+
+class Refused(Exception):
+    """Why a site cannot be converted."""
+
+
+@dataclass
+class Carried:
+    """How the new layer is made from the old norm."""
+
+    arguments: dict[str, Any]
+    """For the constructor."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """Attributes of the new layer that hold the very tensors of the old one, by its names."""
+    converted: dict[str, Tensor] = field(default_factory=dict)
+    """Attributes of the new layer whose values were computed from those of the old one."""
+    used: tuple[str, ...] = ()
+    """Other tensors of the old norm that went into the converted ones."""
+    over_channels: bool = False
+    """The layer takes rows, and the norm the channels of (N, C, \\*)."""
+    exactness: Exactness | None = None
+    """Where this norm makes it another than the rule's."""
+    note: str = ""
+
+
+Carry = Callable[[Norm, nn.Module], Carried]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A rule: norms of `family` become the layer called `target`."""
+
+    family: str
+    target: str
+    exactness: Exactness
+    note: str
+    carry: Carry
+    same: bool
+    """Whether the two are the same layer."""
+
+
+TRANSFERS: dict[tuple[str, str], Transfer] = {}
+
+
+def transfer(
+    family: str, target: str, exactness: Exactness, note: str = "", *, same: bool = False
+) -> Callable[[Carry], Carry]:
+    """Makes the decorated function the rule from norms of `family` to the ZOO entry called `target`.
+
+    The function may raise :class:`Refused`.
+    """
+
+    def add(carry: Carry) -> Carry:
+        TRANSFERS[family, target] = Transfer(family, target, exactness, note, carry, same)
+        return carry
+
+    return add
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layer that a norm is to become."""
+
+    entry: Entry
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Constructor arguments that overrule those of the norm."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A new layer and what it owes to the old norm."""
+
+    module: nn.Module
+    kept: dict[str, str]
+    """Tensors of the new layer that are objects of the old norm, by its names."""
+    converted: tuple[str, ...]
+    """Tensors of the new layer that were computed from those of the old norm."""
+    new: tuple[str, ...]
+    """Tensors of the new layer that come from nowhere."""
+    lost: tuple[str, ...]
+    """Tensors and children of the old norm that have no place in the new layer."""
+    exactness: Exactness
+    note: str = ""
+
+
+def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
+    """What takes the place of `site`; the model is not touched.
+
+    Args:
+        choice: the layer to make, or a module that takes the place as it is.
+
+    Raises:
+        Refused: no rule leads from the norm to the layer, or this one does not fit.
+    """
+    old, norm = site.module, site.norm
+    if reason := obstacle(old):
+        raise Refused(reason)
+    if isinstance(choice, nn.Module):
+        return _ready_made(old, choice)
+    if norm is None:
+        raise Refused(site.note)
+    rule = TRANSFERS.get((norm.family, choice.entry.name))
+    if rule is None:
+        known = [target for family, target in TRANSFERS if family == norm.family]
+        only = f", only to {' and '.join(known)}" if known else ""
+        raise Refused(f"no rule takes a {norm.family} norm to {choice.entry.name}{only}")
+    carried = rule.carry(norm, old)
+    for name in carried.kept.values():
+        if name not in old._parameters and name not in old._buffers:
+            raise Refused(f"its {name} is computed, not stored; remove what computes it (weight norm?) first")
+    new = _construct(old, norm, carried, choice)
+    for name, source in carried.kept.items():
+        _put(new, name, getattr(old, source))
+    for name, value in carried.converted.items():
+        _put(new, name, value)
+    fresh = [name for name in _own(new) if name not in carried.kept and name not in carried.converted]
+    lost = bring_along(old, new, leave={*carried.kept.values(), *carried.converted, *carried.used})
+    exactness = carried.exactness or rule.exactness
+    if exactness in UNCHANGED and any(carried.arguments.get(k, v) != v for k, v in choice.options.items()):
+        exactness = Exactness.APPROXIMATE
+    converted = tuple(carried.converted)
+    return Replacement(new, carried.kept, converted, tuple(fresh), lost, exactness, carried.note or rule.note)
+
+
+def _construct(old: nn.Module, norm: Norm, carried: Carried, choice: Choice) -> nn.Module:
+    cls = adapted(choice.entry.cls, carried.over_channels, norm.after)
+    like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), None)
+    place = {} if like is None else {"device": like.device, "dtype": like.dtype}
+    try:
+        new = cls(**{**carried.arguments, **choice.options, **place})
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    trained = [p.requires_grad for p in old.parameters()]
+    if trained and not any(trained):
+        new.requires_grad_(False)
+    return new
+
+
+def _ready_made(old: nn.Module, new: nn.Module) -> Replacement:
+    """A module made by the caller, which is as exact as it turns out to be."""
+    held = {id(t): name for name, t in _own(old).items()}
+    tensors = dict((*new.named_parameters(), *new.named_buffers()))
+    kept = {name: held[id(t)] for name, t in tensors.items() if id(t) in held}
+    fresh = tuple(name for name in tensors if name not in kept)
+    lost = tuple(name for name in held.values() if name not in kept.values())
+    new.train(old.training)
+    return Replacement(new, kept, (), fresh, lost, Exactness.EVAL_EXACT)
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    return dict((*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)))
+
+
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Makes `value` the parameter or buffer `name`; a Parameter stays the object it is."""
+    if name in module._buffers:
+        module._buffers[name] = value.detach()
+        return
+    if not isinstance(value, nn.Parameter):
+        before = module._parameters[name]
+        value = nn.Parameter(value, requires_grad=before is None or before.requires_grad)
+    module._parameters[name] = value

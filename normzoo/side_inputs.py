@@ -1,0 +1,110 @@
+"""Side inputs (masks, task ids, times) for layers deep inside a model, for the span of a ``with`` block."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAMES = ("mask", "pad_mask", "task_ids", "t")
+
+
+class _Frame:
+    """What one ``with`` block gives to which modules."""
+
+    def __init__(self, modules: frozenset[int], values: dict[str, Tensor], task: int) -> None:
+        self.modules = modules
+        self.values = values
+        self.task = task
+
+
+# A threading.local because dynamo traces it, as in dispatch.py.
+class _State(threading.local):
+    def __init__(self) -> None:
+        self.frames: list[_Frame] = []
+
+
+_state = _State()
+
+
+class inputs:
+    """Give side inputs to the layers of a model that take them, inside a ``with`` block and in this thread.
+
+    A layer takes a side input if its class names it in ``side_inputs``; it looks there where its forward got
+    none. Every layer of `model` that takes an input gets the same one; of nested blocks the inner holds.
+
+    Args:
+        model: the model that is called inside the block.
+        mask: 1 or True inside holes or regions, as the layers of the model say.
+        pad_mask: True at padding.
+        task_ids: the task of every sample.
+        t: the time of every sample.
+
+    Raises:
+        TypeError: a value is no tensor.
+        ValueError: nothing is given, or no layer of `model` takes what is given.
+
+    In a recomputation of activation checkpointing the block may be over, or another may be open. There a layer
+    refuses, unless the block was entered for the recomputation: ``checkpoint(..., use_reentrant=False,
+    context_fn=lambda: (contextlib.nullcontext(), normzoo.inputs(model, mask=mask)))``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mask: Tensor | None = None,
+        pad_mask: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        t: Tensor | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"inputs: model is a {type(model).__name__}; it must be a torch.nn.Module")
+        given: dict[str, Any] = {"mask": mask, "pad_mask": pad_mask, "task_ids": task_ids, "t": t}
+        self._values = {name: value for name, value in given.items() if value is not None}
+        takers = [
+            (module, takes) for module in model.modules() if (takes := getattr(module, "side_inputs", ()))
+        ]
+        if not self._values:
+            raise ValueError(f"inputs: nothing is given; pass one of {', '.join(NAMES)}")
+        for name, value in self._values.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"inputs: {name} is a {type(value).__name__}; it must be a torch.Tensor")
+            if not any(name in takes for _, takes in takers):
+                known = sorted({f"{type(module).__name__} ({', '.join(takes)})" for module, takes in takers})
+                raise ValueError(
+                    f"inputs: no layer of the model takes {name}; it has {', '.join(known) or 'none that take any'}"
+                )
+        self._modules = frozenset(id(module) for module, _ in takers)
+
+    def __enter__(self) -> None:
+        _state.frames.append(_Frame(self._modules, self._values, torch._C._current_graph_task_id()))
+
+    def __exit__(self, *_) -> None:
+        _state.frames.pop()
+
+
+def side_input(module: nn.Module, name: str, *, required: bool = True) -> Tensor | None:
+    """The side input `name` of the innermost block of :class:`inputs` about `module`; None where it has none.
+
+    Raises:
+        ValueError: `required`, and there is none.
+        RuntimeError: this is a recomputation (activation checkpointing), and the block was not entered for it.
+    """
+    for frame in reversed(_state.frames):
+        if name in frame.values and id(module) in frame.modules:
+            if not torch.compiler.is_compiling() and frame.task != torch._C._current_graph_task_id():
+                raise RuntimeError(
+                    f"{type(module).__name__}: {name} comes from a `with inputs(...)` block that was entered before "
+                    "the backward pass, and may belong to another batch than the one that activation "
+                    "checkpointing recomputes; pass it to forward, or enter the block in checkpoint's context_fn"
+                )
+            return frame.values[name]
+    if required:
+        raise ValueError(
+            f"{type(module).__name__}: there is no {name}; pass it to forward, or call the model inside "
+            f"`with normzoo.inputs(model, {name}=...)`"
+        )
+    return None
