@@ -321,7 +321,9 @@ def test_compiled_model_refused():
 def test_model_compiled_in_place_refused(part):
     model = Net()
     model.get_submodule(part).compile()
-    with pytest.raises(ValueError, match=rf"{part or 'the model itself'}'? is compiled .*convert the model first"):
+    with pytest.raises(
+        ValueError, match=rf"{part or 'the model itself'}'? is compiled .*convert the model first"
+    ):
         normzoo.convert(model)
 
 

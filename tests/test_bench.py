@@ -1,0 +1,446 @@
+"""The benchmark: what it measures is what it says, and faulty contenders get no times."""
+
+import contextlib
+import itertools
+import json
+import math
+import re
+import time
+import types
+
+import pytest
+import torch
+from measuring import BATCH_NORM, CPU, FakeClock, case_of, measured, plant, quicken, raises
+from torch import nn
+
+from normzoo.zoo import find
+from normzoo_bench import checks, clocks, environment, measure, peers, results
+from normzoo_bench.cases import plan
+from normzoo_bench.clocks import Rotation, WallClock
+from normzoo_bench.workloads import DIRECTIONS, Workload, fitted, passes, workloads
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    quicken(monkeypatch)
+
+
+# What is measured
+
+
+def test_a_row_adds_up():
+    case = case_of(find("rms_norm"))
+    rows = {(row["contender"], row["direction"]): row for row in measured(case).rows}
+    assert len(rows) == 8
+    for direction, count in (("forward", 2), ("saving", 2), ("backward", 3), ("both", 5)):
+        row = rows["normzoo", direction]
+        assert row["bytes"] == count * 6 * 64 * 4
+        assert row["seconds"] == {"median": 1e-3, "p20": 1e-3, "p80": 1e-3}
+        assert row["gigabytes_a_second"] == pytest.approx(row["bytes"] / 1e6)
+        assert row["share_of_copy"] == pytest.approx(row["gigabytes_a_second"])  # a copy moves 1 GB/s here
+        assert row["speedup"]["median"] == pytest.approx(2) and row["baseline"] == "torch"
+        assert rows["torch", direction]["speedup"]["median"] == 1
+        assert (row["saved_bytes"] is None) == (direction == "forward")
+    assert set(rows["normzoo", "forward"]["error"]) == {"y"}
+    assert set(rows["normzoo", "backward"]["error"]) == {"dx", "weight"}
+    assert set(rows["normzoo", "both"]["error"]) == {"y", "dx", "weight"}
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("mode", "counts"), [("training", (3, 3, 5, 8)), ("eval", (2, 2, 3, 5))])
+def test_channels(memory_format, mode, counts):
+    case = case_of(BATCH_NORM, (4, 24, 5, 5), "bfloat16", memory_format, mode)
+    layer = case.layer(CPU)
+    assert layer.num_features == 24 and layer.training == (mode == "training")
+    assert layer.weight.dtype == torch.float32
+    for buffers in case.buffers(CPU, 1):
+        for t in buffers:
+            assert t.dtype == torch.bfloat16
+            assert t.is_contiguous(memory_format=getattr(torch, f"{memory_format}_format", torch.channels_last))
+    document = measured(case)
+    assert not document.failed
+    found = [row["bytes"] for row in document.rows if row["contender"] == "normzoo"]
+    assert found == [count * 4 * 24 * 25 * 2 for count in counts]
+
+
+def test_channels_are_planned_in_all_forms():
+    cases = plan([BATCH_NORM], "cpu", "smoke")
+    forms = {(case.memory_format, case.mode) for case in cases}
+    assert forms == set(itertools.product(("contiguous", "channels_last"), ("training", "eval")))
+    assert {case.workload.use for case in cases} == {"resnet"}
+    assert "unet" in {case.workload.use for case in plan([BATCH_NORM], "cuda")}
+
+
+def test_a_check_leaves_no_trace_in_the_statistics():
+    case = case_of(BATCH_NORM, (4, 24, 5, 5), mode="training")
+    layer = case.layer(CPU)
+    check = checks.Check(case, layer, case.buffers(CPU, 1)[0])
+    contender = peers.contender("normzoo", case, layer, CPU)
+    check.forward(contender)
+    check.both(contender)
+    assert torch.equal(layer.running_mean, torch.zeros(24)) and layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    ("dims", "shape"), [(2, (75, 4)), (3, (3, 4, 25)), (4, (3, 4, 5, 5)), (5, (3, 4, 1, 5, 5))]
+)
+def test_images_for_layers_of_other_dimensions(dims, shape):
+    entry = types.SimpleNamespace(
+        family="channels", arguments=(2, 16), sample=lambda: torch.empty(4, 16, *[3] * (dims - 2))
+    )
+    assert fitted(entry, Workload("resnet", (3, 4, 5, 5))) == ((2, 4), shape)
+
+
+def test_rows_in_their_layouts_and_dtypes():
+    case = case_of(find("layer_norm"), (6, 37), "mixed", "padded")
+    assert case.layer(CPU).weight.dtype == torch.float32
+    buffers = case.buffers(CPU, 1)
+    assert {t.stride() for pair in buffers for t in pair} == {(40, 1)}
+    assert buffers[0].x.dtype == torch.bfloat16 and buffers[0].x.data_ptr() != buffers[1].x.data_ptr()
+    assert not measured(case, contenders=("normzoo",)).failed
+    formats = {c.memory_format for c in plan([find("crms_norm")], "cpu", "smoke") if c.workload.use == "odd"}
+    assert formats == {"contiguous", "padded"}
+
+
+def test_buffers_exceed_the_cache():
+    case = case_of(find("rms_norm"), (64, 64))
+    assert len(case.buffers(CPU, 1 << 20)) == 2 * (1 << 20) / (64 * 64 * 4)
+    assert len(case.buffers(CPU, 1)) == 2 and len(case.buffers(CPU, 1 << 30)) == 256
+    cold = [measured(case_of(find("rms_norm"), shape)).rows[0]["cold"] for shape in ((64, 64), (1, 4))]
+    assert cold == [True, False]
+
+
+def test_parameters_are_off_their_initial_values():
+    layer = case_of(find("layer_norm")).layer(CPU)
+    assert layer.weight.std() > 0.05 and layer.bias.std() > 0.05
+
+
+def test_passes_of_each_family():
+    assert [passes("rows", "any", d) for d in DIRECTIONS] == [2, 2, 3, 5]
+
+
+def test_a_sweep_has_no_size_twice():
+    widths = [w.shape[1] for w in workloads("channels", "cpu", "default", "channels")]
+    assert len(widths) > 5 and widths == sorted(set(widths))
+    batches = [w.shape[0] for w in workloads("channels", "cpu", "smoke", "rows")]
+    assert batches == sorted(set(batches))
+
+
+# Contenders
+
+
+class _Backward(torch.autograd.Function):
+    """y = x, with a backward pass of choice."""
+
+    @staticmethod
+    def forward(ctx, y, backward):
+        ctx.backward = backward
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.backward(dy), None
+
+
+FAULTS = {
+    "writes to dy": (lambda f: lambda x: _Backward.apply(f(x), lambda dy: dy.mul_(2) / 2), "writes to dy"),
+    "writes to x": (lambda f: lambda x: f(x.detach().mul_(2).div_(2.001) * 0 + x), "writes to x"),
+    "another function": (
+        lambda f: lambda x: f(x) * 1.01,
+        r"y is off by 1\.0e-02 of its largest entry; rounding explains 1e-03",
+    ),
+    "another gradient": (lambda f: lambda x: _Backward.apply(f(x), lambda dy: 1.01 * dy), "dx is off by"),
+    "not finite": (lambda f: lambda x: f(x) * torch.tensor([math.nan] + [1.0] * 63), "y is off by nan"),
+    "another shape": (lambda f: lambda x: f(x)[:3], r"y has the shape \(3, 64\), it should be \(6, 64\)"),
+    "raises": (lambda f: raises, "^RuntimeError: out of luck$"),
+    "raises in backward": (lambda f: lambda x: _Backward.apply(f(x), raises), "RuntimeError: out of luck"),
+}
+ONLY_BACKWARD = ("writes to dy", "another gradient", "raises in backward")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_contender_has_no_times(monkeypatch, fault):
+    build, reason = FAULTS[fault]
+    plant(monkeypatch, build)
+    document = measured(case_of(find("rms_norm")), ("planted", "normzoo", "torch"))
+    (failure,) = document.failed
+    assert failure["contender"] == "planted" and re.search(reason, failure["reason"])
+    timed = {row["direction"] for row in document.rows if row["contender"] == "planted"}
+    assert timed == ({"forward"} if fault in ONLY_BACKWARD else set())
+    assert {row["contender"] for row in document.rows} >= {"normzoo", "torch"}
+
+
+def test_errors_are_measured(monkeypatch):
+    plant(monkeypatch, lambda layer: lambda x: layer(x) * (1 + 1e-4))
+    document = measured(case_of(find("rms_norm")), ("planted",))
+    errors = {name: error for row in document.rows for name, error in row["error"].items()}
+    assert set(errors) == {"y", "dx", "weight"}
+    assert all(error == pytest.approx(1e-4, rel=0.05) for error in errors.values())
+
+
+def test_torch_says_what_rounding_explains():
+    """On a CPU its gradients of weights in bfloat16 are far off for many rows, and normzoo's with them."""
+    case = case_of(find("layer_norm"), (4096, 16), "bfloat16")
+    check = checks.Check(case, case.layer(CPU), case.buffers(CPU, 1)[0])
+    assert check.allowed["y"] == checks.LARGEST_ERROR[torch.bfloat16] < check.allowed["bias"]
+    check.both(peers.contender("torch", case, case.layer(CPU), CPU))
+
+
+def test_a_slower_contender_is_found_slower(monkeypatch):
+    def sleepy(layer):
+        def call(x):
+            time.sleep(0.001)
+            return layer(x)
+
+        return call
+
+    plant(monkeypatch, sleepy)
+    document = measured(case_of(find("rms_norm")), ("planted", "torch"), ("forward",), WallClock(CPU, 0.002))
+    slow, torchs = document.rows
+    assert slow["speedup"]["p80"] < 0.5 and slow["seconds"]["median"] > 1e-3 > torchs["seconds"]["median"]
+
+
+def test_a_clock_that_fails_for_one(monkeypatch):
+    class Picky(FakeClock):
+        def prepare(self, rotation):
+            if not self.runs:
+                self.runs.append(None)
+                raise RuntimeError("capture failed")
+            return super().prepare(rotation)
+
+    document = measured(case_of(find("rms_norm")), directions=("forward",), clock=Picky(1.0))
+    assert [row["contender"] for row in document.rows] == ["torch"]
+    assert document.failed[0]["contender"] == "normzoo" and "capture failed" in document.failed[0]["reason"]
+
+
+def test_compiled_contenders_are_whole_and_static(monkeypatch):
+    """Through dynamo and autograd, without the compiler at the end, whose start takes too long here."""
+    asked = []
+    compiler = torch.compile
+
+    def quick(call, *, mode, **options):
+        asked.append({"mode": mode, **options})
+        return compiler(call, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", quick)
+    for entry in (find("layer_norm"), find("crms_norm")):
+        document = measured(case_of(entry), ("torch.compile",))
+        assert not document.failed and {row["direction"] for row in document.rows} == set(DIRECTIONS)
+    assert asked == [{"mode": None, "dynamic": False, "fullgraph": True}] * 2
+    assert torch._functorch.config.donated_buffer
+
+
+class FakeLiger:
+    class LigerLayerNorm(nn.LayerNorm):
+        def __init__(self, hidden_size, eps=1e-6, bias=False):
+            super().__init__(hidden_size, eps)
+            assert bias
+
+    class LigerRMSNorm(nn.RMSNorm):
+        def __init__(
+            self, hidden_size, eps=1e-6, offset=0.0, casting_mode="llama", init_fn="ones", in_place=True
+        ):
+            super().__init__(hidden_size, eps)
+            assert casting_mode == "gemma" and not in_place
+
+
+class FakeQuack:
+    QuackRMSNorm = nn.RMSNorm
+
+    @staticmethod
+    def layernorm_fwd(x, weight, bias=None, eps=1e-6, return_rstd=False, return_mean=False):
+        assert x.dim() == 2 and weight.dtype == bias.dtype == torch.float32
+        y, mean, rstd = torch.native_layer_norm(x.float(), x.shape[1:], weight, bias, eps)
+        return (y.to(x.dtype), rstd, mean) if return_rstd and return_mean else y.to(x.dtype)
+
+    @staticmethod
+    def layernorm_bwd(x, weight, dout, rstd, mean, has_bias=True):
+        args = (dout.float(), x.float(), x.shape[1:], mean, rstd, weight, weight, [True] * 3)
+        dx, dw, db = torch.ops.aten.native_layer_norm_backward(*args)
+        return dx.to(x.dtype), dw, db
+
+
+@pytest.mark.parametrize(("name", "fake"), [("liger", FakeLiger), ("quack", FakeQuack)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peers_are_set_up_to_compute_the_same(monkeypatch, name, fake, dtype):
+    monkeypatch.setattr(peers, "_imported", lambda *_: fake)
+    for layer in ("layer_norm", "rms_norm", "crms_norm"):
+        document = measured(case_of(find(layer), (2, 3, 64), dtype), (name,))
+        assert not document.failed
+        if layer == "crms_norm":
+            assert "no such layer" in document.absent[0]["reason"]
+        else:
+            assert {row["direction"] for row in document.rows} == set(DIRECTIONS)
+
+
+def test_what_runs(monkeypatch):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is on")
+    case = case_of(find("rms_norm"), (2, 16))
+    layer = case.layer(CPU)
+    check = checks.Check(case, layer, case.buffers(CPU, 1)[0])
+    ours = peers.contender("normzoo", case, layer, CPU)
+    assert check.runs(ours) == "eager" and check.runs(peers.contender("torch", case, layer, CPU)) == ""
+    check.may_run_kernels = True  # in the interpreter
+    assert check.runs(ours) == "kernel"
+    monkeypatch.setattr("normzoo_kernels.rows.launch", raises)
+    assert check.runs(ours) == "eager"
+
+
+# Memory
+
+
+def test_saved_storages_count_once():
+    x = torch.randn(1000, requires_grad=True)
+    assert checks.saved_bytes(lambda: x * x) == 4000
+    assert checks.saved_bytes(lambda: x[10:] * x[:-10]) == 4000
+    assert checks.saved_bytes(lambda: x * torch.ones(1000)) == 4000  # of the ones
+    assert checks.saved_bytes(lambda: x + 1) == 0
+
+
+def test_peak_counts_temporaries():
+    x = torch.randn(1 << 20)
+    assert checks.peak_bytes(lambda: x + x, CPU) == pytest.approx(4 << 20, rel=0.01)
+    assert checks.peak_bytes(lambda: (x + x) * x, CPU) == pytest.approx(8 << 20, rel=0.01)
+
+
+def test_launches_are_counted(monkeypatch):
+    kinds = ["kernel", "cpu_op", "gpu_memset", "kernel", "cuda_runtime", "gpu_memcpy", None]
+    monkeypatch.setattr(checks, "_traced", lambda *_: [{"cat": kind} for kind in kinds])
+    assert checks.launches(lambda: None) == 4
+
+
+# Clocks
+
+
+def test_a_rotation_visits_all_and_keeps_what_they_made():
+    rotation = Rotation(lambda i: torch.full((8,), i), 3)
+    for _ in range(7):
+        rotation()
+    assert [int(t[0]) for t in rotation.results] == [1, 2, 0] == [4 % 3, 5 % 3, 6 % 3]
+    assert len({t.data_ptr() for t in rotation.results}) == 3
+
+
+def test_wall_clock_counts_the_wait(monkeypatch):
+    now = iter(range(1000))
+    monkeypatch.setattr(clocks.timing.time, "perf_counter", lambda: float(next(now)))
+    clock = WallClock(CPU, seconds=8 / 3)
+    waits, calls = [], []
+    clock.wait = lambda: waits.append(len(calls))
+    prepared = clock.prepare(Rotation(calls.append, 5))
+    assert prepared.calls == 8  # three calls took a second
+    assert waits == [6, 9]  # a whole turn first, so that all memory is there
+    (samples,) = clocks.seconds_a_call(clock, [prepared], 2)
+    assert samples == [1 / 8, 1 / 8] and waits[2:] == [17, 25, 33]
+
+
+class FakeCuda:
+    """What the kernel clock uses of torch.cuda, on a CPU and with a clock that ticks at every replay."""
+
+    def __init__(self):
+        self.log = []
+        self.stream = object()
+
+    def install(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: _Event(self))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: _Graph(self))
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.log.append("wait"))
+        monkeypatch.setattr(clocks, "_FLUSHED", 1)
+
+    @contextlib.contextmanager
+    def capture(self, graph, stream):
+        assert stream is self.stream
+        self.log.append("capture")
+        yield
+        self.log.append("captured")
+
+
+class _Event:
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def record(self):
+        self.cuda.log.append("record")
+
+    def synchronize(self):
+        self.cuda.log.append("wait")
+
+    def elapsed_time(self, end):
+        return 6.0  # milliseconds
+
+
+class _Graph:
+    def __init__(self, cuda):
+        self.replay = lambda: cuda.log.append("replay")
+
+
+def test_kernel_clock(monkeypatch):
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    monkeypatch.setattr(clocks, "_calls", lambda *_, most: 12)
+    clock = clocks.KernelClock(CPU, 0.002, 8)
+    clock.flushed = types.SimpleNamespace(zero_=lambda: cuda.log.append("flush"))
+    made = []
+    prepared = clock.prepare(Rotation(made.append, 5))
+    assert made == [0, 1, 2, 3, 4] * 2 + [0, 1] and cuda.log == ["capture", "captured"]
+    cuda.log.clear()
+    (samples,) = clocks.seconds_a_call(clock, [prepared], 2)
+    assert samples == [0.006 / 12] * 2
+    assert cuda.log == (["flush"] * 4 + ["record", "replay", "record", "wait"]) * 3
+
+
+def test_a_case_by_the_clocks_of_a_gpu(monkeypatch):
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    monkeypatch.setattr(checks, "launches", lambda call: call() is not None and 3)
+    host = WallClock(CPU, 1e-4)
+    host.name = "host"
+    document = results.Document({}, {}, {"median": 1e9})
+    found_by = (clocks.KernelClock(CPU, 1e-4, 8), host)
+    settings = measure.Settings(
+        CPU, ("normzoo", "torch"), DIRECTIONS, found_by, 2, 1 << 12, count_launches=True
+    )
+    measure.measure(case_of(find("rms_norm")), settings, document)
+    assert not document.failed
+    for row in document.rows:
+        assert row["launches"] == 3
+        if row["clock"] == "kernel":
+            assert row["seconds"]["median"] == pytest.approx(0.006 / row["calls"])
+    combinations = {(row["contender"], row["direction"], row["clock"]) for row in document.rows}
+    assert len(combinations) == len(document.rows) == 2 * 4 * 2
+
+
+def test_memory_on_a_gpu_is_the_rise(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 350)
+    assert checks.peak_bytes(lambda: None, torch.device("cuda")) == 250
+
+
+def test_copy_bandwidth_counts_both_ways():
+    clock = FakeClock(0.5)
+    found = clocks.copy_bandwidth(clock, CPU, 1 << 20, 2)
+    assert found.median == 2 * (2 << 20) / 0.5
+    (rotation,) = clock.runs
+    assert torch.equal(rotation.results[0], rotation.results[0]) and rotation.count == 2
+
+
+# Environment
+
+
+def test_environment(tmp_path, monkeypatch):
+    found = json.loads(json.dumps(environment.environment()))
+    assert found["torch"] == torch.__version__ and found["device"] == "cpu" and found["cache_bytes"] > 0
+    assert found["commit"] is None or re.fullmatch("[0-9a-f]{40}", found["commit"])
+    (tmp_path / "index0").mkdir()
+    (tmp_path / "index3").mkdir()
+    (tmp_path / "index0/size").write_text("32K\n")
+    (tmp_path / "index3/size").write_text("24M\n")
+    monkeypatch.setattr(environment, "_CPU_CACHES", tmp_path)
+    assert environment.cache_bytes(CPU) == 24 << 20
+    monkeypatch.setattr(environment, "_CPU_CACHES", tmp_path / "none")
+    assert environment.cache_bytes(CPU) == 32 << 20
