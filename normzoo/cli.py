@@ -1,4 +1,4 @@
-"""The command line: ``normzoo list``, ``normzoo info`` and ``normzoo demo``.
+"""The command line.
 
 Results go to stdout and progress to stderr. Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
 """
@@ -12,9 +12,12 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from normzoo_bench import commands as measuring
 
 from . import __version__
+from .conversion import commands as conversion
 from .terminal import table
 from .zoo import ZOO, Entry, find
 
@@ -40,21 +43,56 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"normzoo {__version__}")
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    listing = commands.add_parser("list", help="all layers", description="All layers in a table.")
-    listing.set_defaults(command=_list)
-    info = commands.add_parser("info", help="one layer", description="What there is to know about a layer.")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], short: str, long: str
+    ) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=short, description=long)
+        made.set_defaults(command=run)
+        return made
+
+    listing = command("list", _list, "all layers", "All layers in a table.")
+    info = command("info", _info, "one layer", "What there is to know about a layer.")
     info.add_argument("name", help="as `normzoo list` shows it, or the class")
-    info.set_defaults(command=_info)
-    demo = commands.add_parser(
+    doctor = command(
+        "doctor",
+        _doctor,
+        "which kernels run here, and why not",
+        "Shows versions and device, and whether the kernels of every layer run here; on a GPU it tries them.",
+    )
+    inspecting = command(
+        "inspect",
+        conversion.run_inspect,
+        "the norms of a model",
+        "Shows every norm of a model and what it computes.",
+    )
+    conversion.inspect_arguments(inspecting)
+    converting = command(
+        "convert",
+        conversion.run_convert,
+        "replace the norms of a model",
+        "Shows what a conversion of a model's norms keeps and changes, proves it on a sample input, and "
+        "writes the converted weights.",
+    )
+    conversion.convert_arguments(converting)
+    measuring.bench_arguments(
+        command("bench", measuring.bench, "measure the layers", "Times the layers here against their peers.")
+    )
+    measuring.compare_arguments(
+        command(
+            "compare", measuring.compare, "compare two measurements", "Compares two results of `normzoo bench`."
+        )
+    )
+    demo = command(
         "demo",
-        help="train a model, convert it, compare (about two minutes)",
-        description="Trains a small language model on the CPU, replaces its norms by normzoo's, checks that "
-        "nothing changed, and times the layers against torch's. About two minutes on two cores.",
+        _demo,
+        "train a model, convert it, compare (about two minutes)",
+        "Trains a small language model on the CPU, replaces its norms by normzoo's, checks that nothing "
+        "changed, and times the layers against torch's. About two minutes on two cores.",
     )
     demo.add_argument("--quick", action="store_true", help="a few seconds, for tests")
-    demo.set_defaults(command=_demo)
-    for command in (listing, info, demo):
-        command.add_argument("--json", action="store_true", help="machine-readable, on stdout")
+    for made in (listing, info, doctor, inspecting, converting, demo):
+        made.add_argument("--json", action="store_true", help="machine-readable, on stdout")
     return parser
 
 
@@ -123,6 +161,20 @@ def _readable(doc: str) -> str:
     """A docstring without the marks that only the documentation needs."""
     doc = re.sub(r":\w+:`~?([^`]+)`", r"\1", doc)
     return doc.replace("``", "").replace("\\*", "*")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from . import doctor
+
+    found = doctor.examine()
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        versions = [(name, version or "not installed") for name, version in found["versions"].items()]
+        table(f"Device: {found['device']}", ("package", "version"), versions)
+        rows = [(layer["layer"], layer["runs"], layer["why"]) for layer in found["layers"]]
+        table("What runs on this device", ("layer", "runs", "why"), rows, ("why",))
+    return 0 if found["healthy"] else 1
 
 
 def _demo(arguments: argparse.Namespace) -> int:

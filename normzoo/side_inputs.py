@@ -75,7 +75,8 @@ class inputs:
             if not any(name in takes for _, takes in takers):
                 known = sorted({f"{type(module).__name__} ({', '.join(takes)})" for module, takes in takers})
                 raise ValueError(
-                    f"inputs: no layer of the model takes {name}; it has {', '.join(known) or 'none that take any'}"
+                    f"inputs: no layer of the model takes {name}; it has "
+                    f"{', '.join(known) or 'none that take any'}"
                 )
         self._modules = frozenset(id(module) for module, _ in takers)
 
@@ -97,9 +98,10 @@ def side_input(module: nn.Module, name: str, *, required: bool = True) -> Tensor
         if name in frame.values and id(module) in frame.modules:
             if not torch.compiler.is_compiling() and frame.task != torch._C._current_graph_task_id():
                 raise RuntimeError(
-                    f"{type(module).__name__}: {name} comes from a `with inputs(...)` block that was entered before "
-                    "the backward pass, and may belong to another batch than the one that activation "
-                    "checkpointing recomputes; pass it to forward, or enter the block in checkpoint's context_fn"
+                    f"{type(module).__name__}: {name} comes from a `with inputs(...)` block that was entered "
+                    "before the backward pass, and may belong to another batch than the one that activation "
+                    "checkpointing recomputes; pass it to forward, or enter the block in checkpoint's "
+                    "context_fn"
                 )
             return frame.values[name]
     if required:

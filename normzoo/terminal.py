@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+# Perhaps with a spread behind it.
+_NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?( ?(%|x|\(.*\)))?|-")
 
 
 def _has_rich() -> bool:
@@ -18,7 +22,7 @@ def _has_rich() -> bool:
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], wrap: Sequence[str] = ()) -> None:
     """Prints a table; columns of numbers go to the right, and only those named in `wrap` may break lines."""
-    right = [all(row[i][:1].isdigit() for row in rows) for i in range(len(header))]
+    right = [all(_NUMBER.fullmatch(row[i]) for row in rows) for i in range(len(header))]
     if not _has_rich():
         _plain(title, header, rows, right)
         return

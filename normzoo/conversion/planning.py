@@ -142,8 +142,8 @@ def _report(made: Plan) -> None:
     logger.info("convert: %s", made.summary())
     if changed:
         logger.warning(
-            "convert: %d of %d converted norms compute another function (%s, by up to %.1e of the largest entry "
-            "on a test input); normzoo.plan(...).verify(sample) tells what that does to the model",
+            "convert: %d of %d converted norms compute another function (%s, by up to %.1e of the largest "
+            "entry on a test input); normzoo.plan(...).verify(sample) tells what that does to the model",
             len(changed),
             len(made.changes),
             made.exactness.value,

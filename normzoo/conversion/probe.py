@@ -238,7 +238,7 @@ def _device(module: nn.Module) -> torch.device:
 
 def _held(module: nn.Module, norm: Norm) -> tuple[Tensor | None, Tensor | None]:
     weight, bias = (tensor(module, name) for name in (norm.weight, norm.bias))
-    return tuple(t if t is None or 1 not in t.shape else t.squeeze() for t in (weight, bias))
+    return (None if weight is None else weight.squeeze(), None if bias is None else bias.squeeze())
 
 
 def _row_candidates(

@@ -30,8 +30,8 @@ def refuse_wrapped(model: nn.Module) -> None:
         called = repr(name) if name else "the model itself"
         if vars(module).get("_compiled_call_impl") is not None:
             raise ValueError(
-                f"convert: {called} is compiled (by its compile()) and may go on with the old norms; convert the model "
-                "first, then compile it"
+                f"convert: {called} is compiled (by its compile()) and may go on with the old norms; convert "
+                "the model first, then compile it"
             )
         for base in type(module).__mro__:
             if base.__name__ in WRAPPERS and base.__module__.startswith(("torch.", "deepspeed.")):
