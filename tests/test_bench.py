@@ -200,6 +200,28 @@ def test_a_slower_contender_is_found_slower(monkeypatch):
     assert slow["speedup"]["p80"] < 0.5 and slow["seconds"]["median"] > 1e-3 > torchs["seconds"]["median"]
 
 
+def test_directions_do_what_they_say():
+    seen = []
+
+    class Watching(FakeClock):
+        def stopwatch(self, function):
+            seconds = super().stopwatch(function)
+            result = function.results[-1]
+            gradients = isinstance(result, tuple)
+            seen.append((torch.is_grad_enabled(), gradients, not gradients and result.requires_grad))
+            return seconds
+
+    for direction in DIRECTIONS:
+        measured(case_of(find("rms_norm")), ("normzoo",), (direction,), Watching(1.0))
+    assert list(dict.fromkeys(seen)) == [(False, False, False), (True, False, True), (True, True, False)]
+    case = case_of(find("rms_norm"))
+    buffers = case.buffers(CPU, 1)
+    ours = peers.contender("normzoo", case, case.layer(CPU), CPU)
+    both, backward = (measure.call_of(ours, direction, buffers) for direction in ("both", "backward"))
+    for place in (0, 1):
+        assert all(torch.equal(a, b) for a, b in zip(both(place), backward(place), strict=True))
+
+
 def test_a_clock_that_fails_for_one(monkeypatch):
     class Picky(FakeClock):
         def prepare(self, rotation):

@@ -18,7 +18,7 @@ from measuring import CPU, case_of, plant, quicken, raises
 
 from normzoo import demo
 from normzoo.zoo import ZOO, find
-from normzoo_bench import commands, gpu, measure, peers, results, run
+from normzoo_bench import commands, gpu, measure, peers, results, run, tables
 from normzoo_bench.cases import plan
 from normzoo_bench.comparison import differences, regressed
 
@@ -130,6 +130,20 @@ def test_tables_fit_and_tell(capsys, monkeypatch):
     assert re.search("^No liger for rms_norm: liger_kernel", printed, re.M)
 
 
+def test_a_line_of_a_table(capsys):
+    slower, faster = row(2e-3, speedup={"median": 1.0}, contender="torch"), row(1e-3, speedup={"median": 2.0})
+    more = {"gigabytes_a_second": 12.34, "share_of_copy": 0.5, "runs": "eager", "baseline": "torch"}
+    rows = [r | more | {"workload": "llm-8x8", "memory_format": "padded"} for r in (faster, slower)]
+    rows[0] |= {"clock": "host", "contender": "normzoo"}
+    found = document(*rows, cpus=2) | {"copy_bandwidth": {"median": 24.68e9}, "settings": {"load": 1.5}}
+    tables.show(found | {"absent": [], "failed": [], "not_run": []})
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"^llm-8x8 pad +normzoo \(eager\) +1.00 \(0.99-1.01\) +2.00 +12.3 +50 +1e-07$", printed, re.M
+    )
+    assert "A copy moves 24.7 GB/s" in printed and "load 1.5 on 2 CPUs" in printed
+
+
 def test_a_wrong_layer_of_ours_fails_the_run(capsys, monkeypatch):
     plant(monkeypatch, lambda layer: lambda x: layer(x) * 1.1, "normzoo")
     arguments = ["rms_norm", "--size", "smoke", "--workload", "llm", "--rounds", "2", "--device", "cpu"]
@@ -168,12 +182,15 @@ def test_an_interruption_keeps_what_is_done(tmp_path, capsys, monkeypatch):
 
 def test_a_time_limit(tmp_path, capsys, monkeypatch):
     path = tmp_path / "found.json"
-    now = itertools.count()
+    now, written = itertools.count(), []
+    write = results.Document.write
+    monkeypatch.setattr(results.Document, "write", lambda *args: written.append(args) or write(*args))
     monkeypatch.setattr(commands.time, "monotonic", lambda: float(next(now)))
     arguments = ["--size", "smoke", "--contender", "normzoo", "--rounds", "2", "--output", str(path)]
     assert bench(*arguments, "--seconds", "8", "--device", "cpu") == 0
     found = results.load(path)
     assert len({(row["layer"], row["workload"]) for row in found["rows"]}) == 2
+    assert len(written) == 2 + 1  # after every case and at the end
     cases = [str(case) for case in plan(ZOO, "cpu", "smoke")]
     assert found["not_run"][0] == f"{cases[1]} backward" and found["not_run"][1:] == cases[2:]
     assert f"Not run: {len(found['not_run'])}, among them {cases[1]} backward" in capsys.readouterr().out
@@ -294,15 +311,22 @@ def test_a_missing_file_and_a_bad_threshold(written, capsys, tmp_path):
     assert compare(good, good) == 0
 
 
-def test_writing_fails_whole_or_not_at_all(tmp_path):
+def test_writing_fails_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "found.json"
     made = results.Document({}, {}, {})
     made.write(path)
     before = path.read_text()
-    made.rows.append({"a": object()})
-    with pytest.raises(TypeError):
+    made.extra["more"] = 1
+    with monkeypatch.context() as full, pytest.raises(OSError, match="disk is full"):
+        full.setattr(results.os, "replace", lambda *_: raises_os_error())
         made.write(path)
-    assert path.read_text() == before and results.load(path)["rows"] == []
+    assert path.read_text() == before and results.load(path)["extra"] == {}
+    made.write(path)
+    assert results.load(path)["extra"] == {"more": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def raises_os_error():
+    raise OSError("disk is full")
 
 
 # The one command for a GPU

@@ -1,4 +1,4 @@
-"""Wall-clock comparison on the CPU: functions take turns in one process, so that drift meets all alike."""
+"""Comparison by the clock: functions take turns in one process, so that drift meets all alike."""
 
 from __future__ import annotations
 
@@ -17,11 +17,23 @@ class Summary(NamedTuple):
     p80: float
 
 
-def interleaved(functions: Sequence[Callable[[], object]], pairs: int, warmup: int = 3) -> list[list[float]]:
+def wall(function: Callable[[], object]) -> float:
+    """Seconds that a call takes on the wall clock."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def interleaved(
+    functions: Sequence[Callable[[], object]],
+    pairs: int,
+    warmup: int = 3,
+    stopwatch: Callable[[Callable[[], object]], float] = wall,
+) -> list[list[float]]:
     """Seconds of `pairs` calls of each function, one list a function; sample i of all belongs to round i.
 
     Every second round runs in reverse order, so that no function always follows the same other. The garbage
-    collector rests meanwhile.
+    collector rests meanwhile. `stopwatch` runs a function and returns the seconds it took.
     """
     if pairs < 2 or warmup < 0:
         raise ValueError(f"interleaved: pairs is {pairs} and warmup {warmup}; they must be at least 2 and 0")
@@ -33,9 +45,7 @@ def interleaved(functions: Sequence[Callable[[], object]], pairs: int, warmup: i
     try:
         for turn in range(-warmup, pairs):
             for i, function in order if turn % 2 else reversed(order):
-                start = time.perf_counter()
-                function()
-                elapsed = time.perf_counter() - start
+                elapsed = stopwatch(function)
                 if turn >= 0:
                     samples[i].append(elapsed)
     finally:

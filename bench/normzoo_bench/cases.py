@@ -1,0 +1,163 @@
+"""A case: one layer on one workload in one dtype, layout and mode; its module, its inputs, its bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from normzoo.zoo import Entry
+
+from .workloads import FAMILIES, Workload, fitted, memory_formats, passes, workloads
+
+DTYPES = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16": (torch.float16, torch.float16),
+    "mixed": (torch.bfloat16, torch.float32),
+}
+"""Of the input and of the parameters."""
+
+_MOST_SETS = 256
+
+
+class Buffers(NamedTuple):
+    x: Tensor
+    dy: Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    entry: Entry
+    workload: Workload
+    dtype: str
+    memory_format: str
+    mode: str
+    """``training`` or ``eval``; ``any`` for a layer that does the same in both."""
+
+    @property
+    def key(self) -> dict:
+        """What tells this case from others, as it stands in a row of results."""
+        return {
+            "layer": self.entry.name,
+            "workload": self.workload.name,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "memory_format": self.memory_format,
+            "mode": self.mode,
+        }
+
+    def __str__(self) -> str:
+        words = [self.entry.name, self.workload.name, self.dtype, self.memory_format, self.mode]
+        return " ".join(word for word in words if word not in ("contiguous", "any"))
+
+    @cached_property
+    def _fitted(self) -> tuple[tuple, tuple[int, ...]]:
+        return fitted(self.entry, self.workload)
+
+    @property
+    def arguments(self) -> tuple:
+        """Positional constructor arguments of the layer, and of torch's class."""
+        return self._fitted[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._fitted[1]
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """Batch statistics are float32 under AMP, and cuDNN takes no others."""
+        return torch.float32 if self.entry.family == "channels" else DTYPES[self.dtype][1]
+
+    def bytes(self, direction: str) -> int:
+        """The fewest that a call can move."""
+        count = passes(self.entry.family, self.mode, direction)
+        return count * math.prod(self.shape) * DTYPES[self.dtype][0].itemsize
+
+    def module(self, cls: type[nn.Module], device: torch.device) -> nn.Module:
+        """The layer as `cls`, which is the entry's class or another with its arguments."""
+        made = cls(*self.arguments, device=device, dtype=self.parameter_dtype)
+        return made.train(self.mode != "eval")
+
+    def layer(self, device: torch.device) -> nn.Module:
+        """The entry's layer with parameters off their initial values, so that each of them matters."""
+        made = self.module(self.entry.cls, device)
+        chance = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in made.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=chance).to(p))
+        return made
+
+    def buffers(self, device: torch.device, cache: int) -> list[Buffers]:
+        """Inputs and upstream gradients in so many copies that their turn comes after the cache has forgotten
+        them; fewer where that takes more than 256."""
+        chance = torch.Generator(device).manual_seed(1)
+        drawn = (torch.randn(self.shape, device=device, generator=chance) for _ in range(2))
+        x, dy = (_laid_out((2 * t + 0.5).to(DTYPES[self.dtype][0]), self.memory_format) for t in drawn)
+        count = min(max(2, math.ceil(2 * cache / (x.numel() * x.element_size()))), _MOST_SETS)
+        return [Buffers(_copy(x).requires_grad_(), _copy(dy)) for _ in range(count)]
+
+
+def _laid_out(t: Tensor, memory_format: str) -> Tensor:
+    if memory_format == "padded":
+        *lead, width = t.shape
+        return t.new_empty(*lead, width + -width % 8)[..., :width].copy_(t)
+    if memory_format == "channels_last":
+        return t.contiguous(memory_format=torch.channels_last)
+    return t
+
+
+def _copy(t: Tensor) -> Tensor:
+    """A copy with the same strides, which clone() does not keep where rows are padded."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def plan(
+    entries: Sequence[Entry],
+    device: str,
+    size: str = "default",
+    dtypes: Sequence[str] = ("float32",),
+    patterns: Sequence[str] = (),
+    scaling: str | None = None,
+) -> list[Case]:
+    """The cases to measure, the most important first: all layers on a workload before the next workload.
+
+    `patterns` are names of workloads, with wildcards or cut after the use ("llm"). A layer of a family that has
+    no workloads here has no cases.
+
+    Raises:
+        ValueError: no workload fits a pattern, or no layer has workloads or the sweep.
+    """
+    lists = {family: workloads(family, device, size, scaling) for family in {e.family for e in entries}}
+    names = {workload.name for chosen in lists.values() for workload in chosen}
+    if not names:
+        asked = ", ".join(entry.name for entry in entries)
+        what = f"the scaling {scaling!r}" if scaling else "workloads"
+        raise ValueError(f"none of {asked} has {what}; the families {', '.join(FAMILIES)} have")
+    for pattern in patterns:
+        if not any(_fits(name, pattern) for name in names):
+            raise ValueError(f"there is no workload {pattern!r}; there are {', '.join(sorted(names))}")
+    cases = []
+    for place in range(max(map(len, lists.values()))):
+        for entry in entries:
+            for workload in lists[entry.family][place : place + 1]:
+                if patterns and not any(_fits(workload.name, pattern) for pattern in patterns):
+                    continue
+                shape = fitted(entry, workload)[1]
+                cases += [
+                    Case(entry, workload, dtype, memory_format, mode)
+                    for dtype in dtypes
+                    for memory_format in memory_formats(entry.family, shape)
+                    for mode in (("training", "eval") if entry.couples_samples else ("any",))
+                ]
+    return cases
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or name.partition("-")[0] == pattern

@@ -1,0 +1,165 @@
+"""What is found out about a contender before it is timed: whether it is right, and what memory it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import normzoo
+
+from . import peers
+from .cases import Buffers, Case
+from .peers import Contender, unchanged_state
+
+LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Relative to the largest entry. Rounding stays below, another function is above."""
+
+
+class Unfit(Exception):
+    """A contender that does not compute the function, or not cleanly; the message says how."""
+
+
+class Check:
+    """A layer and an input, and what is right for them: the reference in float64.
+
+    An error, relative to the largest entry, may be as large as ``LARGEST_ERROR``, or twice that of torch's own
+    layer if this is more: on a CPU its weight gradients in low precision lose digits with every row.
+    """
+
+    def __init__(self, case: Case, layer: nn.Module, buffers: Buffers) -> None:
+        self.buffers = buffers
+        self.may_run_kernels = case.entry.kernel and buffers.x.is_cuda
+        exact = copy.deepcopy(layer).double()
+        x = buffers.x.detach().double().requires_grad_()
+        with normzoo.backend("reference"):
+            self.exact = _results(exact, dict(exact.named_parameters()), Buffers(x, buffers.dy.double()))
+        self.allowed = dict.fromkeys(self.exact, LARGEST_ERROR[buffers.x.dtype])
+        if case.entry.torch_class is not None:
+            torchs = peers.contender("torch", case, layer, buffers.x.device)
+            with contextlib.suppress(RuntimeError):  # it does not take every mixture of dtypes
+                of_torch = self._errors(_results(torchs.call, torchs.parameters, buffers))
+                self.allowed = {name: max(most, 2 * of_torch[name]) for name, most in self.allowed.items()}
+
+    def forward(self, contender: Contender) -> dict[str, float]:
+        """Error of the output without gradients.
+
+        Raises:
+            Unfit: the error is too large or not finite, or x or dy were written to.
+        """
+        with torch.no_grad():
+            return self._examined(contender, lambda: {"y": contender.call(self.buffers.x)})
+
+    def both(self, contender: Contender) -> dict[str, float]:
+        """Errors of the output, ``y``, and of the gradients, ``dx`` and by the names of the parameters.
+
+        Raises:
+            Unfit: as in :meth:`forward`.
+        """
+        return self._examined(contender, lambda: _results(contender.call, contender.parameters, self.buffers))
+
+    def runs(self, contender: Contender) -> str:
+        """Of normzoo ``kernel`` or ``eager``: kernels that cannot run here raise if one insists on them."""
+        if contender.name != "normzoo":
+            return ""
+        if self.may_run_kernels:
+            with (
+                contextlib.suppress(RuntimeError),
+                unchanged_state(contender.module),
+                normzoo.backend("triton"),
+            ):
+                _results(contender.call, contender.parameters, self.buffers)
+                return "kernel"
+        return "eager"
+
+    def _examined(self, contender: Contender, call: Callable[[], dict[str, Tensor]]) -> dict[str, float]:
+        before = [t.detach().clone() for t in self.buffers]
+        with unchanged_state(contender.module):
+            found = self._errors(call())
+        for name, t, was in zip(("x", "dy"), self.buffers, before, strict=True):
+            if not torch.equal(t, was):
+                t.detach().copy_(was)
+                raise Unfit(f"writes to {name}")
+        for name, error in found.items():
+            if not error <= self.allowed[name]:
+                raise Unfit(
+                    f"{name} is off by {error:.1e} of its largest entry; rounding explains "
+                    f"{self.allowed[name]:.0e}"
+                )
+        return found
+
+    def _errors(self, results: dict[str, Tensor]) -> dict[str, float]:
+        return {name: _error(name, value, self.exact[name]) for name, value in results.items()}
+
+
+def _results(
+    call: Callable[[Tensor], Tensor], parameters: dict[str, Tensor], buffers: Buffers
+) -> dict[str, Tensor]:
+    y = call(buffers.x)
+    grads = torch.autograd.grad(y, (buffers.x, *parameters.values()), buffers.dy)
+    return dict(zip(("y", "dx", *parameters), (y.detach(), *grads), strict=True))
+
+
+def _error(name: str, found: Tensor, exact: Tensor) -> float:
+    if found.shape != exact.shape:
+        raise Unfit(f"{name} has the shape {tuple(found.shape)}, it should be {tuple(exact.shape)}")
+    return float((found.double() - exact).abs().max()) / (float(exact.abs().max()) or 1.0)
+
+
+def saved_bytes(call: Callable[[], object]) -> int:
+    """Bytes that autograd keeps for the backward pass of a call; a storage that is kept twice counts once."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = call()  # alive to the end, lest a storage be freed and its address used again
+    del result
+    return sum(kept.values())
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most memory that a call holds at once, beyond what was held before; its result counts."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    held = most = 0
+    for event in _traced(call, torch.profiler.ProfilerActivity.CPU):
+        if event.get("name") == "[memory]":
+            held += event["args"]["Bytes"]
+            most = max(most, held)
+    return most
+
+
+def launches(call: Callable[[], object]) -> int:
+    """Kernels, copies and fills that a call starts on the GPU."""
+    events = _traced(call, torch.profiler.ProfilerActivity.CUDA)
+    return sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in events)
+
+
+def _traced(call: Callable[[], object], activity) -> list[dict]:
+    """The profiler's events in order of time, from the one form of them that is documented."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces every start on stderr
+    with torch.profiler.profile(activities=[activity], profile_memory=True) as profiler:
+        result = call()
+    del result
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return sorted(events, key=lambda event: event.get("ts", 0))

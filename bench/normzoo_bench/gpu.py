@@ -1,0 +1,231 @@
+"""Everything that needs a GPU, in one command: ``python -m normzoo_bench.gpu --output DIR``.
+
+The kernel tests on the real compiler, then the benchmark by parts, the most important first, all of it within
+a time limit. ``DIR/bench.json`` is written again after every case and can be compared with others; the logs of
+the tests lie beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from normzoo.terminal import progress
+from normzoo.zoo import ZOO, find
+
+from . import run as runs
+from .cases import Case, plan
+from .measure import Settings
+from .peers import usual
+from .results import Document
+from .tables import show
+from .workloads import DIRECTIONS
+
+_ROOT = Path(__file__).resolve().parents[2]
+_TESTS = "tests/test_kernels.py"
+_RESERVE = 20.0
+"""Seconds before the limit in which nothing is begun: compiling one contender may take so long."""
+_TEST_SHARE = 0.35
+_SMALLEST = "test_values_and_gradients and float16 and 33"
+"""The tests that a memory checker, which is slow, gets through."""
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    share: float
+    """Of the whole time, at most; what a part leaves over goes to the later ones."""
+    layers: tuple[str, ...]
+    workloads: tuple[str, ...] = ()
+    scaling: str | None = None
+    size: str = "default"
+    dtype: str = "bfloat16"
+    directions: tuple[str, ...] = ("forward", "backward")
+    contenders: tuple[str, ...] = ("normzoo", "torch", "torch.compile", "liger", "quack")
+    host: bool = False
+    """With the host's time and the number of launches."""
+
+
+_PAIR = ("rms_norm", "layer_norm")
+_QUICK = ("normzoo", "torch", "liger", "quack")
+PARTS = (
+    Part("row norms at LLM widths", 0.3, _PAIR, ("llm",)),
+    Part("wide rows", 0.12, _PAIR, ("wide",), size="full", contenders=_QUICK),
+    Part("QK-norm", 0.12, _PAIR, ("qk",)),
+    Part(
+        "odd widths, contiguous and padded", 0.15, ("crms_norm", "rms_norm"), ("odd",), contenders=usual("cuda")
+    ),
+    Part(
+        "host time and launches", 0.12, tuple(e.name for e in ZOO), ("small",), directions=DIRECTIONS, host=True
+    ),
+    Part("mixed dtypes", 0.1, _PAIR, ("llm", "odd"), dtype="mixed", contenders=_QUICK),
+    Part("against rows", 0.1, _PAIR, scaling="rows", contenders=_QUICK),
+    Part("against width", 0.1, _PAIR, scaling="width", contenders=_QUICK),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 if all is well, 1 if a test or a check of normzoo failed, 2 without a GPU, 130 if stopped."""
+    parser = argparse.ArgumentParser(prog="python -m normzoo_bench.gpu", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", metavar="DIR", required=True, help="a folder for the results; is made")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of the whole")
+    parser.add_argument("--rehearse", action="store_true", help="the same plan on a CPU, in tiny sizes")
+    arguments = parser.parse_args(argv)
+    if not (arguments.rehearse or torch.cuda.is_available()):
+        print("normzoo_bench.gpu: torch sees no GPU here; --rehearse runs the plan on a CPU", file=sys.stderr)
+        return 2
+    begin = time.monotonic()
+    limit = 60 * arguments.minutes
+    end = begin + limit - min(_RESERVE, limit / 4)
+    folder = Path(arguments.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cpu" if arguments.rehearse else "cuda")
+    with runs.on_device(device):
+        document, clocks, cache = runs.start(device, 0.002, 2 if arguments.rehearse else 15)
+        settings = Settings(device, (), (), clocks, document.settings["rounds"], cache)
+        tests = kernel_tests(folder, _TEST_SHARE * limit, arguments.rehearse)
+        document.extra["tests"] = tests
+        document.write(folder / "bench.json")
+        undisturbed = _parts(document, settings, folder / "bench.json", end, limit)
+    if undisturbed and (seconds := end - time.monotonic()) > 30:
+        document.extra["memory_check"] = memory_check(folder, seconds)
+    document.write(folder / "bench.json")
+    show(asdict(document))
+    print(f"Kernel tests: {tests['passed']} passed, {len(tests['failed'])} failed. {tests['note']}".strip())
+    for name in tests["failed"]:
+        print(f"FAILED {name}")
+    if not undisturbed:
+        return 130
+    wrong = [entry for entry in document.failed if entry["contender"] in ("normzoo", "all")]
+    return 1 if wrong or tests["failed"] or not tests["passed"] else 0
+
+
+def _parts(document: Document, settings: Settings, path: Path, end: float, limit: float) -> bool:
+    """Measures part by part until `end`; whether the user let it."""
+    document.extra["parts"] = {}
+    on_gpu = settings.device.type == "cuda"
+    for part in PARTS:
+        cases = cases_of(part, settings.device.type)
+        started = time.monotonic()
+        of_part = replace(
+            settings,
+            contenders=tuple(c for c in part.contenders if on_gpu or c in usual("cpu")),
+            directions=part.directions,
+            clocks=settings.clocks if part.host else settings.clocks[:1],
+            count_launches=part.host and on_gpu,
+            deadline=min(end, started + part.share * limit),
+        )
+        with progress(part.name, len(cases)) as step:
+
+            def after_each(case: Case, step=step) -> None:
+                step(str(case))
+                document.write(path)
+
+            undisturbed = runs.run(cases, of_part, document, after_each)
+        document.extra["parts"][part.name] = round(time.monotonic() - started, 1)
+        document.write(path)
+        if not undisturbed or "stopped" in document.extra:
+            return undisturbed
+    return True
+
+
+def cases_of(part: Part, device: str) -> list[Case]:
+    """The cases of a part; small ones where it is only rehearsed."""
+    entries = [find(name) for name in part.layers]
+    size = part.size if device == "cuda" else "smoke"
+    return plan(entries, device, size, (part.dtype,), part.workloads, part.scaling)
+
+
+def kernel_tests(folder: Path, seconds: float, rehearse: bool) -> dict:
+    """Runs the kernel tests for at most `seconds`, into ``tests.log``: what passed and what did not."""
+    found = {"passed": 0, "failed": [], "seconds": 0.0, "note": ""}
+    if not (_ROOT / _TESTS).exists():
+        return found | {"note": f"There is no {_TESTS} beside the package: run from a checkout."}
+    if importlib.util.find_spec("pytest") is None:
+        return found | {"note": "pytest is not installed."}
+    command = [sys.executable, "-m", "pytest", _TESTS, "-v", "-rN", "--tb=short", "--color=no"]
+    command += ["-p", "no:cacheprovider"]
+    if rehearse:
+        command += ["-k", "test_no_rows"]
+    elif importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    log = folder / "tests.log"
+    started = time.monotonic()
+    status = _run(command, log, seconds)
+    found["seconds"] = round(time.monotonic() - started, 1)
+    found |= outcomes(log.read_text(encoding="utf-8", errors="replace"))
+    if status is None:
+        found["note"] = f"They were stopped after {seconds:.0f} s."
+    elif status not in (0, 1):
+        found["note"] = f"pytest ended with status {status}; see tests.log."
+    return found
+
+
+_OUTCOME = "(PASSED|FAILED|ERROR|SKIPPED)"
+_IN_TURN = re.compile(rf"^(\S+::.+?) {_OUTCOME}\b", re.MULTILINE)
+_IN_PARALLEL = re.compile(rf"^\[gw\d+\] \[ *\d+%\] {_OUTCOME} (\S+::.+?) *$", re.MULTILINE)
+
+
+def outcomes(log: str) -> dict:
+    """How many tests passed and which failed, from what ``pytest -v`` has printed so far."""
+    ended = _IN_TURN.findall(log) + [(name, outcome) for outcome, name in _IN_PARALLEL.findall(log)]
+    failed = sorted({name for name, outcome in ended if outcome in ("FAILED", "ERROR")})
+    return {"passed": sum(outcome == "PASSED" for _, outcome in ended), "failed": failed}
+
+
+def memory_check(folder: Path, seconds: float) -> dict:
+    """Runs the smallest kernel tests under compute-sanitizer, where there is one."""
+    if shutil.which("compute-sanitizer") is None or not (_ROOT / _TESTS).exists():
+        return {"ran": False}
+    command = [
+        "compute-sanitizer",
+        "--tool",
+        "memcheck",
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-m",
+        "pytest",
+    ]
+    command += [_TESTS, "-q", "-x", "--color=no", "-p", "no:cacheprovider", "-k", _SMALLEST]
+    log = folder / "memory_check.log"
+    # Without the cache every tensor is an allocation of its own, whose ends can be checked.
+    status = _run(command, log, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    summaries = [line.strip("= ") for line in lines if "ERROR SUMMARY" in line]
+    return {"ran": True, "status": status, "summary": summaries[-1] if summaries else None}
+
+
+def _run(command: list[str], log: Path, seconds: float, **environ: str) -> int | None:
+    """The exit status of a command run in the checkout, its output in `log`; None if time ran out."""
+    paths = [str(_ROOT / part) for part in ("", "kernels", "bench")]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environ
+    with log.open("w", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            command, cwd=_ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # the workers of pytest-xdist too
+                process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

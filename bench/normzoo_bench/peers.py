@@ -1,0 +1,181 @@
+"""Who is compared: normzoo, torch and other libraries, each set up to compute the same function.
+
+The constructors and signatures of Liger and quack are those of liger-kernel 0.8.5 and quack-kernels 0.6.5.
+Where another version differs, it raises, and the report says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import normzoo
+
+from .cases import Case
+
+Call = Callable[[Tensor], Tensor]
+
+
+class Absent(Exception):
+    """There is no such contender here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    call: Call
+    module: nn.Module
+    """Holds the parameters that `call` uses."""
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        return dict(self.module.named_parameters())
+
+
+def contender(name: str, case: Case, layer: nn.Module, device: torch.device) -> Contender:
+    """The contender called `name`, with the parameters of `layer`.
+
+    Raises:
+        Absent: it does not have this layer, is not installed or does not run on this device.
+    """
+    return Contender(name, *CONTENDERS[name](case, layer, device))
+
+
+def usual(device: str) -> tuple[str, ...]:
+    """The contenders of a run that names none: tuning takes too long, and on a CPU any compilation."""
+    left_out = ("torch.compile-max",) if device == "cuda" else ("torch.compile", "torch.compile-max")
+    return tuple(name for name in CONTENDERS if name not in left_out)
+
+
+@contextmanager
+def unchanged_state(module: nn.Module) -> Iterator[None]:
+    """Puts the buffers of a module back afterwards, so that every check of a stateful layer starts alike."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(module.buffers(), before, strict=True):
+            buffer.copy_(value)
+
+
+def _normzoo(case: Case, layer: nn.Module, device: torch.device) -> tuple[Call, nn.Module]:
+    return layer, layer
+
+
+def _reference(case: Case, layer: nn.Module, device: torch.device) -> tuple[Call, nn.Module]:
+    if device.type == "cpu":
+        raise Absent("on a CPU normzoo itself runs the reference")
+    return _on_reference(layer), layer
+
+
+def _on_reference(layer: nn.Module) -> Call:
+    def call(x: Tensor) -> Tensor:
+        with normzoo.backend("reference"):
+            return layer(x)
+
+    return call
+
+
+def _torch(case: Case, layer: nn.Module, device: torch.device) -> tuple[Call, nn.Module]:
+    if case.entry.torch_class is None:
+        raise Absent("torch has no such layer")
+    module = _with_state_of(layer, case.module(case.entry.torch_class, device))
+    return module, module
+
+
+def _compiled(mode: str | None) -> Callable:
+    def build(case: Case, layer: nn.Module, device: torch.device) -> tuple[Call, nn.Module]:
+        """torch's class, or the reference where torch has none."""
+        if case.entry.torch_class is None:
+            call, module = _on_reference(layer), layer
+        else:
+            call, module = _torch(case, layer, device)
+        return torch.compile(call, dynamic=False, fullgraph=True, mode=mode), module
+
+    return build
+
+
+def _liger(case: Case, layer: nn.Module, device: torch.device) -> tuple[Call, nn.Module]:
+    transformers = _imported("liger_kernel", "liger_kernel.transformers", device)
+    width = case.shape[-1]
+    if case.entry.name == "layer_norm":
+        module = transformers.LigerLayerNorm(width, eps=layer.eps, bias=True)
+    elif case.entry.name == "rms_norm":
+        # By default it overwrites the upstream gradient and rounds before the weight.
+        module = transformers.LigerRMSNorm(width, eps=_eps(layer), casting_mode="gemma", in_place=False)
+    else:
+        raise Absent("Liger has no such layer")
+    module = _with_state_of(layer, module.to(device, case.parameter_dtype))
+    return module, module
+
+
+def _quack(case: Case, layer: nn.Module, device: torch.device) -> tuple[Call, nn.Module]:
+    quack = _imported("quack", "quack.rmsnorm", device)
+    width = case.shape[-1]
+    if case.entry.name == "rms_norm":
+        module = quack.QuackRMSNorm(width, eps=_eps(layer), device=device, dtype=case.parameter_dtype)
+        return _with_state_of(layer, module), module
+    if case.entry.name == "layer_norm":
+        # Its functions for LayerNorm take parameters in float32 only, and have no module.
+        module = _with_state_of(layer, nn.LayerNorm(width, layer.eps, device=device, dtype=torch.float32))
+        return _quack_layer_norm(quack, module), module
+    raise Absent("quack has no such layer")
+
+
+def _quack_layer_norm(quack, module: nn.LayerNorm) -> Call:
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias):
+            y, rstd, mean = quack.layernorm_fwd(x, weight, bias, module.eps, return_rstd=True, return_mean=True)
+            ctx.save_for_backward(x, weight, rstd, mean)
+            return y
+
+        @staticmethod
+        def backward(ctx, *grads):
+            x, weight, rstd, mean = ctx.saved_tensors
+            return quack.layernorm_bwd(x, weight, grads[0].contiguous(), rstd, mean)
+
+    def call(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if torch.is_grad_enabled():
+            return Function.apply(rows, module.weight, module.bias).view(x.shape)
+        return quack.layernorm_fwd(rows, module.weight, module.bias, module.eps).view(x.shape)
+
+    return call
+
+
+CONTENDERS: dict[str, Callable[[Case, nn.Module, torch.device], tuple[Call, nn.Module]]] = {
+    "normzoo": _normzoo,
+    "reference": _reference,
+    "torch": _torch,
+    "torch.compile": _compiled(None),
+    "torch.compile-max": _compiled("max-autotune-no-cudagraphs"),
+    "liger": _liger,
+    "quack": _quack,
+}
+
+
+def _imported(package: str, module: str, device: torch.device):
+    if importlib.util.find_spec(package) is None:
+        raise Absent(f"{package} is not installed")
+    if device.type != "cuda":
+        raise Absent(f"{package} needs a GPU")
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        raise Absent(f"{module} does not import: {type(error).__name__}: {error}") from error
+
+
+def _with_state_of(layer: nn.Module, made: nn.Module) -> nn.Module:
+    made.load_state_dict(layer.state_dict())
+    return made.train(layer.training)
+
+
+def _eps(layer: nn.Module) -> float:
+    return torch.finfo(torch.float32).eps if layer.eps is None else layer.eps

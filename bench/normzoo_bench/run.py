@@ -1,0 +1,74 @@
+"""Many cases, one after another: within a time limit, and with what is done kept when something goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .cases import Case
+from .clocks import Clock, KernelClock, WallClock, copy_bandwidth
+from .environment import cache_bytes, environment
+from .measure import Settings, measure
+from .results import Document
+
+
+def start(device: torch.device, seconds: float, rounds: int) -> tuple[Document, tuple[Clock, ...], int]:
+    """An empty document with machine and copy bandwidth, the clocks of `device`, and the size of its cache.
+
+    A sample takes about `seconds`, and there are `rounds` of them.
+    """
+    cache = cache_bytes(device)
+    clocks: tuple[Clock, ...] = (WallClock(device, seconds),)
+    if device.type == "cuda":
+        clocks = (KernelClock(device, seconds, cache), *clocks)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before there is one of our own
+    bandwidth = copy_bandwidth(clocks[0], device, cache, rounds)
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    settings = {"time": now, "rounds": rounds, "sample_seconds": seconds, "load": load}
+    return Document(environment(device), settings, bandwidth._asdict()), clocks, cache
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """What all of a measurement has to run in. On a GPU a stream of its own, which graphs can capture."""
+    if device.type == "cuda":
+        return torch.cuda.stream(torch.cuda.Stream(device))
+    return contextlib.nullcontext()
+
+
+def run(
+    cases: Sequence[Case], settings: Settings, document: Document, after_each: Callable[[Case], None]
+) -> bool:
+    """Measures the cases until the deadline; whether the user let it. The rest is listed as not run."""
+    left = list(cases)
+    try:
+        while left and time.monotonic() < settings.deadline:
+            try:
+                measure(left[0], settings, document)
+            except Exception as error:
+                document.add_failed(left[0], "all", error)
+                if not _answers(settings.device):
+                    document.extra["stopped"] = f"{left[0]}: the GPU does not answer any more"
+                    break
+            after_each(left.pop(0))
+        return True
+    except KeyboardInterrupt:
+        return False
+    finally:
+        document.not_run += map(str, left)
+
+
+def _answers(device: torch.device) -> bool:
+    """Whether the GPU still works: after an illegal access every call fails."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
