@@ -396,7 +396,7 @@ def test_json_says_all():
     assert first["norm"]["family"] == "layer" and first["norm"]["shape"] == [4]
     assert first["recognised_by"] == "class"
     assert second["norm"] is None and "something else in training" in second["note"]
-    with pytest.raises(TypeError, match="inspect: model is a str; it must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"inspect: model is a str; it must be a torch\.nn\.Module"):
         normzoo.inspect("model")
 
 

@@ -1,7 +1,7 @@
 """Makes torchvision importable beside a CPU build of torch, and so timm and parts of transformers.
 
-The wheel on PyPI is built for CUDA: its operators do not load there, and the import fails over the first one that
-it describes. Two definitions without an implementation are enough for models and transforms.
+The wheel on PyPI is built for CUDA: its operators do not load there, and the import fails over the first one
+that it describes. Two definitions without an implementation are enough for models and transforms.
 """
 
 import sys
