@@ -230,7 +230,9 @@ def test_a_failed_proof_leaves_the_model(monkeypatch):
     monkeypatch.setattr(normzoo.conversion.planning, "site_error", lambda *_: (0.0, True))
     right = normzoo.LayerNorm.forward
     monkeypatch.setattr(normzoo.LayerNorm, "forward", lambda self, x: right(self, x) * 1.001)
-    with pytest.raises(ValueError, match=r"convert: FAILED: the model computes another function.*left as it was"):
+    with pytest.raises(
+        ValueError, match=r"convert: FAILED: the model computes another function.*left as it was"
+    ):
         normzoo.convert(model, verify=x)
     assert type(model.rms) is nn.RMSNorm and type(model.blocks[0].ln_1) is nn.LayerNorm
     monkeypatch.undo()
