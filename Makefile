@@ -25,7 +25,7 @@ help:
 	@echo "NORMZOO_TORCH='torch --index-url URL'."
 
 demo:
-	$(call run,cli,"$$py" -m normzoo demo)
+	$(call run,demo,"$$py" -m normzoo demo)
 
 test:
 	$(call run,test,"$$py" -m pytest -n 2 $(PYTEST_ARGS))
@@ -38,5 +38,5 @@ docs:
 	$(call run,docs,"$$py" -m sphinx -W --keep-going -b html docs docs/_build/html)
 
 clean:
-	rm -rf .venv build dist normzoo.egg-info docs/_build docs/gallery .pytest_cache .ruff_cache
+	rm -rf .venv build dist normzoo.egg-info docs/_build docs/gallery normzoo-demo.html .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -13,6 +13,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from normzoo_bench import commands as measuring
 
@@ -88,9 +89,17 @@ def _parser() -> argparse.ArgumentParser:
         _demo,
         "train a model, convert it, compare (about two minutes)",
         "Trains a small language model on the CPU, replaces its norms by normzoo's, checks that nothing "
-        "changed, and times the layers against torch's. About two minutes on two cores.",
+        "changed, and times the layers against torch's. About two minutes on two cores. Writes a report of it "
+        "as one page of HTML.",
     )
     demo.add_argument("--quick", action="store_true", help="a few seconds, for tests")
+    demo.add_argument(
+        "--report",
+        type=Path,
+        default=Path("normzoo-demo.html"),
+        metavar="FILE",
+        help="where to write the report; an older one is replaced (default: %(default)s)",
+    )
     for made in (listing, info, doctor, inspecting, converting, demo):
         made.add_argument("--json", action="store_true", help="machine-readable, on stdout")
     return parser
@@ -180,8 +189,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from . import demo
 
+    if not arguments.report.resolve().parent.is_dir() or arguments.report.is_dir():
+        print(
+            f"normzoo demo: --report is {arguments.report}; name a file in a folder that is there",
+            file=sys.stderr,
+        )
+        return 2
     try:
-        result = demo.run(quick=arguments.quick, quiet=arguments.json)
+        result = demo.run(quick=arguments.quick, quiet=arguments.json, report=arguments.report)
     except KeyboardInterrupt:
         print("normzoo demo: interrupted", file=sys.stderr)
         return 130

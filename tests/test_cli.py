@@ -1,4 +1,4 @@
-"""The command line, its tables with and without rich, and the demonstration in its quick form."""
+"""The command line and its tables, with and without rich."""
 
 import json
 import os
@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import normzoo
-from normzoo import cli, demo
+from normzoo import cli
 from normzoo.terminal import progress, table
 from normzoo_bench import timing
+from normzoo_bench.tables import spread
 
 
 @pytest.fixture
@@ -101,83 +101,13 @@ def test_as_a_module():
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 
-def test_demo_json(capsys):
-    state = torch.get_rng_state()
-    assert cli.main(["demo", "--quick", "--json"]) == 0
-    out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert found["passed"] and "training: 20/20" in err
-    assert found["environment"]["torch"] == torch.__version__
-    conversion = found["conversion"]
-    assert conversion["replaced"] == conversion["norms"] == 5
-    assert conversion["difference"] == 0 and conversion["bits_before"] == conversion["bits_after"]
-    assert len(found["timings"]) == 8
-    for row in found["timings"]:
-        for key in ("torch_ms", "normzoo_ms", "speedup"):
-            assert 0 < row[key]["p20"] <= row[key]["median"] <= row[key]["p80"]
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.usefixtures("no_rich")
-def test_demo_in_words(capsys):
-    assert cli.main(["demo", "--quick"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.isascii()
-    assert re.search(r"largest difference of a logit +0\.0e\+00$", printed, re.M)
-    assert "stayed the same to the last bit" in " ".join(printed.split())
-    assert max(map(len, printed.splitlines())) <= 80
-
-
-def test_demo_fails_when_the_function_changes(capsys, monkeypatch):
-    right = normzoo.LayerNorm.forward
-    monkeypatch.setattr(normzoo.LayerNorm, "forward", lambda self, x: right(self, x) * 1.001)
-    assert cli.main(["demo", "--quick"]) == 1
-    assert "FAILED: the conversion did not" in capsys.readouterr().out
-
-
-def test_comparison_can_fail(monkeypatch):
-    text = torch.randint(demo.ALPHABET, (1000,))
-
-    def passes(convert):
-        monkeypatch.setattr(demo, "convert", convert)
-        return demo.compare(demo.CharacterGPT(demo.QUICK), text, 8)["passed"]
-
-    def copied(model, to):
-        normzoo.convert(model, to)
-        model.final_norm.weight = torch.nn.Parameter(model.final_norm.weight.detach().clone())
-
-    def shifted(model, to):
-        normzoo.convert(model, to)
-        model.final_norm.eps = 1e-3
-
-    assert passes(normzoo.convert)
-    assert not passes(lambda model, to: model)
-    assert not passes(copied)
-    assert not passes(shifted)
-
-
-def test_text_without_the_standard_library(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    train, held_out, about = demo.read_text(0.3)
-    assert about["files"] > 0 and len(train) + len(held_out) == about["characters"] > 3e5
-    monkeypatch.setattr(demo.torch, "__file__", str(tmp_path / "torch.py"))
-    with pytest.raises(RuntimeError, match="only 0 characters of Python source"):
-        demo.read_text(0.3)
-
-
-def test_text_repeats():
-    first, second = demo.read_text(0.3), demo.read_text(0.3)
-    assert torch.equal(first[0], second[0]) and first[2] == second[2]
-    assert int(first[0].max()) < demo.ALPHABET
-
-
 def test_numbers_stay_whole(capsys, monkeypatch, rich):
     monkeypatch.setenv("COLUMNS", "80")
-    spread = demo._spread({"median": 123.456, "p20": 100.123, "p80": 150.789})
-    assert spread == "123 (100-151)"
-    assert demo._spread({"median": 0.012345, "p20": 9.9951, "p80": 10.04}) == "0.012 (10.0-10.0)"
-    table("title", ("layer", "pass", "torch", "normzoo", "ratio"), [("RMSNorm", "training", *[spread] * 3)])
-    assert capsys.readouterr().out.count(spread) == 3
+    text = spread({"median": 123.456, "p20": 100.123, "p80": 150.789})
+    assert text == "123 (100-151)"
+    assert spread({"median": 0.012345, "p20": 9.9951, "p80": 10.04}) == "0.012 (10.0-10.0)"
+    table("title", ("layer", "pass", "torch", "normzoo", "ratio"), [("RMSNorm", "training", *[text] * 3)])
+    assert capsys.readouterr().out.count(text) == 3
 
 
 def test_progress_in_lines(capsys):

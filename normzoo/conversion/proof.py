@@ -93,6 +93,8 @@ class Proof:
             found = "the model computes another function"
             if self.exact:
                 found = f"FAILED: {found}, although every conversion claims to be exact"
+        if self.error == 0:
+            return f"{found}: outputs are equal to the last bit"
         return (
             f"{found}: outputs differ by at most {self.error:.1e} of their largest entry (the last bit of the "
             f"converted norms explains {self.rounding:.1e}), cosine at least {self.cosine:.6f}"

@@ -1,0 +1,49 @@
+"""The demonstration: train a small language model, convert its norms, show that nothing changed, time them.
+
+Everything but the timings repeats exactly from run to run of one machine and one Python.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from normzoo_bench.environment import environment
+
+from . import page, printed
+from .language_model import CharacterGPT, read_text, train, write
+from .measurements import approximate, compare, time_rows
+from .settings import QUICK, Settings
+
+
+def run(quick: bool = False, quiet: bool = False, report: Path | None = None) -> dict:
+    """Runs the demonstration and returns what it found; prints it too, unless `quiet`.
+
+    ``result["passed"]`` tells whether the converted model computes what the original did. Where `report` is
+    given, the result is written there as a page of HTML.
+    """
+    settings = QUICK if quick else Settings()
+    result: dict = {"environment": environment()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        text, held_out, result["text"] = read_text(settings.megabytes, settings.seed)
+        model = CharacterGPT(settings)
+        if not quiet:
+            printed.start(result, model)
+        result["parameters"] = sum(p.numel() for p in model.parameters())
+        result["curve"] = train(model, text, settings)
+        result["sample"] = write(model, "\n\ndef ", settings.characters, settings.seed).strip("\n")
+        result["approximate"] = approximate(model, held_out, settings.held_out_windows)
+        result["conversion"] = compare(model, held_out, settings.held_out_windows)
+        if not quiet:
+            printed.conversion(result)
+        result["timings"] = time_rows(settings)
+        result["passed"] = result["conversion"]["passed"]
+    if not quiet:
+        printed.end(result, settings)
+    if report is not None:
+        page.write(report, result, settings)
+        if not quiet:
+            print(f"The report, with curves and tables, is {report}.")
+    return result

@@ -1,0 +1,96 @@
+"""The charts of the report, as SVG that stands in a page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+_INK, _FAINT, _OURS = "#26323b", "#b9c2c9", "#0b7a75"
+_WIDTH = 4.4  # inches; at the width of a phone the letters of 9 points stay legible
+
+_STYLE: Any = {
+    "font.size": 9,
+    "svg.fonttype": "none",  # text stays text, in the font of the page
+    "svg.hashsalt": "normzoo",  # or names inside the file would change from run to run
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _FAINT,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.grid": True,
+    "grid.color": "#e6eaed",
+    "axes.axisbelow": True,
+}
+
+
+def there() -> bool:
+    """Whether charts can be drawn here."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def loss_curve(curve: Sequence[tuple[int, float]], held_out: float, by_frequency: float) -> str:
+    """Bits a character against steps, between what frequencies alone give and what held-out text needs."""
+    with _figure(2.4) as (axes, svg):
+        axes.plot(*zip(*curve, strict=True), color=_OURS, linewidth=1.5)
+        last = curve[-1][0]
+        levels = (
+            (by_frequency, "by frequencies of characters", 1),
+            (held_out, "held-out text, after training", -1),
+        )
+        for level, text, side in levels:
+            axes.axhline(level, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+            above = {"xytext": (0, 2 * side), "va": "bottom" if side > 0 else "top"}
+            axes.annotate(text, (last, level), textcoords="offset points", ha="right", **above)
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(0, last)
+        axes.set_xlabel("steps")
+        axes.set_ylabel("bits per character")
+    return svg()
+
+
+def speed_bars(timings: Sequence[dict]) -> str:
+    """How many times as fast as torch, one bar a measurement, with the spread as a line."""
+    names = [f"{row['layer']}  {row['dtype']}  {row['pass']}" for row in timings]
+    medians = [row["speedup"]["median"] for row in timings]
+    around = [
+        [row["speedup"]["median"] - row["speedup"]["p20"] for row in timings],
+        [row["speedup"]["p80"] - row["speedup"]["median"] for row in timings],
+    ]
+    with _figure(0.5 + 0.27 * len(timings)) as (axes, svg):
+        bars = axes.barh(names, medians, xerr=around, color=_OURS, height=0.62, ecolor=_INK)
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+        axes.axvline(1, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.set_xlim(0, 1.18 * max(row["speedup"]["p80"] for row in timings))
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("times the speed of torch")
+    return svg()
+
+
+@contextmanager
+def _figure(height: float):
+    """Axes to draw on, and a function that gives the SVG element once the block has ended."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    drawn = io.StringIO()
+
+    def svg() -> str:
+        text = drawn.getvalue()
+        return text[text.index("<svg") :]  # without the prolog of a file
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        finished: Callable[[], str] = svg
+        yield figure.subplots(), finished
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)

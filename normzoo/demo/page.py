@@ -1,0 +1,43 @@
+"""The report of the demonstration: one page of HTML that needs nothing else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined  # torch depends on it
+
+from normzoo_bench.tables import spread
+
+from . import charts, printed
+from .settings import Settings
+
+
+def write(path: Path, result: dict, settings: Settings) -> None:
+    """Writes the report of a `result` of the demonstration to `path`, whole or not at all."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(html(result, settings), encoding="utf-8")
+    os.replace(draft, path)
+
+
+def html(result: dict, settings: Settings) -> str:
+    """The report as text. Without matplotlib it has no charts, and says so."""
+    loader = PackageLoader("normzoo.demo", "")
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    found = result["conversion"]
+    drawn = {}
+    if charts.there():
+        bounds = (found["bits_before"], result["text"]["bits_by_frequency"])
+        drawn = {
+            "loss": charts.loss_curve(result["curve"], *bounds),
+            "speed": charts.speed_bars(result["timings"]),
+        }
+    return pages.get_template("page.html").render(
+        result=result,
+        settings=settings,
+        found=found,
+        facts=printed.facts(found),
+        verdict=printed.verdict(result, settings),
+        charts=drawn,
+        spread=spread,
+    )

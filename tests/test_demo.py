@@ -1,0 +1,201 @@
+"""The demonstration in its quick form: what it finds, prints and writes."""
+
+import builtins
+import html.parser
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+import normzoo
+from normzoo import cli, demo
+from normzoo.demo import charts, language_model, measurements, page
+from normzoo.demo.settings import QUICK
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return demo.run(quick=True, quiet=True)
+
+
+def test_json(capsys, tmp_path):
+    state = torch.get_rng_state()
+    assert cli.main(["demo", "--quick", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["passed"] and "training: 20/20" in err
+    assert found["environment"]["torch"] == torch.__version__
+    assert [step for step, _ in found["curve"]] == list(range(1, 21))
+    assert found["curve"][-1][1] < found["curve"][0][1]
+    conversion = found["conversion"]
+    assert conversion["replaced"] == conversion["norms"] == 5
+    assert conversion["difference"] == 0 and conversion["bits_before"] == conversion["bits_after"]
+    assert conversion["proof"]["same"] and conversion["proof"]["exact"]
+    approximate = found["approximate"]
+    assert not approximate["proof"]["same"] and approximate["bits_after"] != conversion["bits_before"]
+    assert len(found["timings"]) == 8
+    for row in found["timings"]:
+        for key in ("torch_ms", "normzoo_ms", "speedup"):
+            assert 0 < row[key]["p20"] <= row[key]["median"] <= row[key]["p80"]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [path.name for path in tmp_path.iterdir()] == ["normzoo-demo.html"]
+
+
+def test_in_words(capsys, monkeypatch, tmp_path):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert cli.main(["demo", "--quick", "--report", "here.html"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.isascii()
+    assert re.search(r"largest difference of a logit +0$", printed, re.M)
+    words = " ".join(printed.split())
+    assert "stayed the same to the last bit" in words
+    assert "proof: the model computes the same function: outputs are equal to the last bit." in words
+    assert '"rms_norm"): the model computes another function: outputs differ by at most' in words
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "is here.html" in words and (tmp_path / "here.html").is_file()
+
+
+def test_it_fails_when_the_function_changes(capsys, monkeypatch, tmp_path):
+    right = normzoo.LayerNorm.forward
+    monkeypatch.setattr(normzoo.conversion.planning, "site_error", lambda *_: (0.0, True))
+    monkeypatch.setattr(normzoo.LayerNorm, "forward", lambda self, x: right(self, x) * 1.001)
+    assert cli.main(["demo", "--quick"]) == 1
+    assert "FAILED: the conversion did not" in capsys.readouterr().out
+    written = (tmp_path / "normzoo-demo.html").read_text(encoding="utf-8")
+    assert 'class="verdict failed"' in written and "FAILED: the model computes another function" in written
+
+
+def test_a_report_that_cannot_be_written(capsys):
+    for name in ("nowhere/report.html", "."):
+        assert cli.main(["demo", "--quick", "--report", name]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and f"--report is {name}; name a file in a folder that is there" in err
+
+
+def test_comparison_can_fail(monkeypatch):
+    text = torch.randint(language_model.ALPHABET, (1000,))
+
+    def passes(then):
+        def plan(model):
+            made = normzoo.plan(model)
+            apply = made.apply
+            monkeypatch.setattr(made, "apply", lambda: then(model, apply))
+            return made
+
+        monkeypatch.setattr(measurements, "plan", plan)
+        return measurements.compare(language_model.CharacterGPT(QUICK), text, 8)["passed"]
+
+    def copied(model, apply):
+        apply()
+        model.final_norm.weight = torch.nn.Parameter(model.final_norm.weight.detach().clone())
+
+    def shifted(model, apply):
+        apply()
+        model.final_norm.eps = 1e-3
+
+    assert passes(lambda model, apply: apply())
+    assert not passes(lambda model, apply: model)
+    assert not passes(copied)
+    assert not passes(shifted)
+
+
+def test_text_without_the_standard_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_model.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    train, held_out, about = language_model.read_text(0.3, 0)
+    assert about["files"] > 0 and len(train) + len(held_out) == about["characters"] > 3e5
+    monkeypatch.setattr(language_model.torch, "__file__", str(tmp_path / "torch.py"))
+    with pytest.raises(RuntimeError, match="only 0 characters of Python source"):
+        language_model.read_text(0.3, 0)
+
+
+def test_text_repeats():
+    first, second = language_model.read_text(0.3, 0), language_model.read_text(0.3, 0)
+    assert torch.equal(first[0], second[0]) and first[2] == second[2]
+    assert int(first[0].max()) < language_model.ALPHABET
+
+
+class Page(html.parser.HTMLParser):
+    """Collects the text and the tags of a page, and what it would load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.texts, self.loads, self.tags = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        self.loads += [v for k, v in attrs if k in ("src", "href", "xlink:href") and not v.startswith("#")]
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_report_is_whole(result):
+    pytest.importorskip("matplotlib")
+    written = page.html(result, QUICK)
+    read = Page(written)
+    assert read.open == [] and read.loads == [] and "script" not in read.tags
+    assert read.tags.count("svg") == 2 and len(written) < 80_000
+    assert "url(" not in re.sub(r"url\(#\w+\)", "", written) and "@import" not in written
+    text = " ".join(" ".join(read.texts).split())
+    for fact in (
+        "blocks.*.attention_norm x2",
+        "layer_norm: exact",
+        "rms_norm: approximate",
+        "The model computes the same function: outputs are equal to the last bit",
+        "The model computes another function",
+        f"{result['approximate']['bits_after']:.6f}",
+        f"{result['timings'][0]['speedup']['median']:.2f}",
+        "times the speed of torch",
+        "held-out text, after training",
+    ):
+        assert fact in text
+    assert page.html(result, QUICK) == written
+
+
+def test_what_the_model_writes_is_text(result):
+    written = page.html(result | {"sample": "<script>alert(1)</script>"}, QUICK)
+    assert "<script" not in written and "&lt;script&gt;" in written
+
+
+def test_the_report_without_charts(result, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert not charts.there()
+    written = page.html(result, QUICK)
+    assert "<svg" not in written and "pip install matplotlib" in written
+    assert f"{result['timings'][0]['speedup']['median']:.2f}" in written
+
+
+def test_charts_show_the_numbers(result):
+    pytest.importorskip("matplotlib")
+    drawn = charts.speed_bars(result["timings"])
+    for row in result["timings"]:
+        assert f">{row['speedup']['median']:.2f}<" in drawn
+        assert all(word in drawn for word in (row["layer"], row["dtype"], row["pass"]))
+    flat, steep = (charts.loss_curve([(1, 6.0), (2, y), (3, 2.0)], 1.9, 4.5) for y in (2.0, 5.0))
+    assert flat != steep and "bits per character" in flat
