@@ -1,4 +1,4 @@
-"""What is made from ZOO: the gallery, one page a layer, and the table of layers in the README.
+"""What is made from the code: the gallery, one page a layer, the table of layers in the README, that of rules.
 
 Run as a script it brings the README up to date.
 """
@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A checkout documents itself, installed or not.
 sys.path.insert(0, str(ROOT))
 
+from normzoo.conversion import TRANSFERS  # noqa: E402
 from normzoo.zoo import ZOO, Entry  # noqa: E402
 
 START = "<!-- layers: made by docs/zoo_pages.py -->"
@@ -101,13 +102,24 @@ assert y.shape == x.shape and y.dtype == x.dtype
 """
 
 
+def transfers() -> str:
+    """The rules of conversion as a Markdown table."""
+    lines = ["| norm | becomes | transfer class | what to know |", "|---|---|---|---|"]
+    lines += [
+        f"| {rule.family} | `{rule.target}` | {rule.exactness.value} | {rule.note} |"
+        for rule in TRANSFERS.values()
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def write_gallery(folder: Path) -> None:
-    """Write the index and a page a layer, and remove the pages of layers that are gone."""
+    """Write the index, a page a layer and the table of rules, and remove the pages of layers that are gone."""
     folder.mkdir(exist_ok=True)
     rows = table("[{cls}]({name}.md)")
     names = "\n".join(entry.name for entry in ZOO)
     pages = {"index.md": f"# Gallery\n\n{rows}\n```{{toctree}}\n:hidden:\n\n{names}\n```\n"}
     pages |= {f"{entry.name}.md": page(entry) for entry in ZOO}
+    pages["transfers.inc"] = transfers()
     for old in folder.glob("*.md"):
         if old.name not in pages:
             old.unlink()

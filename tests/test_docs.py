@@ -12,12 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from normzoo.conversion import Exactness
+from normzoo.conversion.surgery import WRAPPERS
 from normzoo.zoo import ZOO
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = sorted((ROOT / "normzoo").rglob("*.py"))
 FENCE = re.compile(r"^( *)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+SHORT = {
+    "DistributedDataParallel": "DDP", "FullyShardedDataParallel": "FSDP", "FSDPModule": "fully_shard",
+    "OptimizedModule": "torch.compile", "ScriptModule": "TorchScript", "DeepSpeedEngine": "DeepSpeed",
+}  # fmt: skip
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -82,3 +88,14 @@ def test_docstrings(name):
 def test_layer_has_an_example(entry):
     for thing in (entry.cls, entry.function):
         assert ">>>" in (inspect.getdoc(thing) or ""), f"the docstring of {thing.__name__} has no example"
+
+
+def test_conversion_page_is_whole():
+    page = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+    classes = re.findall(
+        r"^\| ([\w-]+(?: \w+)?) \|", page.split("## How true")[1].split("## ")[0], re.MULTILINE
+    )
+    assert classes[1:] == [exactness.value for exactness in Exactness], "the table of transfer classes"
+    refused = page.split("## What is refused")[1].split("## ")[0]
+    for name in WRAPPERS:
+        assert SHORT.get(name, name) in refused, f"the table of refusals leaves {name} out"

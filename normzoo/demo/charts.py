@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _INK, _FAINT, _OURS = "#26323b", "#b9c2c9", "#0b7a75"
-_WIDTH = 4.4  # inches; at the width of a phone the letters of 9 points stay legible
+_WIDTH = 4.0  # inches; at the width of a phone the letters of 9 points stay legible
 
 _STYLE: Any = {
     "font.size": 9,
@@ -41,14 +41,11 @@ def loss_curve(curve: Sequence[tuple[int, float]], held_out: float, by_frequency
     with _figure(2.4) as (axes, svg):
         axes.plot(*zip(*curve, strict=True), color=_OURS, linewidth=1.5)
         last = curve[-1][0]
-        levels = (
-            (by_frequency, "by frequencies of characters", 1),
-            (held_out, "held-out text, after training", -1),
-        )
-        for level, text, side in levels:
+        levels = [(by_frequency, "by frequencies of characters"), (held_out, "held-out text, after training")]
+        for (level, text), side in zip(sorted(levels), (-1, 1), strict=True):
             axes.axhline(level, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
-            above = {"xytext": (0, 2 * side), "va": "bottom" if side > 0 else "top"}
-            axes.annotate(text, (last, level), textcoords="offset points", ha="right", **above)
+            outside = {"xytext": (0, 2 * side), "va": "bottom" if side > 0 else "top"}
+            axes.annotate(text, (last, level), textcoords="offset points", ha="right", **outside)
         axes.set_ylim(bottom=0)
         axes.set_xlim(0, last)
         axes.set_xlabel("steps")
