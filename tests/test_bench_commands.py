@@ -130,7 +130,8 @@ def test_tables_fit_and_tell(capsys, monkeypatch):
     assert re.search("^No liger for rms_norm: liger_kernel", printed, re.M)
 
 
-def test_a_line_of_a_table(capsys):
+def test_a_line_of_a_table(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # readline sets it in the workers of pytest-xdist
     slower, faster = row(2e-3, speedup={"median": 1.0}, contender="torch"), row(1e-3, speedup={"median": 2.0})
     more = {"gigabytes_a_second": 12.34, "share_of_copy": 0.5, "runs": "eager", "baseline": "torch"}
     rows = [r | more | {"workload": "llm-8x8", "memory_format": "padded"} for r in (faster, slower)]
