@@ -12,11 +12,10 @@ NAMES = ("mask", "pad_mask", "task_ids", "t")
 
 
 class _Frame:
-    """What one ``with`` block gives to which modules."""
+    """A block that is entered, and the backward pass that it was entered in, if any."""
 
-    def __init__(self, modules: frozenset[int], values: dict[str, Tensor], task: int) -> None:
-        self.modules = modules
-        self.values = values
+    def __init__(self, block: inputs, task: int) -> None:
+        self.block = block
         self.task = task
 
 
@@ -63,13 +62,13 @@ class inputs:
         if not isinstance(model, nn.Module):
             raise TypeError(f"inputs: model is a {type(model).__name__}; it must be a torch.nn.Module")
         given: dict[str, Any] = {"mask": mask, "pad_mask": pad_mask, "task_ids": task_ids, "t": t}
-        self._values = {name: value for name, value in given.items() if value is not None}
+        self.values = {name: value for name, value in given.items() if value is not None}
         takers = [
             (module, takes) for module in model.modules() if (takes := getattr(module, "side_inputs", ()))
         ]
-        if not self._values:
+        if not self.values:
             raise ValueError(f"inputs: nothing is given; pass one of {', '.join(NAMES)}")
-        for name, value in self._values.items():
+        for name, value in self.values.items():
             if not isinstance(value, Tensor):
                 raise TypeError(f"inputs: {name} is a {type(value).__name__}; it must be a torch.Tensor")
             if not any(name in takes for _, takes in takers):
@@ -78,13 +77,15 @@ class inputs:
                     f"inputs: no layer of the model takes {name}; it has "
                     f"{', '.join(known) or 'none that take any'}"
                 )
-        self._modules = frozenset(id(module) for module, _ in takers)
+        self.modules = frozenset(id(module) for module, _ in takers)
 
     def __enter__(self) -> None:
-        _state.frames.append(_Frame(self._modules, self._values, torch._C._current_graph_task_id()))
+        _state.frames.append(_Frame(self, torch._C._current_graph_task_id()))
 
     def __exit__(self, *_) -> None:
-        _state.frames.pop()
+        # Not always the last: a generator may hold a block open.
+        mine = [place for place, frame in enumerate(_state.frames) if frame.block is self]
+        del _state.frames[mine[-1]]
 
 
 def side_input(module: nn.Module, name: str, *, required: bool = True) -> Tensor | None:
@@ -95,7 +96,7 @@ def side_input(module: nn.Module, name: str, *, required: bool = True) -> Tensor
         RuntimeError: this is a recomputation (activation checkpointing), and the block was not entered for it.
     """
     for frame in reversed(_state.frames):
-        if name in frame.values and id(module) in frame.modules:
+        if name in frame.block.values and id(module) in frame.block.modules:
             if not torch.compiler.is_compiling() and frame.task != torch._C._current_graph_task_id():
                 raise RuntimeError(
                     f"{type(module).__name__}: {name} comes from a `with inputs(...)` block that was entered "
@@ -103,7 +104,7 @@ def side_input(module: nn.Module, name: str, *, required: bool = True) -> Tensor
                     "checkpointing recomputes; pass it to forward, or enter the block in checkpoint's "
                     "context_fn"
                 )
-            return frame.values[name]
+            return frame.block.values[name]
     if required:
         raise ValueError(
             f"{type(module).__name__}: there is no {name}; pass it to forward, or call the model inside "

@@ -165,3 +165,29 @@ def test_bad_arguments(arguments, error, words):
         normzoo.inputs(**{"model": net()} | arguments)
     with pytest.raises(ValueError, match="takes mask; it has none that take any"):
         normzoo.inputs(nn.Linear(1, 1), mask=torch.ones(1))
+
+
+def test_a_block_held_open_elsewhere_takes_no_other_with_it():
+    model, x = net(), torch.randn(3, 4)
+    outer, inner = torch.rand(3, 1), torch.rand(3, 1)
+
+    def hold():
+        with normzoo.inputs(model, mask=outer):
+            yield
+
+    held = hold()
+    next(held)
+    with normzoo.inputs(model, mask=inner):
+        held.close()
+        assert torch.equal(model(x), by_hand(model, x, inner))
+    with pytest.raises(ValueError, match="there is no mask"):
+        model(x)
+
+
+def test_a_block_can_be_entered_again():
+    model, x, mask = net(), torch.randn(3, 4), torch.rand(3, 1)
+    block = normzoo.inputs(model, mask=mask)
+    with block:
+        with block:
+            pass
+        assert torch.equal(model(x), by_hand(model, x, mask))
