@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import bypass, report
 from .proof import Proof, compare, nudged, outputs
-from .recognise import Site
+from .recognise import Site, recognise
 from .surgery import Exchange, Swap, edit
 from .transfer import UNCHANGED, Choice, Exactness, Refused, Replacement, replacement
 
@@ -104,7 +104,7 @@ class Plan:
             f"conversions: {report.tally(step.exactness.value for step in self.changes if step.exactness)}",
             f"tensors: {', '.join(f'{number} {kind}' for kind, number in totals.items())}",
         ]
-        if totals["converted"] or totals["new"]:
+        if totals["converted"] or totals["new"] or totals["lost"]:
             lines.append("parameters change: pass optimizer= to keep an optimizer in step, or make a new one")
         for name, functions in self.functional.items():
             lines.append(f"{name} calls {', '.join(functions)} as a function, out of reach of a conversion")
@@ -135,8 +135,13 @@ class Plan:
             The model, or the new module where the model itself is a norm.
 
         Raises:
+            TypeError: `optimizer` is none.
             ValueError: the plan was applied before, or the model has changed since. It is left as it is.
         """
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"Plan.apply: optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer"
+            )
         if self.applied:
             raise ValueError("Plan.apply: this plan was applied already; revert() it or make a new one")
         made = self._make()
@@ -145,7 +150,7 @@ class Plan:
         try:
             if optimizer is not None:
                 self._undo_optimizer = edit(optimizer, self._exchanges(made), swap.root)
-        except Exception:
+        except BaseException:
             swap.undo()
             raise
         self._swap, self._made = swap, made
@@ -166,12 +171,7 @@ class Plan:
         if self._swap is None:
             raise ValueError("Plan.revert: this plan is not applied; there is nothing to take back")
         self._swap.undo()
-        for old, made in self._made.items():
-            old.training = made.module.training
-            for name, source in made.kept.items():
-                table = old._parameters if source in old._parameters else old._buffers
-                if type(table[source]) is type(getattr(made.module, name)):
-                    table[source] = getattr(made.module, name)  # load_state_dict(assign=True) puts others there
+        self._catch_up()
         if self._undo_optimizer is not None:
             self._undo_optimizer()
         self._swap, self._made, self._undo_optimizer = None, {}, None
@@ -180,25 +180,29 @@ class Plan:
     def verify(self, sample: Any) -> Proof:
         """Run the model on `sample` before and after the conversion and compare what it returns.
 
-        Both runs are in eval mode and without gradients; afterwards the model is as it was, converted or not.
-        A third run tells how much rounding explains: there the last bit of every converted norm is changed.
+        All runs are in eval mode, without gradients, and on the same random numbers; afterwards the model is as
+        it was, converted or not. A third run tells how much rounding explains: there the last bit of every
+        converted norm is changed. A fourth tells whether the model repeats itself.
 
         Args:
             sample: the input; a tuple is taken as positional, a mapping as keyword arguments. Or a function
                 that calls the model it is given and returns what is to be compared.
 
         Raises:
-            ValueError: the model returns no floating-point tensors, or other ones after the conversion.
+            ValueError: the model returns no floating-point tensors, or other ones after the conversion, or
+                something else each time it runs; or it has changed since the plan was made.
         """
         swap = self._swap or self._exchange(self._make())
         exact = self.exactness in UNCHANGED
         sites = [(step.site.module, step.error or 0.0 if exact else 0.0) for step in self.changes]
         if self.applied:
             swap.undo()
+            self._catch_up()
         try:
             before = outputs(self.model, sample)
-            with nudged(sites):
+            with nudged(sites) as ran:
                 rounded = outputs(self.model, sample)
+            again = outputs(self.model, sample)
             swap.do()
             try:
                 after = outputs(swap.root, sample)
@@ -207,9 +211,32 @@ class Plan:
         finally:
             if self.applied:
                 swap.do()
-        return compare(before, rounded, after, exact)
+        return compare(before, rounded, again, after, exact, idle=len(sites) - len(ran))
+
+    def _catch_up(self) -> None:
+        """Gives the old norms the mode and the tensors that the new ones have by now."""
+        for old, made in self._made.items():
+            old.training = made.module.training
+            tensors = dict((*made.module.named_parameters(), *made.module.named_buffers()))
+            for table in (old._parameters, old._buffers):
+                table: dict[str, Any]
+                # What has another name, or another value, in the new norm is not looked up by its own.
+                own = {name: name for name in table.keys() - {*made.lost, *made.converted.values()}}
+                for name, source in (own | made.kept).items():
+                    now = tensors.get(name)
+                    # Not the same ones after load_state_dict(assign=True), or a move to another device.
+                    if source in table and type(now) is type(table[source]):
+                        table[source] = now
 
     def _make(self) -> dict[nn.Module, Replacement]:
+        known = recognise(step.site.module for step in self.changes)
+        for step, (norm, _, _) in zip(self.changes, known, strict=True):
+            if norm != step.site.norm and step.site.how != "adapter":
+                now = norm.describe() if norm else "unknown"
+                raise ValueError(
+                    f"convert: the model has changed since the plan was made: {step.site.name!r} computes "
+                    f"{now} and computed {step.site.describe()}; make a new plan"
+                )
         try:
             return {step.site.module: step.make() for step in self.changes}
         except Refused as error:
@@ -230,12 +257,13 @@ class Plan:
         found = []
         for step in self.changes:
             old, each = step.site.module, made[step.site.module]
-            held = {name: each.module._parameters.get(name) for name in (*each.converted, *each.new)}
-            fresh = {name: p for name, p in held.items() if p is not None}
+            now = dict(each.module.named_parameters())
             before = {name: p for name, p in old._parameters.items() if p is not None}
             pairs = [
-                (before[name], fresh.pop(name)) for name in each.converted if name in before and name in fresh
+                (before[source], now[name])
+                for name, source in each.converted.items()
+                if source in before and name in now
             ]
-            added = {f"{step.site.name}.{name}".lstrip("."): p for name, p in fresh.items()}
+            added = {f"{step.site.name}.{name}".lstrip("."): now[name] for name in each.new if name in now}
             found.append(Exchange(pairs, added, list(before.values())))
         return found

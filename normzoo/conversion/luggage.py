@@ -9,6 +9,7 @@ from torch.nn.modules.module import _WrappedHook
 from torch.nn.utils import parametrize
 
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called"))]
+_STATE = ("_save_to_state_dict", "_load_from_state_dict", "get_extra_state", "set_extra_state")
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -21,6 +22,9 @@ def obstacle(module: nn.Module) -> str:
         )
     if "forward" in vars(module):
         return "it has a forward of its own, which would be lost; convert first, then set it on the new module"
+    own = [name for name in _STATE if not getattr(type(module), name).__module__.startswith("torch.nn.")]
+    if own:
+        return f"its class has a {' and a '.join(own)} of its own, so that checkpoints would no longer load"
     # torch keeps a weak reference to the module beside such a hook.
     bound = [hook for hook in module._load_state_dict_pre_hooks.values() if isinstance(hook, _WrappedHook)]
     if any(hook.with_module for hook in bound):
@@ -47,7 +51,7 @@ def bring_along(old: nn.Module, new: nn.Module, leave: Collection[str]) -> tuple
     lost = []
     for table in _TABLES:
         for name, value in vars(old)[table].items():
-            if value is None or name in leave:
+            if name in leave or (value is None and hasattr(new, name)):
                 continue
             if hasattr(new, name):
                 lost.append(name)

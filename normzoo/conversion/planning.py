@@ -17,12 +17,12 @@ from . import bypass, report
 from .change import Plan, Step
 from .examine import examine, owners_of_parameters
 from .norm import Norm
-from .probe import bare, short, stand_in
 from .proof import site_error
 from .recognise import Site
 from .rules import SAME, Chooser, Kinds, Names, Target, chooser, seen, selector
 from .surgery import refuse_wrapped
 from .transfer import UNCHANGED, Choice, Exactness, Refused, Replacement, replacement
+from .trial import bare, short, stand_in
 
 logger = logging.getLogger("normzoo")
 
@@ -71,6 +71,7 @@ def plan(
     steps = [
         _step(site, choose, owners) if selected(site) else Step(site, "keep", "filtered out") for site in found
     ]
+    _refuse_reuse(model, steps)
     if not any(step.action == "convert" for step in steps):
         raise ValueError(f"convert: nothing can be converted; {seen(found)}{_reasons(steps)}")
     if strict and (left := [step for step in steps if step.action in ("refuse", "unknown")]):
@@ -166,19 +167,32 @@ def _reasons(steps: Sequence[Step]) -> str:
 
 
 def _step(site: Site, choose: Chooser, owners: Counter[int]) -> Step:
-    if site.norm is None:
-        return Step(site, "unknown")
     try:
         choice = choose(site)
         if choice is None:
             return Step(site, "keep", "as asked")
-        if isinstance(choice, Choice) and type(site.module) is choice.entry.cls and not choice.options:
-            return Step(site, "keep", f"it is normzoo's {choice.entry.name} already")
+        if site.norm is None:
+            return Step(site, "unknown")
         made = replacement(site, choice)
+        if type(made.module) is type(site.module) and isinstance(choice, Choice) and not choice.options:
+            return Step(site, "keep", f"it is normzoo's {choice.entry.name} already")
         _refuse(site, made, owners)
         return _measured(site, site.norm, choice, made)
     except Refused as reason:
-        return Step(site, "refuse", str(reason))
+        return Step(site, "refuse", str(reason)) if site.norm else Step(site, "unknown")
+
+
+def _refuse_reuse(model: nn.Module, steps: Sequence[Step]) -> None:
+    """Raises ValueError where a function of the caller gave one module to two places."""
+    taken = set(model.modules())
+    for step in steps:
+        if isinstance(step.choice, nn.Module):
+            if step.choice in taken:
+                raise ValueError(
+                    f"convert: to returned for {step.site.name!r} a {type(step.choice).__name__} that is in "
+                    "the model already, or that it returned for another norm; return a new one for every site"
+                )
+            taken.add(step.choice)
 
 
 def _refuse(site: Site, made: Replacement, owners: Counter[int]) -> None:
@@ -207,37 +221,43 @@ def _refuse(site: Site, made: Replacement, owners: Counter[int]) -> None:
 
 def _measured(site: Site, norm: Norm, choice: Choice | nn.Module, made: Replacement) -> Step:
     """The step that converts, with what test runs of both norms show."""
-    old, new = site.module, made.module
-    if any(t.is_meta for t in (*old.parameters(), *old.buffers(), *new.parameters())):
-        old = stand_in(old)  # numbers of their kind for those that are not there
-        new = _again(site, choice, old)
-    exactness, reason = made.exactness, made.note
+    error, close, notes = None, True, [made.note]
     try:
-        error, close = site_error(old, new, norm)
-    except Exception as failure:  # the new module may be the caller's
-        if not (needed := getattr(new, "side_inputs", ())):
-            raise Refused(f"a test run of the new {type(new).__name__} failed: {short(failure)}") from failure
-        error, close = None, True
-        reason = (
-            f"{reason}; " * bool(reason) + f"not measured, as it takes {', '.join(needed)} from normzoo.inputs"
-        )
-    if (
-        error is not None
-        and close
-        and any(p.dtype in (torch.float16, torch.bfloat16) for p in old.parameters())
-    ):
-        # Little shows in low precision.
-        old = copy.deepcopy(bare(old)).float()
-        close = site_error(old, _again(site, choice, old), norm)[1]
+        errors = [site_error(old, new, norm) for old, new in _pairs(site, choice, made.module)]
+    except Exception as failure:  # both may be code of the caller
+        called = type(made.module).__name__
+        if not (needed := getattr(made.module, "side_inputs", ())):
+            raise Refused(f"a test run of it beside the new {called} failed: {short(failure)}") from failure
+        notes.append(f"not measured, as it takes {', '.join(needed)} from normzoo.inputs")
+    else:
+        close = bool(errors) and all(agrees for _, agrees in errors)
+        error = None if not errors else errors[0][0] if close else max(error for error, _ in errors)
+    exactness = made.exactness
     if exactness in UNCHANGED and not close:
         exactness = Exactness.APPROXIMATE
-        reason = f"{reason}; " * bool(reason) + "a test run shows another function"
-    tensors = {"kept": tuple(made.kept), "converted": made.converted, "new": made.new, "lost": made.lost}
-    return Step(site, "convert", reason, choice, exactness, error, tensors)
+        notes.append("a test run shows another function" if error else "not measured, as it is on meta")
+    tensors = {
+        "kept": tuple(made.kept),
+        "converted": tuple(made.converted),
+        "new": made.new,
+        "lost": made.lost,
+    }
+    return Step(site, "convert", "; ".join(filter(None, notes)), choice, exactness, error, tensors)
 
 
-def _again(site: Site, choice: Choice | nn.Module, old: nn.Module) -> nn.Module:
-    """What takes the place of `old`, were it in the place of the site's module."""
+def _pairs(site: Site, choice: Choice | nn.Module, new: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Old and new norms whose outputs are to agree."""
+    old = site.module
+    tensors = [t for module in (old, new) for t in (*module.parameters(), *module.buffers())]
+    meta = any(t.is_meta for t in tensors)
     if isinstance(choice, nn.Module):
-        return copy.deepcopy(choice).to(next(old.parameters(), torch.empty(0)))
-    return replacement(dataclasses.replace(site, module=old), choice).module
+        if meta:
+            return []
+        pairs = [(old, new)]
+        if any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors):  # in which little shows
+            pairs.append((copy.deepcopy(bare(old)).float(), copy.deepcopy(bare(new)).float()))
+        return pairs
+    # Random parameters show more than those of today, which may be zero, rounded, NaN or, on meta, not there.
+    twin = stand_in(old)
+    drawn = (twin, replacement(dataclasses.replace(site, module=twin), choice).module)
+    return [drawn] if meta else [(old, new), drawn]

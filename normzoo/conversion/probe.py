@@ -6,14 +6,11 @@ whatever the input.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import itertools
 import math
-import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .norm import Norm, tensor
+from .trial import (
+    chance,
+    channel_inputs,
+    distance,
+    other_inputs,
+    own_tensors,
+    row_inputs,
+    shifts,
+    short,
+    stand_in,
+    undisturbed,
+)
 
 AGREES = 3e-6
 """Largest difference from a candidate, relative to the largest entry of a row."""
@@ -29,7 +38,13 @@ AGREES = 3e-6
 _SAME_ENTRIES = 0.98
 """Share of bfloat16 entries that the right order of rounding reproduces; a wrong one misses a quarter."""
 
+_ROUNDING = 0.1
+"""What the roundings to bfloat16 may add up to."""
+
 _MOST_ENTRIES = 1 << 22
+_GRADIENTS_AGREE = 1e-4
+"""Largest difference of two gradients, times the size of the input; another function is off by 1e-2."""
+
 _USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
 _WIDTHS = ("normalized_shape", "num_features", "hidden_size", "dim")
 
@@ -49,7 +64,7 @@ def identify(module: nn.Module) -> Norm:
     extra, needed = _arguments(module)
     if needed:
         raise Unrecognised(f"its forward needs {', '.join(needed)} beside the input")
-    if sum(t.numel() for t in _tensors(module).values()) > _MOST_ENTRIES:
+    if sum(t.numel() for t in own_tensors(module).values()) > _MOST_ENTRIES:
         raise Unrecognised(f"it holds more than {_MOST_ENTRIES} numbers, too many to copy for a test run")
     try:
         with undisturbed():
@@ -61,41 +76,6 @@ def identify(module: nn.Module) -> Norm:
     return replace(found, arguments=extra)
 
 
-def row_inputs(shape: Sequence[int], device: torch.device) -> Tensor:
-    """(2, 3, \\*shape) in float32: rows off zero and of many sizes, so that eps, centring and 1 + w show."""
-    x = 0.02 + 0.05 * torch.randn(2, 3, *shape, generator=_chance())
-    sizes = torch.logspace(0, -3, 6).reshape(2, 3, *(1 for _ in shape))
-    return (x * sizes).to(device)
-
-
-def inputs_for(norm: Norm, device: torch.device) -> Tensor:
-    """What shows a norm: rows, or (N, C, H, W)."""
-    shape = norm.shape or (48,)
-    return row_inputs(shape, device) if norm.axis == -1 else channel_inputs(shape[0], device)
-
-
-def channel_inputs(channels: int, device: torch.device) -> Tensor:
-    """(3, channels, 2, 2) in float32, every pixel of another size."""
-    return row_inputs((2, channels), device).permute(1, 3, 0, 2).contiguous()
-
-
-def _chance() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def short(error: Exception) -> str:
-    """What went wrong in code that is not ours, in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """The code under test leaves no gradients, warnings or drawn random numbers behind."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _arguments(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What forward takes beside its first argument, and which of that it cannot do without."""
     parameters = list(inspect.signature(module.forward).parameters.values())[1:]
@@ -104,64 +84,46 @@ def _arguments(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(p.name for p in parameters), tuple(needed)
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The floating-point parameters and buffers that the module itself holds."""
-    own = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-    return {name: t for name, t in own if t.is_floating_point()}
+def _identify(twin: nn.Module) -> Norm:
+    children = dict(twin.named_children())
+    found, x = _alone(_with(twin, dict.fromkeys(children, nn.Identity())))
+    if not children:
+        return found
+    marks = {name: _Mark(place) for place, name in enumerate(children)}
+    for training in (False, True):
+        y, marked = (
+            _with(twin, each).train(training)(x) for each in (dict.fromkeys(children, nn.Identity()), marks)
+        )
+        for mark in marks.values():
+            y = mark(y)
+        if not torch.equal(marked, y):
+            raise Unrecognised(f"what it does with its children ({', '.join(children)}) is unclear")
+    after = tuple(name for name, child in children.items() if not isinstance(child, nn.Identity))
+    return replace(found, after=after)
 
 
-def bare(module: nn.Module) -> nn.Module:
-    """A copy that shares the tensors and has no hooks, nor have its children.
+class _Mark(nn.Module):
+    """Stands for a child: shows where forward calls it, whatever the mode."""
 
-    A hook may be a method of something large, which deepcopy would follow.
-    """
-    made = copy.copy(module)
-    for key, value in vars(made).items():
-        if key.endswith("_hooks"):
-            vars(made)[key] = type(value)()
-    vars(made)["_modules"] = {
-        name: None if child is None else bare(child) for name, child in module._modules.items()
-    }
-    return made
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cos(x * (2 + self.place))
 
 
-def stand_in(module: nn.Module) -> nn.Module:
-    """A copy in float32 and eval mode, without hooks, with random parameters; on the CPU in place of meta."""
-    twin = copy.deepcopy(bare(module))
-    if any(t.is_meta for t in _tensors(twin).values()):
-        twin = twin.to_empty(device="cpu")
-    twin = twin.float().eval()
-    chance = _chance()
-    for name, t in _tensors(twin).items():
-        noise = torch.randn(t.shape, generator=chance)
-        if "var" in name:  # small ones too, so that eps shows
-            noise = (noise.abs() + 0.5) * 1e-6 * 10.0 ** (torch.arange(t.numel()).reshape(t.shape) % 7)
-        else:
-            noise = 0.2 * noise if _shifts(name) else 0.7 + 0.3 * noise
-        t.data.copy_(noise)
+def _with(twin: nn.Module, children: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of `twin` with other children."""
+    twin = copy.deepcopy(twin)
+    for name, child in children.items():
+        setattr(twin, name, child)
     return twin
 
 
-def _shifts(name: str) -> bool:
-    return re.search("bias|beta|shift|mean", name, re.IGNORECASE) is not None
-
-
-def _identify(twin: nn.Module) -> Norm:
-    children = dict(twin.named_children())
-    for name in children:
-        setattr(twin, name, nn.Identity())
+def _alone(twin: nn.Module) -> tuple[Norm, Tensor]:
     stored = statistics(twin)
-    found, x = _batch(twin, stored) if stored else _rows(twin)
-    if not children:
-        return found
-    y = twin(x)
-    for name, child in children.items():
-        y = child(y)
-        setattr(twin, name, child)
-    if not torch.equal(twin(x), y):
-        raise Unrecognised(f"what it does with its children ({', '.join(children)}) is unclear")
-    after = tuple(name for name, child in children.items() if not isinstance(child, nn.Identity))
-    return replace(found, after=after)
+    return _batch(twin, stored) if stored else _rows(twin)
 
 
 def statistics(module: nn.Module) -> tuple[str, str] | None:
@@ -174,8 +136,8 @@ def statistics(module: nn.Module) -> tuple[str, str] | None:
 def _affine(module: nn.Module, besides: Sequence[str] = ()) -> tuple[str | None, str | None]:
     """The names of the weight and of the bias."""
     # A number on its own counts calls, or the like.
-    names = [name for name, t in _tensors(module).items() if name not in besides and t.dim()]
-    weights, biases = [n for n in names if not _shifts(n)], [n for n in names if _shifts(n)]
+    names = [name for name, t in own_tensors(module).items() if name not in besides and t.dim()]
+    weights, biases = [n for n in names if not shifts(n)], [n for n in names if shifts(n)]
     if len(weights) > 1 or len(biases) > 1:
         raise Unrecognised(f"it holds {', '.join(names)}, more than a weight and a bias")
     return next(iter(weights), None), next(iter(biases), None)
@@ -203,6 +165,7 @@ def _rows(twin: nn.Module) -> tuple[Norm, Tensor]:
     if math.prod(shape) < 2:
         raise Unrecognised(f"its weight has shape {shape}, which does not tell what it normalises")
     failure: Exception = Unrecognised("its output has another shape than its input")
+    unlike: Unrecognised | None = None
     for axis in (1,) if known and known[-1] == 1 else (-1, 1):
         x = row_inputs(shape, _device(twin)) if axis == -1 else channel_inputs(shape[0], _device(twin))
         try:
@@ -212,14 +175,55 @@ def _rows(twin: nn.Module) -> tuple[Norm, Tensor]:
             continue
         if isinstance(y, Tensor) and y.shape == x.shape:
             candidates = _row_candidates(twin, axis, shape, weight, bias)
-            found = _only(candidates, y, lambda norm, x=x: norm.compute(x, *_held(twin, norm)))
+            try:
+                found = _only(candidates, y, lambda norm, x=x: norm.compute(x, *_held(twin, norm)))
+            except Unrecognised as error:
+                unlike = unlike or error
+                continue
             if not torch.equal(twin.train()(x), y):
                 raise Unrecognised(
                     f"it computes a {found.describe()} in eval mode and something else in training"
                 )
+            _confirm(twin, found, x)
             found = replace(found, cast=_cast(copy.deepcopy(twin.eval()), found, x))
             return found if known else replace(found, shape=None), x
-    raise failure
+    raise unlike or failure
+
+
+def _confirm(twin: nn.Module, found: Norm, x: Tensor) -> None:
+    """Raises Unrecognised where `twin` has other gradients than `found`, or is another norm on other inputs."""
+
+    def compute(x: Tensor) -> Tensor:
+        return found.compute(x, *_held(twin, found))
+
+    for other in other_inputs(found, x.device):
+        try:
+            y = twin(other)
+        except Exception:  # it need not take inputs of every rank
+            continue
+        if y.shape == other.shape and distance(compute(other), y, found.span(y)) > AGREES:
+            raise Unrecognised(
+                f"it computes a {found.describe()} for an input of shape {tuple(x.shape)} and something else "
+                f"for one of shape {tuple(other.shape)}"
+            )
+    twin.requires_grad_()
+    theirs, ours = (_gradients(each, x, list(twin.parameters())) for each in (twin, compute))
+    size = x.abs().amax(found.span(x), keepdim=True)  # the gradient of a small row is large
+    apart = [((theirs[0] - ours[0]) * size).abs().max().item()]
+    apart += [distance(b, a, tuple(range(a.dim()))) for a, b in zip(theirs[1:], ours[1:], strict=True)]
+    if not max(apart) <= _GRADIENTS_AGREE:
+        raise Unrecognised(f"it computes a {found.describe()}, but its gradients are not those")
+
+
+@torch.enable_grad()
+def _gradients(run: Callable[[Tensor], Tensor], x: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Those of a random sum of ``run(x)``, for x and for `parameters`."""
+    leaves = [x.detach().clone().requires_grad_(), *parameters]
+    y = run(leaves[0])
+    if not y.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    weights = torch.randn(y.shape, generator=chance()).to(y)
+    return list(torch.autograd.grad(y, leaves, weights, allow_unused=True, materialize_grads=True))
 
 
 def _declared(module: nn.Module) -> tuple[int, ...]:
@@ -233,7 +237,7 @@ def _declared(module: nn.Module) -> tuple[int, ...]:
 
 
 def _device(module: nn.Module) -> torch.device:
-    return next((t.device for t in _tensors(module).values()), torch.device("cpu"))
+    return next((t.device for t in own_tensors(module).values()), torch.device("cpu"))
 
 
 def _held(module: nn.Module, norm: Norm) -> tuple[Tensor | None, Tensor | None]:
@@ -275,14 +279,6 @@ def _only(candidates: Iterator[Norm], y: Tensor, compute: Callable[[Norm], Tenso
     )
 
 
-def distance(a: Tensor, b: Tensor, span: tuple[int, ...]) -> float:
-    """Largest difference, relative to the largest entry over the dimensions `span`; infinite for NaN."""
-    if a.shape != b.shape:
-        return math.inf
-    relative = (a - b).abs().amax(span) / b.abs().amax(span).clamp_min(1e-30)
-    return relative.nan_to_num(math.inf).max().item()
-
-
 def _cast(twin: nn.Module, norm: Norm, x: Tensor) -> str | None:
     """The order of rounding that reproduces the module in bfloat16."""
     twin.bfloat16()
@@ -294,6 +290,8 @@ def _cast(twin: nn.Module, norm: Norm, x: Tensor) -> str | None:
     for cast in ("torch", "llama"):
         if (replace(norm, cast=cast).compute(x, *held) == y).float().mean() >= _SAME_ENTRIES:
             return "gemma" if norm.offset and norm.family == "rms" and cast == "torch" else cast
+    if distance(norm.compute(x, *held).float(), y.float(), norm.span(y)) > _ROUNDING:
+        raise Unrecognised(f"it computes a {norm.describe()} in float32 and something else in bfloat16")
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .norm import Norm
-from .probe import bare, distance, inputs_for, undisturbed
+from .report import count
+from .trial import bare, distance, inputs_for, undisturbed
 
 
 def site_error(old: nn.Module, new: nn.Module, norm: Norm) -> tuple[float, bool]:
@@ -26,8 +28,10 @@ def site_error(old: nn.Module, new: nn.Module, norm: Norm) -> tuple[float, bool]
     like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), torch.empty(0))
     x = inputs_for(norm, like.device).to(like.dtype)
     with undisturbed():
-        theirs, ours = (copy.deepcopy(bare(module)).eval()(x).double() for module in (old, new))
-    error = distance(ours, theirs, norm.span(x))
+        theirs, ours = (copy.deepcopy(bare(module)).eval()(x) for module in (old, new))
+    if theirs.dtype != ours.dtype:
+        raise TypeError(f"of {x.dtype} the old one makes {theirs.dtype}, the new one {ours.dtype}")
+    error = distance(ours.double(), theirs.double(), norm.span(x))
     # Many norms are no better than float32 whatever the dtype.
     return error, error <= 8 * max(torch.finfo(like.dtype).eps, torch.finfo(torch.float32).eps)
 
@@ -54,6 +58,8 @@ class Proof:
     outputs: tuple[Difference, ...]
     exact: bool
     """Whether every converted norm claims to compute the same in eval mode."""
+    idle: int = 0
+    """How many of the converted norms did not run, so that nothing is known of them."""
 
     @property
     def error(self) -> float:
@@ -73,7 +79,7 @@ class Proof:
     @property
     def same(self) -> bool:
         """Whether rounding explains every difference: four times, for errors of one sign add up faster."""
-        return all(each.error <= 4 * each.rounding for each in self.outputs)
+        return all(not each.error or each.error <= 4 * each.rounding < math.inf for each in self.outputs)
 
     @property
     def passed(self) -> bool:
@@ -83,7 +89,7 @@ class Proof:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         outputs = [vars(each) for each in self.outputs]
-        keys = ("passed", "same", "exact", "error", "rounding", "cosine")
+        keys = ("passed", "same", "exact", "error", "rounding", "cosine", "idle")
         return {key: getattr(self, key) for key in keys} | {"outputs": outputs}
 
     def __str__(self) -> str:
@@ -93,22 +99,24 @@ class Proof:
             found = "the model computes another function"
             if self.exact:
                 found = f"FAILED: {found}, although every conversion claims to be exact"
+        unseen = f"; {count(self.idle, 'converted norm')} did not run on this sample" if self.idle else ""
         if self.error == 0:
-            return f"{found}: outputs are equal to the last bit"
+            return f"{found}: outputs are equal to the last bit{unseen}"
         return (
             f"{found}: outputs differ by at most {self.error:.1e} of their largest entry (the last bit of the "
-            f"converted norms explains {self.rounding:.1e}), cosine at least {self.cosine:.6f}"
+            f"converted norms explains {self.rounding:.1e}), cosine at least {self.cosine:.6f}{unseen}"
         )
 
 
-@torch.no_grad()
-def compare(
-    before: Mapping[str, Tensor], rounded: Mapping[str, Tensor], after: Mapping[str, Tensor], exact: bool
-) -> Proof:
-    """The proof from the outputs of a model before a conversion, with its norms nudged, and after.
+Outputs = dict[str, Tensor]
+
+
+def compare(before: Outputs, rounded: Outputs, again: Outputs, after: Outputs, exact: bool, idle: int) -> Proof:
+    """The proof from the outputs of a model before a conversion, with its norms nudged, once more, and after.
 
     Raises:
-        ValueError: there are no outputs, or other ones than before, or all are zero, which shows nothing.
+        ValueError: there are no outputs, or other ones than before; all are zero, which shows nothing; or the
+            model returns something else each time.
     """
     if not before or before.keys() != after.keys():
         raise ValueError(
@@ -117,24 +125,63 @@ def compare(
         )
     found = []
     for name, old in before.items():
-        new, moved, old = (t.double().flatten() for t in (after[name], rounded[name], old))
-        if not old.any() and not new.any():
-            continue
-        largest = old.abs().max().clamp_min(1e-300)
-        error, step = (((t - old).abs().max() / largest).nan_to_num(math.inf).item() for t in (new, moved))
-        cosine = F.cosine_similarity(new, old, dim=0).item()
-        found.append(Difference(name, error, step + torch.finfo(before[name].dtype).eps, cosine))
+        new, moved, repeated = (each.get(name, old.new_empty(0)) for each in (after, rounded, again))
+        error, step, drift = (distance(t.double(), old.double(), ()) for t in (new, moved, repeated))
+        rounding = step + torch.finfo(old.dtype).eps
+        if drift == math.inf or 4 * drift > rounding:
+            raise ValueError(
+                f"verify: before the conversion the model returns another {name} each time it runs on this "
+                f"sample (by {drift:.1e} of the largest entry), so that a comparison shows nothing; pass a "
+                "function that calls it in the same state, with the same random numbers"
+            )
+        if error or old.nan_to_num(0.0, 0.0, 0.0).any():
+            found.append(Difference(name, error, rounding, _cosine(new.double(), old.double())))
     if not found:
-        raise ValueError("verify: every output is zero on this sample, before and after, which shows nothing")
-    return Proof(tuple(found), exact)
+        raise ValueError(
+            "verify: every output is zero on this sample, or not finite, before and after, which shows nothing"
+        )
+    return Proof(tuple(found), exact, idle)
 
 
-def outputs(model: nn.Module, sample: Any) -> dict[str, Tensor]:
-    """The floating-point tensors that `model` returns for `sample` in eval mode, by their place in it."""
-    with torch.no_grad(), _eval(model):
-        leaves, _ = pytree.tree_flatten_with_path(_call(model, sample))
-    tensors = {pytree.keystr(path) or "output": leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
-    return {name: t.clone() for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+def _cosine(a: Tensor, b: Tensor) -> float:
+    """That of the finite entries; zero where the shapes differ."""
+    if a.shape != b.shape:
+        return 0.0
+    finite = a.isfinite() & b.isfinite()
+    return F.cosine_similarity(a[finite], b[finite], dim=0).item()
+
+
+def outputs(model: nn.Module, sample: Any) -> Outputs:
+    """The floating-point tensors that `model` returns for `sample` in eval mode, by their place in it.
+
+    The next run finds `sample`, the buffers of the model and torch's random numbers as this one did.
+    """
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(sorted(devices)), torch.no_grad(), _eval(model):
+        returned = _call(model, pytree.tree_map(_fresh, sample))
+        leaves, _ = pytree.tree_flatten_with_path(pytree.tree_map(_fields, returned))
+        tensors = {pytree.keystr(path) or "output": leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+        return {name: t.clone() for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+
+
+def _fields(leaf: Any) -> Any:
+    if not dataclasses.is_dataclass(leaf):
+        return leaf
+    return {
+        field.name: pytree.tree_map(_fields, getattr(leaf, field.name)) for field in dataclasses.fields(leaf)
+    }
+
+
+def _fresh(leaf: Any) -> Any:
+    """A copy, lest a model that writes to its input, or fills a cache, finds its own traces."""
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone()
+    if callable(leaf):
+        return leaf
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # such as a generator
+        return leaf
 
 
 def _call(model: nn.Module, sample: Any) -> Any:
@@ -146,21 +193,31 @@ def _call(model: nn.Module, sample: Any) -> Any:
 
 
 @contextlib.contextmanager
-def nudged(modules: Sequence[tuple[nn.Module, float]]) -> Iterator[None]:
-    """While it lasts, the outputs of each module are off by a share of themselves, up or down at random."""
-    chance = torch.Generator().manual_seed(0)
+def nudged(modules: Sequence[tuple[nn.Module, float]]) -> Iterator[set[nn.Module]]:
+    """While it lasts, the outputs of each module are off by a share of themselves, up or down at random.
 
-    def nudge(share: float) -> Callable[..., Tensor]:
+    Yields a set that collects the modules that run.
+    """
+    chance = torch.Generator().manual_seed(0)
+    ran = set()
+
+    def nudge(y: Tensor, share: float) -> Tensor:
+        if y.is_nested:
+            return torch.nested.as_nested_tensor([nudge(part, share) for part in y.unbind()])
+        sign = torch.randint(2, y.shape, generator=chance).to(y.device, torch.float32) * 2 - 1
+        step = max(share, torch.finfo(y.dtype).eps)
+        return (y + y.to(torch.promote_types(y.dtype, torch.float32)) * step * sign).to(y.dtype)
+
+    def hook_of(norm: nn.Module, share: float) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, y: Tensor) -> Tensor:
-            sign = torch.randint(2, y.shape, generator=chance).to(y.device, torch.float32) * 2 - 1
-            step = max(share, torch.finfo(y.dtype).eps)
-            return (y + y.to(torch.promote_types(y.dtype, torch.float32)) * step * sign).to(y.dtype)
+            ran.add(norm)  # `module` may be a replica of it
+            return nudge(y, share)
 
         return hook
 
-    handles = [module.register_forward_hook(nudge(share)) for module, share in modules]
+    handles = [norm.register_forward_hook(hook_of(norm, share)) for norm, share in modules]
     try:
-        yield
+        yield ran
     finally:
         for handle in handles:
             handle.remove()
@@ -168,10 +225,16 @@ def nudged(modules: Sequence[tuple[nn.Module, float]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _eval(model: nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards the modes and the buffers are as before."""
     modes = {module: module.training for module in model.modules()}
+    buffers = [(m, name, b, b.clone()) for m in modes for name, b in m._buffers.items() if b is not None]
     model.eval()
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ Adapter = Callable[[nn.Module], Norm | None]
 
 # RemovableHandle wants a dict that can be weakly referenced.
 _adapters: OrderedDict[int, tuple[type[nn.Module] | Callable[[nn.Module], bool], Adapter]] = OrderedDict()
+
+_BLANK = vars(nn.Module()).keys()
 
 # "Normalize" is about norms, "normal" is not.
 _NAMED_NORM = re.compile("norm(?!al(?!i))", re.IGNORECASE)
@@ -120,15 +122,21 @@ def sites(model: nn.Module) -> list[Site]:
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     parents = places(model)
+    norms = [module for module in names if _looks_like_a_norm(module)]
+    return [
+        Site(tuple(names[module]), module, *known, parents.get(module, []))
+        for module, known in zip(norms, recognise(norms), strict=True)
+    ]
+
+
+def recognise(modules: Iterable[nn.Module]) -> Iterator[tuple[Norm | None, str, str]]:
+    """Of each module: what it computes, how that is known, and why it is unknown."""
     known: dict[tuple, tuple[Norm | None, str, str]] = {}
-    found = []
-    for module, its_names in names.items():
-        if _looks_like_a_norm(module):
-            alike = _alike(module)
-            if alike not in known:
-                known[alike] = _recognise(module)
-            found.append(Site(tuple(its_names), module, *known[alike], parents.get(module, [])))
-    return found
+    for module in modules:
+        alike = _alike(module)
+        if alike not in known:
+            known[alike] = _recognise(module)
+        yield known[alike]
 
 
 def _looks_like_a_norm(module: nn.Module) -> bool:
@@ -152,9 +160,13 @@ def _alike(module: nn.Module) -> tuple:
     tensors = [*module.named_parameters(), *module.named_buffers()]
     layout = tuple((name, None if is_lazy(t) else tuple(t.shape), t.dtype, t.device) for name, t in tensors)
     plain = (bool, int, float, str, tuple, type(None))
-    settings = [(k, repr(v)) for k, v in vars(module).items() if isinstance(v, plain) and k != "training"]
-    own = "forward" in vars(module), _adapter(module)
-    return (type(module), layout, tuple(settings), *own, *map(_alike, _children(module)))
+    # Of a list or a function only the object itself says that it is the same.
+    settings = [
+        (key, repr(value) if isinstance(value, plain) else id(value))
+        for key, value in vars(module).items()
+        if key not in _BLANK
+    ]
+    return (type(module), layout, tuple(settings), _adapter(module), *map(_alike, _children(module)))
 
 
 def _adapter(module: nn.Module) -> Adapter | None:
@@ -165,11 +177,15 @@ def _adapter(module: nn.Module) -> Adapter | None:
 
 
 def _recognise(module: nn.Module) -> tuple[Norm | None, str, str]:
-    """(what it computes, how that is known, why it is unknown)."""
     cls = parametrize.type_before_parametrizations(module)
     try:
         if adapter := _adapter(module):
             norm = adapter(module)
+            if not isinstance(norm, (Norm, type(None))):
+                raise TypeError(
+                    f"register_adapter: the adapter of {cls.__qualname__} returned a {type(norm).__name__}; it "
+                    "must return a normzoo.conversion.Norm or None"
+                )
             return norm, "adapter" if norm else "", "" if norm else "its adapter leaves it alone"
         if "forward" in vars(module):
             raise Unrecognised("its forward was replaced on the instance")
@@ -180,6 +196,8 @@ def _recognise(module: nn.Module) -> tuple[Norm | None, str, str]:
         for base in cls.__mro__:
             if base in KNOWN and cls.forward is base.forward:
                 return KNOWN[base](module), "subclass", ""
+        if parametrize.is_parametrized(module):
+            raise Unrecognised("it is parametrized, so that no copy of it can be run")
         return identify(module), "probe", ""
     except Unrecognised as reason:
         return None, "", str(reason)
@@ -190,22 +208,30 @@ def _held(module: Any, *names: str) -> dict[str, Any]:
     return {name: name if getattr(module, name, None) is not None else None for name in names}
 
 
+def _shape(module: Any) -> tuple[int, ...]:
+    return tuple(int(size) for size in module.normalized_shape)  # NumPy's integers are none to JSON
+
+
+def _eps(module: Any) -> float | None:
+    return None if module.eps is None else float(module.eps)
+
+
 def _layer(module: Any) -> Norm:
-    return Norm("layer", tuple(module.normalized_shape), module.eps, **_held(module, "weight", "bias"))
+    return Norm("layer", _shape(module), _eps(module), **_held(module, "weight", "bias"))
 
 
 def _rms(module: Any) -> Norm:
     how = {"offset": getattr(module, "offset", 0.0), "cast": getattr(module, "cast", "torch")}
-    return Norm("rms", tuple(module.normalized_shape), module.eps, **_held(module, "weight", "bias"), **how)
+    return Norm("rms", _shape(module), _eps(module), **_held(module, "weight", "bias"), **how)
 
 
 def _crms(module: Any) -> Norm:
-    return Norm("crms", tuple(module.normalized_shape), module.eps, **_held(module, "weight"))
+    return Norm("crms", _shape(module), _eps(module), **_held(module, "weight"))
 
 
 def _group(module: Any) -> Norm:
     held = _held(module, "weight", "bias")
-    return Norm("group", (module.num_channels,), module.eps, **held, axis=1, groups=module.num_groups)
+    return Norm("group", (int(module.num_channels),), _eps(module), **held, axis=1, groups=module.num_groups)
 
 
 def _stored(family: str) -> Callable[[Any], Norm]:
@@ -213,7 +239,7 @@ def _stored(family: str) -> Callable[[Any], Norm]:
         names = ("running_mean", "running_var", "num_batches_tracked")
         stored = tuple(name for name in names if getattr(module, name, None) is not None)
         held = _held(module, "weight", "bias")
-        return Norm(family, (module.num_features,), module.eps, **held, statistics=stored, axis=1)
+        return Norm(family, (int(module.num_features),), _eps(module), **held, statistics=stored, axis=1)
 
     return describe
 

@@ -11,6 +11,8 @@ from .transfer import Carried, Exactness, Refused, transfer
 
 def _row(norm: Norm, module: nn.Module) -> Carried:
     """Shape, eps, weight and bias, as every row norm has them."""
+    if norm.offset and norm.weight is None:
+        raise Refused(f"it adds {norm.offset:g} to a weight that it does not have")
     if norm.groups != 1:
         raise Refused(f"it normalises {norm.groups} groups of a row one by one, and the layer a row")
     if norm.arguments:
@@ -19,6 +21,8 @@ def _row(norm: Norm, module: nn.Module) -> Carried:
         raise Refused("it does not say how wide its rows are, and the layer has to know")
     weight, bias = tensor(module, norm.weight), tensor(module, norm.bias)
     for name, held in ((norm.weight, weight), (norm.bias, bias)):
+        if name and held is None:
+            raise Refused(f"it has no tensor called {name}")
         if held is not None and tuple(held.shape) != norm.shape:
             raise Refused(f"it normalises {norm.shape} with a {name} of shape {tuple(held.shape)}")
     if bias is not None and weight is None:
@@ -35,12 +39,17 @@ def _row(norm: Norm, module: nn.Module) -> Carried:
     )
 
 
+def _add_offset(carried: Carried, norm: Norm, module: nn.Module) -> None:
+    """Makes the weight ``offset + weight``, for a layer that has no offset."""
+    source = carried.kept.pop("weight")
+    carried.converted["weight"] = source, getattr(module, source).detach() + norm.offset
+
+
 @transfer("layer", "layer_norm", Exactness.EXACT, same=True)
 def _(norm: Norm, module: nn.Module) -> Carried:
     carried = _row(norm, module)
     if norm.offset:
-        weight = getattr(module, carried.kept.pop("weight"))
-        carried.converted["weight"] = weight.detach() + norm.offset
+        _add_offset(carried, norm, module)
         carried.exactness = Exactness.EVAL_EXACT
         carried.note = f"the weight becomes {norm.offset:g} + weight, which weight decay treats differently"
     return carried
@@ -68,6 +77,5 @@ def _(norm: Norm, module: nn.Module) -> Carried:
         double = held is not None and held.dtype == torch.float64
         carried.arguments["eps"] = torch.finfo(torch.float64 if double else torch.float32).eps
     if norm.offset:
-        weight = getattr(module, carried.kept.pop("weight"))
-        carried.converted["weight"] = weight.detach() + norm.offset
+        _add_offset(carried, norm, module)
     return carried

@@ -88,15 +88,18 @@ def _one(to: Any, options: Mapping[str, Any]) -> Chooser:
         choice = _choice(_entry(to), options)
         return lambda site: choice
     if callable(to) and not isinstance(to, nn.Module):
-        return lambda site: _answer(to(site), site, options)
+        return lambda site: _answer(to, site, options)
     raise TypeError(
         f"convert: to is a {type(to).__name__}; it must be the name or the class of a layer, a function of a "
         "site, or a mapping of names to these"
     )
 
 
-def _answer(answer: Any, site: Site, options: Mapping[str, Any]) -> Choice | nn.Module | None:
-    """What a function of the user says of a site."""
+def _answer(to: Callable[[Site], Any], site: Site, options: Mapping[str, Any]) -> Choice | nn.Module | None:
+    """What a function of the user says of a site; it is asked of known norms only."""
+    if site.norm is None:
+        raise Refused(site.note)
+    answer = to(site)
     if answer is site.module:
         return None
     if isinstance(answer, nn.Module):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence, ValuesView
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +63,33 @@ def references(model: nn.Module, wanted: Collection[nn.Module]) -> dict[nn.Modul
         for attribute, value in vars(module).items():
             if attribute in ("_modules", "_parameters", "_buffers"):
                 continue
-            several = value.values() if isinstance(value, Mapping) else value
-            for held in several if isinstance(several, (list, tuple, set, ValuesView)) else (value,):
-                held = getattr(held, "__self__", held) if isinstance(held, types.MethodType) else held
+            for held in _modules_in(value):
                 if id(held) in by_id and held is not module:
                     found[by_id[id(held)]] = f"{name}.{attribute}".lstrip(".")
     return found
+
+
+def _modules_in(value: Any, depth: int = 4) -> Iterator[nn.Module]:
+    """The modules that an attribute leads to: itself, in containers, or bound to a function."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, types.MethodType):
+        yield from _modules_in(value.__self__)
+    elif depth:
+        for inner in _parts(value):
+            yield from _modules_in(inner, depth - 1)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return value
+    if isinstance(value, functools.partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if isinstance(value, types.FunctionType):
+        return inspect.getclosurevars(value).nonlocals.values()
+    return ()
 
 
 class Swap:
@@ -133,19 +157,6 @@ def edit(optimizer: Optimizer, exchanges: Sequence[Exchange], model: nn.Module) 
     before = [{key: list(group[key]) for key in keys if key in group} for group in optimizer.param_groups]
     states = {}
     alive = {id(p) for p in model.parameters()}
-    for exchange in exchanges:
-        new_of = {id(old): new for old, new in exchange.pairs}
-        home = _home(optimizer, exchange.old)
-        for group in optimizer.param_groups:
-            group["params"][:] = [new_of.get(id(p), p) for p in group["params"]]
-        home["params"].extend(exchange.added.values())
-        if "param_names" in home:
-            home["param_names"].extend(exchange.added)
-        for old in exchange.old:
-            if id(old) not in alive:
-                if old in optimizer.state:
-                    states[old] = optimizer.state[old]
-                _leave(optimizer, old)
 
     def undo() -> None:
         for group, values in zip(optimizer.param_groups, before, strict=False):  # a user may have added groups
@@ -156,13 +167,32 @@ def edit(optimizer: Optimizer, exchanges: Sequence[Exchange], model: nn.Module) 
                 optimizer.state.pop(new, None)
         optimizer.state.update(states)
 
+    try:
+        for exchange in exchanges:
+            new_of = {id(old): new for old, new in exchange.pairs}
+            home = _home(optimizer, exchange.old)
+            for group in optimizer.param_groups:
+                group["params"][:] = [new_of.get(id(p), p) for p in group["params"]]
+            if home is not None:
+                home["params"].extend(exchange.added.values())
+                if "param_names" in home:
+                    home["param_names"].extend(exchange.added)
+            for old in exchange.old:
+                if id(old) not in alive:
+                    if old in optimizer.state:
+                        states[old] = optimizer.state[old]
+                    _leave(optimizer, old)
+    except BaseException:
+        undo()
+        raise
     return undo
 
 
-def _home(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
+def _home(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> dict[str, Any] | None:
+    """The group of `parameters`, the last one if there are none; None where the optimizer has none of them."""
     wanted = {id(p) for p in parameters}
     groups = (group for group in optimizer.param_groups if any(id(p) in wanted for p in group["params"]))
-    return next(groups, optimizer.param_groups[-1])
+    return next(groups, None if parameters else optimizer.param_groups[-1])
 
 
 def _leave(optimizer: Optimizer, parameter: nn.Parameter) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..zoo import Entry
 from .adapted import adapted
-from .luggage import bring_along, obstacle
+from .luggage import bring_along, hooks, obstacle
 from .norm import Norm
 from .recognise import Site
 
@@ -47,8 +47,8 @@ class Carried:
     """For the constructor."""
     kept: dict[str, str] = field(default_factory=dict)
     """Attributes of the new layer that hold the very tensors of the old one, by its names."""
-    converted: dict[str, Tensor] = field(default_factory=dict)
-    """Attributes of the new layer whose values were computed from those of the old one."""
+    converted: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+    """Attributes of the new layer that were computed: the name of the old tensor, and the value."""
     used: tuple[str, ...] = ()
     """Other tensors of the old norm that went into the converted ones."""
     over_channels: bool = False
@@ -108,8 +108,8 @@ class Replacement:
     module: nn.Module
     kept: dict[str, str]
     """Tensors of the new layer that are objects of the old norm, by its names."""
-    converted: tuple[str, ...]
-    """Tensors of the new layer that were computed from those of the old norm."""
+    converted: dict[str, str]
+    """Tensors of the new layer that were computed from those of the old norm, by its names."""
     new: tuple[str, ...]
     """Tensors of the new layer that come from nowhere."""
     lost: tuple[str, ...]
@@ -140,21 +140,36 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
         only = f", only to {' and '.join(known)}" if known else ""
         raise Refused(f"no rule takes a {norm.family} norm to {choice.entry.name}{only}")
     carried = rule.carry(norm, old)
-    for name in carried.kept.values():
+    sources = {**carried.kept, **{name: source for name, (source, _) in carried.converted.items()}}
+    for name in sources.values():
         if name not in old._parameters and name not in old._buffers:
             raise Refused(f"its {name} is computed, not stored; remove what computes it (weight norm?) first")
+        if name in old._non_persistent_buffers_set:
+            raise Refused(f"its {name} is not in the state dict, and that of the layer would be")
     new = _construct(old, norm, carried, choice)
-    for name, source in carried.kept.items():
-        _put(new, name, getattr(old, source))
-    for name, value in carried.converted.items():
-        _put(new, name, value)
-    fresh = [name for name in _own(new) if name not in carried.kept and name not in carried.converted]
-    lost = bring_along(old, new, leave={*carried.kept.values(), *carried.converted, *carried.used})
+    kept: dict[str, str] = {}
+    converted: dict[str, str] = {}
+    lost: tuple[str, ...] = ()
+    notes = [carried.note or rule.note]
+    for name, source in sources.items():
+        if getattr(new, name) is None:  # the options want no weight, or no bias
+            lost += (source,)
+            continue
+        value = getattr(old, source)
+        if name in carried.converted:
+            converted[name] = source
+            _put(new, name, carried.converted[name][1], value.requires_grad)
+        else:
+            kept[name] = source
+            _put(new, name, value, value.requires_grad)
+        if name != source:
+            notes.append(f"{source} is called {name} from now on, in the state dict too")
+    fresh = tuple(name for name in _own(new) if name not in sources)
+    lost += bring_along(old, new, leave={*sources.values(), *carried.used})
     exactness = carried.exactness or rule.exactness
     if exactness in UNCHANGED and any(carried.arguments.get(k, v) != v for k, v in choice.options.items()):
         exactness = Exactness.APPROXIMATE
-    converted = tuple(carried.converted)
-    return Replacement(new, carried.kept, converted, tuple(fresh), lost, exactness, carried.note or rule.note)
+    return Replacement(new, kept, converted, fresh, lost, exactness, "; ".join(filter(None, notes)))
 
 
 def _construct(old: nn.Module, norm: Norm, carried: Carried, choice: Choice) -> nn.Module:
@@ -179,19 +194,20 @@ def _ready_made(old: nn.Module, new: nn.Module) -> Replacement:
     fresh = tuple(name for name in tensors if name not in kept)
     lost = tuple(name for name in held.values() if name not in kept.values())
     new.train(old.training)
-    return Replacement(new, kept, (), fresh, lost, Exactness.EVAL_EXACT)
+    left = [] if any(module is old for module in new.modules()) else hooks(old)
+    note = f"its {', '.join(left)} stay behind" if left else ""
+    return Replacement(new, kept, {}, fresh, lost, Exactness.EVAL_EXACT, note)
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
     return dict((*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)))
 
 
-def _put(module: nn.Module, name: str, value: Tensor) -> None:
-    """Makes `value` the parameter or buffer `name`; a Parameter stays the object it is."""
+def _put(module: nn.Module, name: str, value: Tensor, trained: bool) -> None:
+    """Makes `value` the parameter or buffer `name`; one of its kind stays the object it is."""
     if name in module._buffers:
-        module._buffers[name] = value.detach()
-        return
-    if not isinstance(value, nn.Parameter):
-        before = module._parameters[name]
-        value = nn.Parameter(value, requires_grad=before is None or before.requires_grad)
-    module._parameters[name] = value
+        module._buffers[name] = value.detach() if isinstance(value, nn.Parameter) else value
+    elif isinstance(value, nn.Parameter):
+        module._parameters[name] = value
+    else:
+        module._parameters[name] = nn.Parameter(value.detach(), requires_grad=trained)

@@ -1,0 +1,123 @@
+"""Test runs of modules that nobody here has seen: copies, inputs, and how far apart two outputs are."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .norm import Norm
+
+_MOST_AT_ONCE = 1 << 20
+"""Entries of an input that is larger than it has to be."""
+
+
+def row_inputs(shape: Sequence[int], device: torch.device) -> Tensor:
+    """(2, 3, \\*shape) in float32: rows off zero and of many sizes, so that eps, centring and 1 + w show."""
+    x = 0.02 + 0.05 * torch.randn(2, 3, *shape, generator=chance())
+    sizes = torch.logspace(0, -3, 6).reshape(2, 3, *(1 for _ in shape))
+    return (x * sizes).to(device)
+
+
+def inputs_for(norm: Norm, device: torch.device) -> Tensor:
+    """What shows a norm: rows, or (N, C, H, W)."""
+    shape = norm.shape or (48,)
+    return row_inputs(shape, device) if norm.axis == -1 else channel_inputs(shape[0], device)
+
+
+def channel_inputs(channels: int, device: torch.device) -> Tensor:
+    """(3, channels, 2, 2) in float32, every pixel of another size."""
+    return row_inputs((2, channels), device).permute(1, 3, 0, 2).contiguous()
+
+
+def other_inputs(norm: Norm, device: torch.device) -> Iterator[Tensor]:
+    """Large inputs of several ranks, with a second dimension as wide as the normalized one where that is not
+    too much: forward may look at the shape."""
+    shape = norm.shape or (48,)
+    side = shape[-1] if shape[-1] * math.prod(shape) <= _MOST_AT_ONCE else 2
+    if norm.axis == -1:
+        sizes = [(*lead, *shape) for lead in ((6,), (1, side), (1, side, 1))]
+    else:
+        sizes = [(6, shape[0]), *((1, shape[0], *rest) for rest in ((side,), (1, side)))]
+    for size in sizes:
+        yield (20 + 50 * torch.randn(size, generator=chance())).to(device)
+
+
+def chance() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """The code under test leaves no gradients, warnings or drawn random numbers behind."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The floating-point parameters and buffers that the module itself holds."""
+    own = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+    return {name: t for name, t in own if t.is_floating_point()}
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """A copy that shares the tensors and has no hooks, nor have its children.
+
+    A hook may be a method of something large, which deepcopy would follow.
+    """
+    made = copy.copy(module)
+    for key, value in vars(made).items():
+        if key.endswith("_hooks"):
+            vars(made)[key] = type(value)()
+    vars(made)["_modules"] = {
+        name: None if child is None else bare(child) for name, child in module._modules.items()
+    }
+    return made
+
+
+def stand_in(module: nn.Module) -> nn.Module:
+    """A copy in float32 and eval mode, without hooks, with random parameters; on the CPU in place of meta."""
+    twin = copy.deepcopy(bare(module))
+    if any(t.is_meta for t in own_tensors(twin).values()):
+        twin = twin.to_empty(device="cpu")
+    twin = twin.float().eval()
+    numbers = chance()
+    for name, t in own_tensors(twin).items():
+        noise = torch.randn(t.shape, generator=numbers)
+        if "var" in name:  # small ones too, so that eps shows
+            noise = (noise.abs() + 0.5) * 1e-6 * 10.0 ** (torch.arange(t.numel()).reshape(t.shape) % 7)
+        else:
+            # Every second weight is negative, so that abs() or clamp() of it shows.
+            sign = 1 - 3 * (torch.arange(t.numel()).reshape(t.shape) % 2)
+            noise = 0.2 * noise if shifts(name) else (0.7 + 0.3 * noise) * sign
+        t.data.copy_(noise)
+    return twin
+
+
+def shifts(name: str) -> bool:
+    return re.search("bias|beta|shift|mean", name, re.IGNORECASE) is not None
+
+
+def distance(a: Tensor, b: Tensor, span: tuple[int, ...]) -> float:
+    """Largest difference, relative to the largest finite entry over the dimensions `span`.
+
+    Infinite where one of the two is NaN or infinite and the other is not.
+    """
+    if a.shape != b.shape:
+        return math.inf
+    apart = (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)
+    relative = apart.amax(span) / b.nan_to_num(0.0, 0.0, 0.0).abs().amax(span).clamp_min(1e-30)
+    return relative.nan_to_num(math.inf).max().item()
+
+
+def short(error: Exception) -> str:
+    """What went wrong in code that is not ours, in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
