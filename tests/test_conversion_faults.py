@@ -598,3 +598,49 @@ def test_a_layer_over_channels_goes_everywhere():
     for run in (compiled, exported, copy.copy(model), nn.DataParallel(model)):
         torch.testing.assert_close(run(x), wanted, rtol=0, atol=1e-6)
     torch.testing.assert_close(torch.func.vmap(model)(x[None])[0], wanted, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(params=["float64", "bfloat16", "meta", "inference", "no grad"])
+def surroundings(request):
+    """Defaults of a caller that must not matter."""
+    if request.param in ("float64", "bfloat16"):
+        torch.set_default_dtype(getattr(torch, request.param))
+        yield
+        torch.set_default_dtype(torch.float32)
+    else:
+        modes = {"meta": torch.device("meta"), "inference": torch.inference_mode(), "no grad": torch.no_grad()}
+        with modes[request.param]:
+            yield
+
+
+MODEL, SAMPLE = nn.Sequential(nn.LayerNorm(8), OnePlusNorm()), torch.randn(4, 8)
+
+
+def test_the_surroundings_do_not_matter(surroundings):
+    made = normzoo.plan(MODEL)
+    assert [step.exactness for step in made.changes] == ["exact", "eval-exact"]
+    assert made.verify(SAMPLE).same
+    assert not normzoo.plan(MODEL, "rms_norm").verify(SAMPLE).same
+
+
+def test_stored_activations_are_no_obstacle():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), OnePlusNorm())
+    for norm in (model[1], model[2]):
+        norm.register_forward_hook(lambda module, args, y: setattr(module, "seen", y))
+    model(torch.randn(2, 8))
+    assert len(normzoo.plan(model).changes) == 2
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_outputs_of_every_kind():
+    class Transformed(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            return torch.fft.fft(y), y.to_sparse(), torch.nested.as_nested_tensor([y[:1], y])
+
+    proof = normzoo.plan(Transformed(), "rms_norm", types="layer").verify(torch.randn(4, 8))
+    assert len(proof.outputs) == 3 and all(each.error > 1e-3 for each in proof.outputs)
+    lazy = nn.Sequential(nn.LayerNorm(8), nn.LazyBatchNorm1d())
+    assert normzoo.plan(lazy).verify(torch.randn(4, 8)).same
+    with pytest.raises(ValueError, match="verify: the model is on the meta device"):
+        normzoo.plan(Net().to("meta")).verify(torch.empty(4, 8, device="meta"))

@@ -23,6 +23,7 @@ from .trial import (
     chance,
     channel_inputs,
     distance,
+    noise,
     other_inputs,
     own_tensors,
     row_inputs,
@@ -222,7 +223,7 @@ def _gradients(run: Callable[[Tensor], Tensor], x: Tensor, parameters: list[nn.P
     y = run(leaves[0])
     if not y.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
-    weights = torch.randn(y.shape, generator=chance()).to(y)
+    weights = noise(y.shape, chance()).to(y)
     return list(torch.autograd.grad(y, leaves, weights, allow_unused=True, materialize_grads=True))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from .norm import Norm
@@ -25,7 +26,9 @@ def site_error(old: nn.Module, new: nn.Module, norm: Norm) -> tuple[float, bool]
 
     Copies run in eval mode, with the parameters they have.
     """
-    like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), torch.empty(0))
+    like = next(
+        (t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), torch.empty(0, device="cpu")
+    )
     x = inputs_for(norm, like.device).to(like.dtype)
     with undisturbed():
         theirs, ours = (copy.deepcopy(bare(module)).eval()(x) for module in (old, new))
@@ -160,8 +163,20 @@ def outputs(model: nn.Module, sample: Any) -> Outputs:
     with torch.random.fork_rng(sorted(devices)), torch.no_grad(), _eval(model):
         returned = _call(model, pytree.tree_map(_fresh, sample))
         leaves, _ = pytree.tree_flatten_with_path(pytree.tree_map(_fields, returned))
-        tensors = {pytree.keystr(path) or "output": leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+        tensors = {
+            pytree.keystr(path) or "output": _numbers(leaf) for path, leaf in leaves if isinstance(leaf, Tensor)
+        }
+        if any(t.is_meta for t in tensors.values()):
+            raise ValueError("verify: the model is on the meta device, where there are no numbers to compare")
         return {name: t.clone() for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+
+
+def _numbers(t: Tensor) -> Tensor:
+    """Its entries in a dense, real tensor."""
+    if t.is_nested:
+        t = torch.nested.to_padded_tensor(t, 0.0)
+    t = t.to_dense() if t.layout != torch.strided else t
+    return torch.view_as_real(t) if t.is_complex() else t
 
 
 def _fields(leaf: Any) -> Any:
@@ -198,13 +213,13 @@ def nudged(modules: Sequence[tuple[nn.Module, float]]) -> Iterator[set[nn.Module
 
     Yields a set that collects the modules that run.
     """
-    chance = torch.Generator().manual_seed(0)
+    chance = torch.Generator("cpu").manual_seed(0)
     ran = set()
 
     def nudge(y: Tensor, share: float) -> Tensor:
         if y.is_nested:
             return torch.nested.as_nested_tensor([nudge(part, share) for part in y.unbind()])
-        sign = torch.randint(2, y.shape, generator=chance).to(y.device, torch.float32) * 2 - 1
+        sign = torch.randint(2, y.shape, generator=chance, device="cpu").to(y.device, torch.float32) * 2 - 1
         step = max(share, torch.finfo(y.dtype).eps)
         return (y + y.to(torch.promote_types(y.dtype, torch.float32)) * step * sign).to(y.dtype)
 
@@ -227,7 +242,8 @@ def nudged(modules: Sequence[tuple[nn.Module, float]]) -> Iterator[set[nn.Module
 def _eval(model: nn.Module) -> Iterator[None]:
     """Eval mode; afterwards the modes and the buffers are as before."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(m, name, b, b.clone()) for m in modes for name, b in m._buffers.items() if b is not None]
+    held = ((m, name, b) for m in modes for name, b in m._buffers.items() if b is not None and not is_lazy(b))
+    buffers = [(m, name, b, b.clone()) for m, name, b in held]
     model.eval()
     try:
         yield

@@ -21,9 +21,9 @@ _MOST_AT_ONCE = 1 << 20
 
 def row_inputs(shape: Sequence[int], device: torch.device) -> Tensor:
     """(2, 3, \\*shape) in float32: rows off zero and of many sizes, so that eps, centring and 1 + w show."""
-    x = 0.02 + 0.05 * torch.randn(2, 3, *shape, generator=chance())
-    sizes = torch.logspace(0, -3, 6).reshape(2, 3, *(1 for _ in shape))
-    return (x * sizes).to(device)
+    x = 0.02 + 0.05 * noise((2, 3, *shape), chance())
+    sizes = torch.logspace(0, -3, 6, device="cpu", dtype=torch.float32)
+    return (x * sizes.reshape(2, 3, *(1 for _ in shape))).to(device)
 
 
 def inputs_for(norm: Norm, device: torch.device) -> Tensor:
@@ -47,17 +47,27 @@ def other_inputs(norm: Norm, device: torch.device) -> Iterator[Tensor]:
     else:
         sizes = [(6, shape[0]), *((1, shape[0], *rest) for rest in ((side,), (1, side)))]
     for size in sizes:
-        yield (20 + 50 * torch.randn(size, generator=chance())).to(device)
+        yield (20 + 50 * noise(size, chance())).to(device)
 
 
 def chance() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+    return torch.Generator("cpu").manual_seed(0)
+
+
+def noise(shape: Sequence[int], numbers: torch.Generator) -> Tensor:
+    """Normal, in float32 on the CPU, whatever the defaults of the caller."""
+    return torch.randn(tuple(shape), generator=numbers, device="cpu", dtype=torch.float32)
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """The code under test leaves no gradients, warnings or drawn random numbers behind."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         yield
 
@@ -77,6 +87,8 @@ def bare(module: nn.Module) -> nn.Module:
     for key, value in vars(made).items():
         if key.endswith("_hooks"):
             vars(made)[key] = type(value)()
+        elif isinstance(value, Tensor):  # an output of an earlier run, which deepcopy refuses
+            vars(made)[key] = value.detach()
     vars(made)["_modules"] = {
         name: None if child is None else bare(child) for name, child in module._modules.items()
     }
@@ -91,14 +103,14 @@ def stand_in(module: nn.Module) -> nn.Module:
     twin = twin.float().eval()
     numbers = chance()
     for name, t in own_tensors(twin).items():
-        noise = torch.randn(t.shape, generator=numbers)
+        drawn = noise(t.shape, numbers)
+        place = torch.arange(t.numel(), device="cpu").reshape(t.shape)
         if "var" in name:  # small ones too, so that eps shows
-            noise = (noise.abs() + 0.5) * 1e-6 * 10.0 ** (torch.arange(t.numel()).reshape(t.shape) % 7)
+            drawn = (drawn.abs() + 0.5) * 1e-6 * 10.0 ** (place % 7)
         else:
             # Every second weight is negative, so that abs() or clamp() of it shows.
-            sign = 1 - 3 * (torch.arange(t.numel()).reshape(t.shape) % 2)
-            noise = 0.2 * noise if shifts(name) else (0.7 + 0.3 * noise) * sign
-        t.data.copy_(noise)
+            drawn = 0.2 * drawn if shifts(name) else (0.7 + 0.3 * drawn) * (1 - 3 * (place % 2))
+        t.data.copy_(drawn)
     return twin
 
 
