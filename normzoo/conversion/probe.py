@@ -87,14 +87,13 @@ def _arguments(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _identify(twin: nn.Module) -> Norm:
     children = dict(twin.named_children())
-    found, x = _alone(_with(twin, dict.fromkeys(children, nn.Identity())))
+    plain = dict.fromkeys(children, nn.Identity())
+    marks = {name: _Mark(place) for place, name in enumerate(children)}
+    found, x = _alone(_with(twin, plain))
     if not children:
         return found
-    marks = {name: _Mark(place) for place, name in enumerate(children)}
     for training in (False, True):
-        y, marked = (
-            _with(twin, each).train(training)(x) for each in (dict.fromkeys(children, nn.Identity()), marks)
-        )
+        y, marked = (_with(twin, each).train(training)(x) for each in (plain, marks))
         for mark in marks.values():
             y = mark(y)
         if not torch.equal(marked, y):
