@@ -389,6 +389,28 @@ def test_flags():
     assert last.flags == ["shares a parameter with another module"]
 
 
+class Block(nn.Module):
+    """Sets its norm up in many ways, and reads it in one that forward does not lead to."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fused = nn.LayerNorm(4), nn.LayerNorm(4)
+        nn.init.ones_(self.norm.weight)
+
+    def zero_init_last(self):
+        nn.init.zeros_(self.norm.weight)
+
+    _init_weights = initialize_weights = reset_parameters = prune_layers = zero_init_last
+
+    def called_by_somebody(self, initial):
+        return initial * self.fused.weight
+
+
+def test_setting_up_is_no_reading():
+    norm, fused = normzoo.inspect(nn.Sequential(Block())).sites
+    assert norm.flags == [] and fused.flags == ["Block reads its weight itself"]
+
+
 def test_json_says_all():
     model = nn.Sequential(nn.LayerNorm(4), Renorm(4))
     first, second = json.loads(normzoo.inspect(model).to_json())["sites"]

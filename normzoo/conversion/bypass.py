@@ -16,8 +16,9 @@ from torch import nn
 
 _READ = re.compile(r"\bself\.(\w+)\.(weight|bias|eps|variance_epsilon)\b(?!\s*\.\s*(?:dtype|device|shape))")
 _FUNCTIONAL = re.compile(r"\b(?:F|functional|torch)\.(\w*_norm|normalize)\(")
-# They prepare a module and compute nothing.
-_SETTING_UP = ("__init__", "_init_weights", "reset_parameters", "extra_repr")
+# Methods that prepare or describe a module and compute nothing, such as zero_init_last. All others count, even
+# those that forward does not lead to: somebody outside the class may call them.
+_SETTING_UP = re.compile(r"(^|_)(init|initiali[sz]e|reset|prune)(_|$)|^extra_repr$")
 
 
 def reads(parent: nn.Module, child: str) -> tuple[str, ...]:
@@ -44,10 +45,10 @@ def _scan(cls: type[nn.Module]) -> tuple[dict[str, tuple[str, ...]], tuple[str, 
 
 
 def _sources(cls: type[nn.Module]) -> Iterator[str]:
-    seen: set[str] = set(_SETTING_UP)
+    seen: set[str] = set()
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, value in vars(base).items():
-            if inspect.isfunction(value) and name not in seen:
+            if inspect.isfunction(value) and name not in seen and not _SETTING_UP.search(name):
                 seen.add(name)
                 try:
                     yield inspect.getsource(value)
