@@ -1,15 +1,22 @@
-"""Tables and progress for people: by rich where it is installed, in plain text otherwise."""
+"""Tables, sentences and progress for people: by rich where it is installed, in plain text otherwise."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 # Perhaps with a spread behind it.
 _NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?( ?(%|x|\(.*\)))?|-")
+_GAP = 2
+# A column that breaks lines keeps so many characters, and a third of its longest cell: taller ones are hard to
+# follow across.
+_LEAST = 20
 
 
 def _has_rich() -> bool:
@@ -21,35 +28,123 @@ def _has_rich() -> bool:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], wrap: Sequence[str] = ()) -> None:
-    """Prints a table; columns of numbers go to the right, and only those named in `wrap` may break lines."""
-    right = [all(_NUMBER.fullmatch(row[i]) for row in rows) for i in range(len(header))]
-    if not _has_rich():
-        _plain(title, header, rows, right)
-        return
+    """Prints a table; columns of numbers go to the right, except the first, and empty ones are left out.
+
+    On a terminal that is too narrow, the columns named in `wrap` break lines; where that does not do, every row
+    becomes a block of lines. Without `wrap` the table stays as wide as it is.
+    """
+    shown = [i for i in range(len(header)) if not rows or any(row[i] for row in rows)]
+    header, rows = [header[i] for i in shown], [[row[i] for i in shown] for row in rows]
+    by_rich = _has_rich()
+    natural = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    widths = _fitted(header, natural, wrap) if wrap else natural
+    right = [i > 0 and all(_NUMBER.fullmatch(row[i]) for row in rows) for i in range(len(header))]
+    if widths is None:
+        _blocks(title, header, rows)
+    elif by_rich:
+        _rich(title, header, rows, right, widths)
+    else:
+        _plain(title, header, rows, right, widths)
+
+
+def _width() -> int | None:
+    """The columns of the terminal; None for a file or a pipe, which have no width to fit into."""
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        return None
+    return max(shutil.get_terminal_size().columns, 40)
+
+
+def _fitted(header: Sequence[str], natural: Sequence[int], wrap: Sequence[str]) -> Sequence[int] | None:
+    """The widths of the columns; None where they do not fit, and cannot break lines enough."""
+    width = _width()
+    if width is None:
+        return natural
+    widths = [
+        min(most, max(_LEAST, -(-most // 3))) if name in wrap else most
+        for name, most in zip(header, natural, strict=True)
+    ]
+    spare = width - sum(widths) - _GAP * (len(widths) - 1)
+    if spare < 0:
+        return None
+    for i, most in enumerate(natural):
+        more = min(most - widths[i], spare)
+        widths[i] += more
+        spare -= more
+    return widths
+
+
+def _rich(
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Sequence[bool],
+    widths: Sequence[int],
+) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    # A file or a pipe has no width to fit into; rich would take 80 columns and cut the rest off.
-    natural = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name, is_number in zip(header, right, strict=True):
-        made.add_column(name, justify="right" if is_number else "left", no_wrap=name not in wrap)
+    # One blank is the cell's and one stands for the line between columns: _GAP.
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name, is_number, width in zip(header, right, widths, strict=True):
+        made.add_column(name, justify="right" if is_number else "left", width=width, overflow="fold")
     for row in rows:
         made.add_row(*row)
-    console = Console(width=200 if natural else None, highlight=False, markup=False)
-    console.print(Text(title, style="bold"), made, "", sep="\n")
+    console = Console(
+        width=_width() or sum(widths) + _GAP * len(widths) + len(title),
+        color_system=None if os.environ.get("NO_COLOR") else "auto",  # bold is left out too
+        highlight=False,
+        markup=False,
+    )
+    with console.capture() as captured:
+        console.print(Text(title, style="bold"), made, sep="\n")
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()), end="\n\n")
 
 
-def _plain(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+def _plain(
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Sequence[bool],
+    widths: Sequence[int],
+) -> None:
     print(title)
     for row in (header, ["-" * width for width in widths], *rows):
-        cells = zip(row, widths, right, strict=True)
-        line = "  ".join(c.rjust(w) if is_number else c.ljust(w) for c, w, is_number in cells)
-        print(line.rstrip())
+        broken = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
+        for cells in itertools.zip_longest(*broken, fillvalue=""):
+            placed = zip(cells, widths, right, strict=True)
+            print((" " * _GAP).join(c.rjust(w) if number else c.ljust(w) for c, w, number in placed).rstrip())
     print()
+
+
+def _blocks(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    width, named = _width() or sys.maxsize, max(map(len, header))
+    say(title)
+    for name, *cells in rows:
+        print(f"\n{name}")
+        for key, cell in zip(header[1:], cells, strict=True):
+            if cell:
+                print(_broken(cell, width, f"  {key.ljust(named)}  ", " " * (named + 4)))
+    print()
+
+
+def say(text: str) -> None:
+    """Prints lines, broken between words where they are wider than the terminal."""
+    width = _width()
+    for line in text.splitlines():
+        print(_broken(line, width) if width else line)
+
+
+def _broken(line: str, width: int, first: str = "", later: str = "") -> str:
+    return textwrap.fill(
+        line,
+        width,
+        initial_indent=first,
+        subsequent_indent=later,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 @contextmanager
