@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
+import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,12 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model_source import FORMS, Source, SourceError, load, pairs
-from ..terminal import table
+from ..model_source import Source, SourceError, load, pairs, said
+from ..terminal import say, table
 from .change import Plan
 from .examine import inspect
 from .planning import plan
 from .proof import Proof
+
+_WRAP = ("computes", "notes")
 
 
 def inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,19 +34,25 @@ def inspect_arguments(parser: argparse.ArgumentParser) -> None:
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``normzoo convert``."""
     _model_arguments(parser)
+    parser.epilog = "For example: normzoo convert hf:gpt2 --to 'h.*.ln_1=rms_norm' --to _default=same --dry-run"
     parser.add_argument(
         "--to",
         action="append",
         metavar="LAYER|PATTERN=LAYER",
-        help="what norms become: a layer of `normzoo list`, or `same`, the layer of the same mathematics "
-        "(default); PATTERN is a name, a glob, re:EXPRESSION or _default, and `keep` as LAYER keeps them; may "
-        "be repeated",
+        help="what norms become: a layer of `normzoo list`, `same` for the layer of the same mathematics (the "
+        "default), or `keep`; PATTERN is a name, a glob, re:EXPRESSION or _default, for all others, which else "
+        "are kept; may be repeated",
     )
     parser.add_argument(
-        "--include", action="append", metavar="PATTERN", help="norms that are meant (default: all)"
+        "--include",
+        action="append",
+        metavar="PATTERN",
+        help="norms that are meant (default: all); this and the next three may be repeated",
     )
     parser.add_argument("--exclude", action="append", metavar="PATTERN", help="norms that are not")
-    parser.add_argument("--types", action="append", metavar="TYPE", help="families or classes that are meant")
+    parser.add_argument(
+        "--types", action="append", metavar="TYPE", help="families (layer, rms, ...) or classes that are meant"
+    )
     parser.add_argument(
         "--option",
         action="append",
@@ -57,57 +69,85 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=FORMS)
     parser.add_argument(
-        "--arg", action="append", default=[], metavar="KEY=VALUE", help="an argument for what makes the model"
+        "model",
+        metavar="MODEL",
+        help="module:factory or path.py:factory, where the factory is or returns a model, or (model, sample); "
+        "hf:FOLDER, hf:LlamaConfig or hf:gpt2 for transformers; timm:resnet18; nothing is downloaded",
+    )
+    parser.add_argument(
+        "--arg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an argument for what makes the model; may be repeated",
     )
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
     """Shows the norms of a model."""
     try:
-        source = load(arguments.model, pairs(arguments.arg))
+        with _aside():
+            source = load(arguments.model, pairs("--arg", arguments.arg))
+            found = inspect(source.model)
     except SourceError as error:
         return _usage("inspect", error)
-    found = inspect(source.model)
     if arguments.json:
-        print(json.dumps(found.to_dict() | {"model": arguments.model, "note": source.note}, indent=2))
+        _dump(arguments, source, found.to_dict())
         return 0
+    title = _title(arguments.model, source)
     if found.sites:
-        table(_title(arguments.model, source), *found.rows(), wrap=("notes", "computes"))
-    print(found.summary())
+        table(title, *found.rows(), wrap=_WRAP)
+    else:
+        say(title)
+    say(found.summary())
     return 0
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Shows what a conversion does to a model, and writes the result."""
-    if arguments.dry_run == (arguments.out is not None):
-        return _usage("convert", "say --dry-run to see the plan, or --out FILE to write the converted weights")
-    if arguments.out is not None and arguments.out.exists():
-        return _usage("convert", f"{arguments.out} exists already; name another file")
     try:
-        source = load(arguments.model, pairs(arguments.arg))
-        made = plan(source.model, _target(arguments.to), **_filters(arguments), **pairs(arguments.option))
-        sample = _sample(arguments.input) if arguments.input else source.sample
+        _check_out(arguments)
+        with _aside():
+            source = load(arguments.model, pairs("--arg", arguments.arg))
+            if arguments.out is not None:
+                _check_weights(source)
+            options = pairs("--option", arguments.option)
+            made = plan(source.model, _target(arguments.to), **_filters(arguments), **options)
+            given = None if arguments.input is None else _sample(arguments.input, source.model)
+    except re.error as error:
+        return _usage("convert", f"{error.pattern!r} after re: is no regular expression: {error}")
     except (ValueError, TypeError) as error:
         return _usage("convert", error)
     if not arguments.json:
-        table(_title(arguments.model, source), *made.rows(), wrap=("notes", "computes"))
-        print(made.summary())
-    proof, why_not = _prove(made, sample)
+        table(_title(arguments.model, source), *made.rows(), wrap=_WRAP)
+        say(made.summary())
+    try:
+        with _aside():
+            proof, why_not = _prove(made, source, given)
+    except SourceError as error:
+        return _usage("convert", error)
     if arguments.json:
-        found = made.to_dict() | {"model": arguments.model, "note": source.note}
-        print(json.dumps(found | {"proof": proof and proof.to_dict(), "no_proof": why_not}, indent=2))
+        _dump(
+            arguments,
+            source,
+            made.to_dict() | {"proof": proof and proof.to_dict(), "no_proof": why_not or None},
+        )
     else:
-        print(f"proof: {proof or why_not}")
+        say(f"proof: {proof or why_not}")
     if proof is not None and not proof.passed:
         return 1
     if arguments.out is not None:
         try:
-            _write(made.apply(), made, arguments)
-        except (OSError, SourceError) as error:
+            _write(made, arguments.out)
+        except SourceError as error:
             return _usage("convert", error)
     return 0
+
+
+def _aside() -> contextlib.redirect_stdout:
+    """What a model prints is no result."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _usage(command: str, error: Exception | str) -> int:
@@ -116,18 +156,32 @@ def _usage(command: str, error: Exception | str) -> int:
 
 
 def _title(name: str, source: Source) -> str:
-    return f"{name} ({source.note})" if source.note else name
+    return f"{name} ({source.note})"
+
+
+def _dump(arguments: argparse.Namespace, source: Source, found: dict[str, Any]) -> None:
+    print(json.dumps(_finite({"model": arguments.model, "note": source.note} | found), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for what JSON has no number for, such as the error of an output that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _target(given: list[str] | None) -> Any:
     if not given:
         return "same"
-    if len(given) == 1 and "=" not in given[0]:
-        return given[0]
-    rules = {}
+    rules: dict[str, str | None] = {}
     for rule in given:
         pattern, equals, layer = rule.rpartition("=")
-        rules[pattern if equals else "_default"] = None if layer == "keep" else layer
+        pattern = pattern if equals else "_default"
+        if pattern in rules:
+            raise SourceError(f"--to is given twice for {pattern}; a norm becomes one layer")
+        rules[pattern] = None if layer == "keep" else layer
     return rules
 
 
@@ -136,37 +190,78 @@ def _filters(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in filters.items() if value is not None}
 
 
-def _sample(sizes: str) -> torch.Tensor:
+def _sample(sizes: str, model: nn.Module) -> torch.Tensor:
+    """Random numbers of these sizes, where the model is and in its dtype."""
     try:
         shape = [int(size) for size in sizes.split(",")]
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-    except (ValueError, RuntimeError):
-        raise SourceError(f"--input is {sizes!r}; it must be sizes, such as 2,3,224,224") from None
+    except ValueError:
+        shape = []
+    if not shape or min(shape) < 1:
+        raise SourceError(f"--input is {sizes!r}; it must be sizes, such as 2,3,224,224")
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    try:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
+    except RuntimeError as error:
+        raise SourceError(f"--input is {sizes!r}, which is too large: {said(error)}") from error
 
 
-def _prove(made: Plan, sample: Any) -> tuple[Proof | None, str]:
-    """The proof on the whole model, or why there is none."""
-    if sample is None:
-        return None, "left out: no input is known for this model; give one with --input"
-    if any(parameter.is_meta for parameter in made.model.parameters()):
+def _prove(made: Plan, source: Source, given: torch.Tensor | None) -> tuple[Proof | None, str]:
+    """The proof on the whole model, or why there is none.
+
+    Raises:
+        SourceError: the model does not run on the input that was `given`.
+    """
+    if not source.has_weights:
         return None, "left out: the model has no weights"
+    if given is None and source.sample is None:
+        return None, "left out: no input is known for this model; give one with --input"
     try:
-        return made.verify(sample), ""
+        return made.verify(source.sample if given is None else given), ""
     except Exception as error:  # of the model, which is the user's
-        return None, f"left out: the model does not run on the sample ({type(error).__name__}: {error})"
+        if str(error).startswith("verify: "):
+            return None, f"left out: {str(error).removeprefix('verify: ')}"
+        if given is None:
+            return None, f"left out: the model does not run on its sample ({said(error)})"
+        sizes = ",".join(map(str, given.shape))
+        raise SourceError(
+            f"--input is {sizes}, and the model does not run on random numbers of these sizes "
+            f"({said(error)}); for other inputs name a factory that returns (model, sample)"
+        ) from error
 
 
-def _write(model: nn.Module, made: Plan, arguments: argparse.Namespace) -> None:
-    try:
-        from safetensors.torch import save_model
-    except ModuleNotFoundError as error:
-        raise SourceError("safetensors is not installed; pip install safetensors") from error
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise SourceError("the model has no weights to write")
+def _check_out(arguments: argparse.Namespace) -> None:
+    out = arguments.out
+    if arguments.dry_run == (out is not None):
+        raise SourceError("say --dry-run to see the plan, or --out FILE to write the converted weights")
+    if out is None:
+        return
+    if out.exists():
+        raise SourceError(f"--out is {str(out)!r}, which exists already; name another file")
+    if not out.parent.is_dir():
+        raise SourceError(f"--out is {str(out)!r}, and there is no folder {str(out.parent)!r}; make it first")
+    if importlib.util.find_spec("safetensors") is None:
+        raise SourceError("--out needs safetensors; pip install safetensors")
+
+
+def _check_weights(source: Source) -> None:
+    if not source.has_weights:
+        raise SourceError("--out: the model has no weights to write")
+    if source.unread:
+        raise SourceError(f"--out: there are no weights to write: {source.unread}")
+
+
+def _write(made: Plan, out: Path) -> None:
+    from safetensors.torch import save_model
+
     # Half a file must not pass for a checkpoint.
-    part = arguments.out.with_name(arguments.out.name + ".part")
-    save_model(model, str(part), metadata={"normzoo": made.to_json()})
-    os.replace(part, arguments.out)
+    part = out.with_name(out.name + ".part")
+    try:
+        save_model(made.apply(), str(part), metadata={"normzoo": made.to_json()})
+        os.replace(part, out)
+    except Exception as error:  # safetensors has a class of its own for what the system says
+        part.unlink(missing_ok=True)
+        raise SourceError(f"--out is {str(out)!r}, and writing it failed ({said(error)})") from error
     print(
-        f"wrote {arguments.out}; it loads into the same model after the same normzoo.convert", file=sys.stderr
+        f"wrote {out}; safetensors.torch.load_model puts it into the same model after the same normzoo.convert",
+        file=sys.stderr,
     )
