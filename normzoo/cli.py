@@ -1,6 +1,7 @@
 """The command line.
 
-Results go to stdout and progress to stderr. Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
+Results go to stdout and everything else to stderr. Exit codes: 0 fine, 1 a check failed, 2 wrong usage, 130
+interrupted, 141 the reader of stdout has left.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import inspect
 import io
 import json
+import os
 import re
 import sys
 import textwrap
@@ -19,7 +21,7 @@ from normzoo_bench import commands as measuring
 
 from . import __version__
 from .conversion import commands as conversion
-from .terminal import table
+from .terminal import say, table
 from .zoo import ZOO, Entry, find
 
 
@@ -36,7 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help(sys.stderr)
         return 2
-    return arguments.command(arguments)
+    try:
+        code = arguments.command(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("normzoo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again at exit
+        return 141
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -183,7 +194,19 @@ def _doctor(arguments: argparse.Namespace) -> int:
         table(f"Device: {found['device']}", ("package", "version"), versions)
         rows = [(layer["layer"], layer["runs"], layer["why"]) for layer in found["layers"]]
         table("What runs on this device", ("layer", "runs", "why"), rows, ("why",))
+        say(_verdict(found["layers"]))
     return 0 if found["healthy"] else 1
+
+
+def _verdict(layers: list[dict]) -> str:
+    failed = [layer["layer"] for layer in layers if layer["failed"]]
+    if failed:
+        return (
+            f'FAILED: the kernels of {", ".join(failed)} do not work here; with normzoo.backend("reference"): '
+            "runs without them"
+        )
+    by_kernel = sum(layer["runs"] == "Triton" for layer in layers)
+    return f"healthy: {by_kernel} of {len(layers)} layers run by kernels, the rest by eager PyTorch"
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -1,15 +1,20 @@
 """The command line and its tables, with and without rich."""
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 import normzoo
-from normzoo import cli
+from normzoo import cli, doctor
 from normzoo.terminal import progress, table
 from normzoo_bench import timing
 from normzoo_bench.tables import spread
@@ -27,6 +32,36 @@ def rich():
     pytest.importorskip("rich")
 
 
+@pytest.fixture(params=["rich", "plain"])
+def tables(request, monkeypatch):
+    if request.param == "plain":
+        monkeypatch.setitem(sys.modules, "rich", None)
+    else:
+        pytest.importorskip("rich")
+    return request.param
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs the command line: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delenv("COLUMNS", raising=False)
+    return lambda *arguments: (cli.main(arguments), *capsys.readouterr())
+
+
+def small():
+    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+
+
+def deep():
+    layers = (nn.ModuleDict({"attention": nn.ModuleDict({"output": nn.LayerNorm(384)})}) for _ in "ab")
+    return nn.ModuleDict({"vision": nn.ModuleList(layers), "final": nn.LayerNorm(384)})
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
 @pytest.mark.usefixtures("rich")
 def test_list_by_rich(capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)  # readline sets it in the workers of pytest-xdist
@@ -38,7 +73,8 @@ def test_list_by_rich(capsys, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_rich")
-def test_list_in_plain_text(capsys):
+def test_list_in_plain_text(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     assert cli.main(["list"]) == 0
     printed = capsys.readouterr().out
     assert printed.isascii() and "-----" in printed
@@ -129,3 +165,107 @@ def test_timing_takes_turns():
 def test_timing_summaries():
     assert timing.summary([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (3.5, 2.0, 5.0)
     assert timing.ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == (2.0, 2.0, 2.0)
+
+
+def test_inspect_json(run):
+    code, out, err = run("inspect", "test_cli:small", "--json")
+    found = json.loads(out)
+    assert code == 0 and err == ""
+    assert found["model"] == "test_cli:small" and found["note"] == "Sequential, 88 parameters"
+    assert [site["norm"]["family"] for site in found["sites"]] == ["layer"]
+
+
+def test_an_interruption(run):
+    assert run("inspect", "test_cli:interrupted") == (130, "", "normzoo: interrupted\n")
+
+
+@pytest.mark.parametrize("columns", [40, 80, 100, 120, None])
+def test_tables_keep_their_names_and_words(run, monkeypatch, tables, columns):
+    if columns:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    name = "vision.*.attention.output x2"
+    for command in (["inspect"], ["convert", "--dry-run", "--to", "rms_norm"]):
+        code, out, _ = run(*command, "test_cli:deep")
+        assert code == 0 and "…" not in out and re.search(f"^{re.escape(name)}( |$)", out, re.M)
+        assert "layer (384,), eps=1e-05" in " ".join(out.split())
+        assert not [line for line in out.splitlines() if line != line.rstrip()]
+        lines = [line for line in out.splitlines() if not line.startswith(name)]
+        assert not columns or max(map(len, lines)) <= columns
+        if columns in (None, 120):
+            assert re.search(f"^{re.escape(name)} +LayerNorm +layer", out, re.M)
+            assert ("───" in out) == (tables == "rich") and ("-----" in out) == (tables == "plain")
+        if columns == 40:
+            assert "\n  class     LayerNorm\n" in out
+    if columns in (None, 120):
+        assert re.search("^norm +class +computes +becomes +error +notes", out, re.M)
+        assert ("the mean is no longer taken away" in out) == (columns is None)
+    assert "notes" not in run("convert", "test_cli:small", "--dry-run")[1]
+
+
+def test_no_colour(run, monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert "\x1b[1m" in run("inspect", "test_cli:small")[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in run("inspect", "test_cli:small")[1]
+
+
+def test_doctor(run, monkeypatch, tables):
+    entries = [*normzoo.ZOO, SimpleNamespace(name="planted", kernel=False)]
+    monkeypatch.setattr(doctor, "ZOO", entries)
+    monkeypatch.setattr(doctor, "_no_kernels", lambda: "somebody said so")
+    code, out, err = run("doctor")
+    assert code == 0 and err == "" and f"healthy: 0 of {len(entries)} layers run by kernels" in out
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", out, re.M)
+    for entry in entries:
+        why = "somebody said so" if entry.kernel else "it has no kernel"
+        assert re.search(rf"^{entry.name} +eager +{why}$", out, re.M)
+    code, out, _ = run("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["healthy"] and found["versions"]["rich" if tables == "rich" else "torch"]
+    assert [layer["layer"] for layer in found["layers"]] == [entry.name for entry in entries]
+
+
+@pytest.mark.parametrize(
+    "factor, finding",
+    [(1.0, None), (1.1, "float32: off by "), (math.nan, "float32: off by nan"), ("raise", "luck")],
+)
+def test_doctor_tries_the_kernels(run, monkeypatch, factor, finding):
+    by_kernel = []
+
+    class Layer(nn.Module):
+        def forward(self, x):
+            if by_kernel[-1] and factor == "raise":
+                raise RuntimeError("out of\nluck")
+            return x * (factor if by_kernel[-1] else 1)
+
+    entry = SimpleNamespace(
+        name="planted",
+        kernel=True,
+        make=lambda **_: Layer(),
+        sample=lambda device, dtype, requires_grad: torch.ones(2, dtype=dtype, requires_grad=requires_grad),
+    )
+    monkeypatch.setattr(doctor, "ZOO", [entry])
+    monkeypatch.setattr(doctor, "_no_kernels", lambda: "")
+    monkeypatch.setattr(doctor, "backend", lambda name: by_kernel.append(name == "triton") or nullcontext())
+    code, out, _ = run("doctor")
+    found = json.loads(run("doctor", "--json")[1])
+    assert code == bool(finding) and found["healthy"] == (not finding)
+    if finding:
+        assert finding in found["layers"][0]["why"] and "FAILED: the kernels of planted do not work here" in out
+    else:
+        assert re.search("^planted +Triton +float16, bfloat16 and float32 agree", out, re.M)
+        assert "healthy: 1 of 1 layers run by kernels" in out
+
+
+def test_a_reader_that_leaves():
+    path = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, "-m", "normzoo", "list", "--json"]
+    env = os.environ | {"PYTHONPATH": path}
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(60) == 141
