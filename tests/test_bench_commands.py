@@ -1,7 +1,6 @@
-"""The commands of the benchmark: their arguments, files and exit codes, and the one for a GPU."""
+"""The command `bench`: its arguments, tables and exit codes."""
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
@@ -9,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -18,9 +16,8 @@ from measuring import CPU, case_of, plant, quicken, raises
 
 from normzoo import demo
 from normzoo.zoo import ZOO, find
-from normzoo_bench import commands, gpu, measure, peers, results, run, tables
+from normzoo_bench import commands, measure, peers, results, run, tables, timing
 from normzoo_bench.cases import plan
-from normzoo_bench.comparison import differences, regressed
 
 
 @pytest.fixture(autouse=True)
@@ -34,20 +31,12 @@ def bench(*arguments):
     return commands.bench(parser.parse_args(arguments))
 
 
-def compare(*arguments):
-    parser = argparse.ArgumentParser()
-    commands.compare_arguments(parser)
-    return commands.compare(parser.parse_args([str(a) for a in arguments]))
-
-
-# The command line
-
-
 def test_every_layer_is_measured(capsys):
     assert bench("--size", "smoke", "--rounds", "2", "--json", "--device", "cpu") == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert "measuring: " in err and not found["failed"] and not found["not_run"]
+    assert found["settings"]["rounds"] == 2 and found["settings"]["arguments"]["size"] == "smoke"
     assert set(demo.environment()) <= set(found["environment"])
     for case in plan(ZOO, "cpu", "smoke"):
         for direction in ("forward", "backward"):
@@ -102,14 +91,18 @@ def test_what_would_be_measured(capsys):
         (["--dtype", "float8"], "--dtype has 'float8'; there are float32, bfloat16"),
         (["--direction", "sideways"], "--direction has 'sideways'; there are forward, saving"),
         (["--contender", "apex"], "--contender has 'apex'; there are normzoo, reference, torch"),
-        (["--rounds", "1"], "--rounds is 1; it must be at least 2"),
+        (["--rounds", "0"], "--rounds is 0; it must be at least 2"),
+        (["--seconds", "nan"], "--seconds is nan; it must be more than 0"),
+        (["--seconds", "0"], "--seconds is 0.0; it must be more than 0"),
+        (["--output", "missing/a.json"], "there is no folder missing; make it first"),
+        (["--output", "."], "--output is ., which is a folder; name a file"),
         pytest.param(
             ["--device", "cuda"],
             "torch sees no GPU here; use --device cpu",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=lambda value: "".join(value) if isinstance(value, list) else "",
 )
 def test_usage_errors(capsys, arguments, message):
     assert bench(*arguments) == 2
@@ -118,31 +111,73 @@ def test_usage_errors(capsys, arguments, message):
 
 
 def test_tables_fit_and_tell(capsys, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 99.0, 99.0))
     monkeypatch.setitem(peers.CONTENDERS, "planted", lambda *_: raises())
     arguments = ["rms_norm", "--size", "smoke", "--workload", "llm,odd", "--rounds", "2", "--device", "cpu"]
     assert bench(*arguments, "--contender", "normzoo,torch,planted,liger") == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
     assert re.search(
-        r"^llm-32x4096 +normzoo +[\d.]+ \([\d.]+-[\d.]+\) +[\d.]+ +[\d.]+ +\d+ +\de-0\d", printed, re.M
+        r"^llm-32x4096 +normzoo +[\d.]+ +[\d.]+ \([\d.]+-[\d.]+\) +[\d.]+ +\d+ +\de-0\d$", printed, re.M
     )
     assert "FAILED planted, rms_norm llm-32x4096 float32: RuntimeError: out of luck" in printed
     assert re.search("^No liger for rms_norm: liger_kernel", printed, re.M)
 
 
-def test_a_line_of_a_table(capsys, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)  # readline sets it in the workers of pytest-xdist
-    slower, faster = row(2e-3, speedup={"median": 1.0}, contender="torch"), row(1e-3, speedup={"median": 2.0})
-    more = {"gigabytes_a_second": 12.34, "share_of_copy": 0.5, "runs": "eager", "baseline": "torch"}
-    rows = [r | more | {"workload": "llm-8x8", "memory_format": "padded"} for r in (faster, slower)]
-    rows[0] |= {"clock": "host", "contender": "normzoo"}
-    found = document(*rows, cpus=2) | {"copy_bandwidth": {"median": 24.68e9}, "settings": {"load": 1.5}}
-    tables.show(found | {"absent": [], "failed": [], "not_run": []})
-    printed = capsys.readouterr().out
-    assert re.search(
-        r"^llm-8x8 pad +normzoo \(eager\) +1.00 \(0.99-1.01\) +2.00 +12.3 +50 +1e-07$", printed, re.M
+def row(contender, seconds, **other):
+    """Of a table; normzoo took `seconds`, torch two."""
+    of_time = {"median": seconds, "p20": 0.9 * seconds, "p80": 1.2 * seconds}
+    speedup = {"median": 2 / seconds, "p20": 1.5 / seconds, "p80": 2.5 / seconds}
+    return {
+        **{"layer": "rms_norm", "workload": "llm-8x8", "dtype": "float32", "memory_format": "padded"},
+        **{"mode": "any", "direction": "forward", "clock": "host", "contender": contender},
+        **{"runs": "eager" if contender == "normzoo" else "", "error": {"y": 1e-7}, "seconds": of_time},
+        **{"gigabytes_a_second": 12.34, "share_of_copy": 0.5, "cold": True},
+        **{"baseline": "torch", "speedup": speedup},
+        **other,
+    }
+
+
+def shown(capsys, *rows, after=24.68e9, load=1.5):
+    tables.show(
+        {
+            "environment": {"cpus": 2},
+            "settings": {"load": load},
+            "copy_bandwidth": {"median": 24.68e9, "after": after},
+            **{"rows": list(rows), "absent": [], "failed": [], "not_run": []},
+        }
     )
-    assert "A copy moves 24.7 GB/s" in printed and "load 1.5 on 2 CPUs" in printed
+    return capsys.readouterr().out
+
+
+def test_a_line_of_a_table(capsys):
+    printed = shown(capsys, row("normzoo", 1.0), row("torch", 2.0))
+    assert re.search(r"^workload +contender +time +x torch +GB/s +% copy +error$", printed, re.M)
+    line = r"^llm-8x8 pad +normzoo \(eager\) +1000 +2\.00 \(1\.50-2\.50\) +12\.3 +50 +1e-07$"
+    assert re.search(line, printed, re.M) and re.search(r"^ +torch +2000 +1 +12\.3 +50", printed, re.M)
+    assert "A copy moves 24.7 GB/s, read and written; 24.7 GB/s after" in printed
+    assert "load 1.5 on 2 CPUs" in printed and "changed" not in printed
+    alone = shown(capsys, row("normzoo", 1.0, baseline=None, speedup=None, cold=False), after=20e9, load=0.5)
+    assert re.search(r"normzoo \(eager\) +1000 \(900-1200\) +12\.3 +50 \(warm\) +1e-07$", alone, re.M)
+    assert "The speed of the machine changed" in alone and "busy" not in alone and "times as fast:" not in alone
+
+
+def test_the_summary(capsys):
+    """Faster means that torch takes longer; the range decides what is sure."""
+    speedups = [
+        {"median": median, "p20": p20, "p80": p80}
+        for median, p20, p80 in ((4.0, 3.0, 5.0), (0.25, 0.2, 1.1), (1.2, 0.9, 1.4), (0.5, 0.4, 0.6))
+    ]
+    rows = []
+    for i, speedup in enumerate(speedups):
+        more = {"workload": f"llm-{i}"}
+        rows += [row("normzoo", 1.0, speedup=speedup, **more), row("torch", 2.0, **more)]
+    rows += [row("liger", 3.0, workload="llm-0"), row("normzoo", 1.0, workload="gpt", direction="step")]
+    rows += [row("torch", 9.0, workload="gpt", direction="step")]
+    printed = shown(capsys, *rows)
+    line = r"^rms_norm +float32 +forward +4 +0\.88 \(0\.25-4\.00\) +3\.00$"
+    assert re.search(line, printed, re.M), printed
+    assert "of 4 rows: faster in 1, slower in 1, and the range (p20-p80) spans 1 in 2." in printed
 
 
 def test_a_wrong_layer_of_ours_fails_the_run(capsys, monkeypatch):
@@ -194,7 +229,29 @@ def test_a_time_limit(tmp_path, capsys, monkeypatch):
     assert len(written) == 2 + 1  # after every case and at the end
     cases = [str(case) for case in plan(ZOO, "cpu", "smoke")]
     assert found["not_run"][0] == f"{cases[1]} backward" and found["not_run"][1:] == cases[2:]
-    assert f"Not run: {len(found['not_run'])}, among them {cases[1]} backward" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"No time was left for {len(found['not_run'])}, among them {cases[1]} backward" in printed
+
+
+def test_an_interruption_before_the_first_case(monkeypatch, capsys):
+    monkeypatch.setattr(run, "copy_bandwidth", interrupts)
+    assert bench("rms_norm", "--size", "smoke", "--device", "cpu") == 130
+    out, err = capsys.readouterr()
+    assert out == "" and err == "normzoo bench: interrupted\n"
+
+
+def interrupts(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_the_copy_is_measured_before_and_after(tmp_path, monkeypatch):
+    speeds = iter((4e9, 1e9))
+    monkeypatch.setattr(run, "copy_bandwidth", lambda *_: timing.Summary(next(speeds), 1.0, 1.0))
+    arguments = ["rms_norm", "--size", "smoke", "--workload", "small", "--rounds", "2", "--device", "cpu"]
+    assert bench(*arguments, "--output", str(tmp_path / "a.json")) == 0
+    found = results.load(tmp_path / "a.json")
+    assert found["copy_bandwidth"]["median"] == 4e9 and found["copy_bandwidth"]["after"] == 1e9
+    assert all(r["share_of_copy"] == pytest.approx(r["gigabytes_a_second"] / 4) for r in found["rows"])
 
 
 def test_a_case_that_breaks_does_not_stop_the_rest(monkeypatch):
@@ -227,189 +284,3 @@ def test_importing_the_commands_is_light():
         done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=120)
         assert done.stdout.strip() in ("[]", "") and "Traceback" not in done.stderr
     assert done.returncode == 2 and "there is no workload 'vgg'" in done.stderr
-
-
-# Documents and their comparison
-
-
-def row(seconds=1.0, spread=0.01, **other):
-    summary = {"median": seconds, "p20": seconds * (1 - spread), "p80": seconds * (1 + spread)}
-    base = {name: name for name in results.KEY} | {"clock": "wall", "error": {"y": 1e-7}, "seconds": summary}
-    return base | {"saved_bytes": 100, "peak_bytes": 200} | other
-
-
-def document(*rows, **environment):
-    return {"form": results.FORM, "environment": {"torch": "2.11", **environment}, "rows": list(rows)}
-
-
-@pytest.fixture
-def written(tmp_path):
-    def write(name, content):
-        path = tmp_path / name
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return path
-
-    return write
-
-
-def test_a_regression_is_found(written, capsys):
-    old, new = written("a", document(row())), written("b", document(row(1.1), row(layer="other"), gpu="H"))
-    assert compare(old, new) == 1
-    printed = capsys.readouterr().out
-    assert "Slower" in printed and "1.10 (1.08-1.12)" in printed
-    assert re.search(r"gpu +None +H", printed) and "Only in the old: 0, only in the new: 1." in printed
-    assert compare(old, new, "--threshold", "15") == 0
-    assert compare(new, old, "--json") == 0
-    found = json.loads(capsys.readouterr().out.partition("\n{")[2].join(("{", "")))
-    assert len(found["faster"]) == 1 and not found["slower"] and found["only_old"] == 1
-
-
-def test_noise_is_no_regression():
-    for seconds, spread in ((1.1, 0.08), (1.04, 0.001)):
-        found = differences(document(row(1.0, spread)), document(row(seconds, spread)))
-        assert found["matched"] == 1 and not found["slower"] and not regressed(found)
-
-
-@pytest.mark.parametrize(
-    ("change", "where"),
-    [
-        ({"error": {"y": 1e-6}}, "less_exact"),
-        ({"peak_bytes": 300}, "larger"),
-        ({"saved_bytes": 110}, "larger"),
-    ],
-)
-def test_growth_is_found(change, where):
-    found = differences(document(row()), document(row(**change)))
-    assert len(found[where]) == 1 and regressed(found)
-    assert not regressed(differences(document(row(**change)), document(row())))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "is not JSON"),
-        ("[]", "has no key 'form'"),
-        ('{"form": 99}', "has form 99, this version reads 1"),
-        ({"form": 1, "environment": {}}, "'rows' is missing"),
-        ({"form": 1, "environment": [], "rows": []}, "'environment' is missing or no dict"),
-        ({"form": 1, "environment": {}, "rows": [{"layer": "x"}]}, "row 0 has no contender, workload"),
-        ({"form": 1, "environment": {}, "rows": [row() | {"seconds": {"median": 1}}]}, "row 0 has no p20, p80"),
-        ({"form": 1, "environment": {}, "rows": [7]}, "row 0 is no dict"),
-        (document(row(layer="other")), "no row of .* is in"),
-    ],
-)
-def test_unusable_files(written, capsys, content, message):
-    assert compare(written("a", document(row())), written("b", content)) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and re.search(message, err) and err.count("\n") == 1
-
-
-def test_a_missing_file_and_a_bad_threshold(written, capsys, tmp_path):
-    good = written("a", document(row()))
-    assert compare(tmp_path / "none", good) == 2
-    assert "No such file" in capsys.readouterr().err
-    assert compare(good, good, "--threshold", "-1") == 2
-    assert compare(good, good) == 0
-
-
-def test_writing_fails_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "found.json"
-    made = results.Document({}, {}, {})
-    made.write(path)
-    before = path.read_text()
-    made.extra["more"] = 1
-    with monkeypatch.context() as full, pytest.raises(OSError, match="disk is full"):
-        full.setattr(results.os, "replace", lambda *_: raises_os_error())
-        made.write(path)
-    assert path.read_text() == before and results.load(path)["extra"] == {}
-    made.write(path)
-    assert results.load(path)["extra"] == {"more": 1} and len(list(tmp_path.iterdir())) == 1
-
-
-def raises_os_error():
-    raise OSError("disk is full")
-
-
-# The one command for a GPU
-
-
-def test_the_gpu_plan_rehearsed(tmp_path, capsys):
-    folder = tmp_path / "out"
-    assert gpu.main(["--rehearse", "--output", str(folder), "--minutes", "3"]) == 0
-    found = results.load(folder / "bench.json")
-    assert list(found["extra"]["parts"]) == [part.name for part in gpu.PARTS] and not found["failed"]
-    assert found["extra"]["tests"]["passed"] > 0 and not found["extra"]["tests"]["failed"]
-    assert not found["not_run"] and {row["layer"] for row in found["rows"]} == {entry.name for entry in ZOO}
-    assert {row["workload"].partition("-")[0] for row in found["rows"]} >= {"llm", "wide", "qk", "odd", "small"}
-    names = [path.name for path in folder.iterdir()]
-    assert len(names) <= 8 and all(re.fullmatch(r"[\w.-]+", name) for name in names)
-    assert re.search(r"^Kernel tests: \d+ passed, 0 failed\.$", capsys.readouterr().out, re.M)
-
-
-def test_the_gpu_plan_goes_by_worth_and_ends_in_time(tmp_path, monkeypatch):
-    names = []
-
-    def slow(case, settings, document):
-        names.append(case.workload.use)
-        now[0] += 10
-
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(run, "measure", slow)
-    monkeypatch.setattr(gpu, "kernel_tests", lambda *_: {"passed": 1, "failed": [], "note": ""})
-    monkeypatch.setattr(gpu, "memory_check", lambda *_: pytest.fail("no time is left for it"))
-    monkeypatch.setattr(gpu, "cases_of", lambda part, device: plan(ZOO, "cuda", patterns=part.workloads))
-    monkeypatch.setattr(gpu, "progress", lambda *_: contextlib.nullcontext(lambda note: None))
-    assert gpu.main(["--rehearse", "--output", str(tmp_path), "--minutes", "4"]) == 0
-    assert now[0] <= 240 - 10 and names[:7] == ["llm"] * 7
-    assert len(set(names)) > 2 and results.load(tmp_path / "bench.json")["not_run"]
-
-
-def test_every_part_has_cases_on_a_gpu():
-    for part in gpu.PARTS:
-        cases = gpu.cases_of(part, "cuda")
-        assert cases and all(math.prod(case.shape) <= 1 << 28 for case in cases)
-        assert set(part.contenders) <= set(peers.CONTENDERS)
-    llm = [case.workload.name for case in gpu.cases_of(gpu.PARTS[0], "cuda")]
-    assert set(llm) == {f"llm-8192x{width}" for width in (1024, 2048, 4096, 8192)}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_without_a_gpu(tmp_path, capsys):
-    assert gpu.main(["--output", str(tmp_path / "out")]) == 2
-    assert "torch sees no GPU here; --rehearse" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_failed_kernel_tests_fail_the_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "PARTS", ())
-    for tests, status in (({"passed": 3, "failed": ["a::b"]}, 1), ({"passed": 0, "failed": []}, 1)):
-        monkeypatch.setattr(gpu, "kernel_tests", lambda *_, tests=tests: tests | {"note": ""})
-        assert gpu.main(["--rehearse", "--output", str(tmp_path), "--minutes", "0.1"]) == status
-    assert "FAILED a::b" in capsys.readouterr().out
-
-
-def test_outcomes_are_read_from_either_log():
-    turns = (
-        "tests/test_kernels.py::test_a[x y] PASSED   [ 50%]\n"
-        "tests/test_kernels.py::test_b FAILED   [100%]\n=== FAILURES ===\nE  FAILED to agree\n"
-    )
-    parallel = (
-        "tests/test_kernels.py::test_a[x y] \n[gw1] [ 50%] PASSED tests/test_kernels.py::test_a[x y] \n"
-        "[gw0] [100%] ERROR tests/test_kernels.py::test_b \n"
-    )
-    for log in (turns, parallel):
-        assert gpu.outcomes(log) == {"passed": 1, "failed": ["tests/test_kernels.py::test_b"]}
-
-
-def test_a_command_that_hangs_is_stopped(tmp_path):
-    started = time.monotonic()
-    code = "import subprocess; print('begun', flush=True); subprocess.run(['sleep', '60'])"
-    assert gpu._run([sys.executable, "-c", code], tmp_path / "log", 1.0) is None
-    assert time.monotonic() - started < 10 and (tmp_path / "log").read_text() == "begun\n"
-    assert gpu._run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log", 30) == 3
-
-
-def test_without_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "_ROOT", tmp_path)
-    assert "run from a checkout" in gpu.kernel_tests(tmp_path, 1.0, True)["note"]
-    assert gpu.memory_check(tmp_path, 1.0) == {"ran": False}

@@ -5,7 +5,6 @@ All of them time many calls at once and give seconds a call.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -50,7 +49,8 @@ class WallClock:
         self.stopwatch = timing.wall
 
     def prepare(self, rotation: Rotation) -> Prepared:
-        calls = _calls(rotation, self.seconds, self.wait, most=1000)
+        a_call = _seconds_of_one(rotation, self.wait, lambda three: _waited(three, self.wait))
+        calls = _how_many(self.seconds, a_call, most=1000)
 
         def run() -> None:
             for _ in range(calls):
@@ -75,7 +75,10 @@ class KernelClock:
         self.flushed = torch.empty(max(2 * cache, _FLUSHED), dtype=torch.uint8, device=device)
 
     def prepare(self, rotation: Rotation) -> Prepared:
-        calls = _calls(rotation, self.seconds, torch.cuda.synchronize, most=200)
+        # By the GPU's clock: by the host's, tiny kernels would get too few calls for the start of a graph to
+        # disappear among them.
+        a_call = _seconds_of_one(rotation, torch.cuda.synchronize, self.stopwatch)
+        calls = _how_many(self.seconds, a_call, most=200)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             for _ in range(calls):
@@ -105,22 +108,37 @@ def seconds_a_call(clock: Clock, prepared: list[Prepared], rounds: int) -> list[
 def copy_bandwidth(clock: Clock, device: torch.device, cache: int, rounds: int) -> timing.Summary:
     """Bytes a second, read and written, of copies between buffers of twice the cache."""
     count = max(2 * cache, 1 << 20) // 4
-    pairs = [[torch.randn(count, device=device) for _ in range(2)] for _ in range(2)]
-    rotation = Rotation(lambda i: pairs[i][1].copy_(pairs[i][0]), len(pairs))
+    sources = [torch.randn(count, device=device) for _ in range(2)]
+    targets = [torch.empty_like(source) for source in sources]
+    rotation = Rotation(lambda i: targets[i].copy_(sources[i]), len(sources))
     (samples,) = seconds_a_call(clock, [clock.prepare(rotation)], rounds)
     return timing.summary([2 * 4 * count / s for s in samples])
 
 
-def _calls(rotation: Rotation, seconds: float, wait: Callable[[], None], most: int) -> int:
-    """How many calls take about `seconds`, after a turn of them in which all memory is allocated."""
+def _seconds_of_one(
+    rotation: Rotation, wait: Callable[[], None], stopwatch: Callable[[Callable[[], object]], float]
+) -> float:
+    """Seconds of a call, after a turn of them in which all memory is allocated."""
     for _ in range(rotation.count + 1):
         rotation()
     wait()
-    start = time.perf_counter()
-    for _ in range(3):
-        rotation()
-    wait()
-    a_call = (time.perf_counter() - start) / 3
+
+    def three() -> None:
+        for _ in range(3):
+            rotation()
+
+    return stopwatch(three) / 3
+
+
+def _waited(function: Callable[[], object], wait: Callable[[], None]) -> float:
+    def run() -> None:
+        function()
+        wait()
+
+    return timing.wall(run)
+
+
+def _how_many(seconds: float, a_call: float, most: int) -> int:
     return min(max(1, round(seconds / max(a_call, 1e-9))), most)
 
 

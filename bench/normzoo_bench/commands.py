@@ -27,20 +27,24 @@ _DTYPES = {
     ("cuda", "full"): ("bfloat16", "float32", "mixed"),
 }
 _SAMPLE_SECONDS = 0.002
+_ASKED = ("layer", "size", "dtype", "workload", "direction", "contender", "scaling", "seconds")
 
 
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `bench`."""
+    parser.epilog = "Exit codes: 0 fine, 1 normzoo failed a check, 2 wrong usage, 130 interrupted."
     parser.add_argument("layer", nargs="*", help="names or classes; all of them by default")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="a GPU where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda where there is a GPU")
     parser.add_argument("--size", choices=SIZES, default="default", help="how many shapes, and how large")
     _several(parser, "--dtype", "of the input; mixed: bfloat16 with float32 parameters")
     _several(parser, "--workload", "names of workloads, such as llm or 'wide-*'")
     _several(parser, "--direction", "of " + ", ".join(DIRECTIONS))
     _several(parser, "--contender", "such as normzoo,torch,torch.compile")
-    parser.add_argument("--scaling", choices=SCALINGS, help="sweep one size instead")
+    parser.add_argument(
+        "--scaling", choices=SCALINGS, help="time against one size, instead of the usual shapes"
+    )
     parser.add_argument("--rounds", type=int, help="samples of each contender, at least 2")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after them")
+    parser.add_argument("--seconds", type=float, help="begin nothing new after so many")
     parser.add_argument("--output", metavar="FILE.json", help="written after every case")
     parser.add_argument("--json", action="store_true", help="the document on stdout")
     parser.add_argument("--list", action="store_true", help="show what would be measured")
@@ -48,15 +52,28 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Measures what `arguments` ask for and returns the exit code."""
+    try:
+        return _bench(arguments)
+    except KeyboardInterrupt:  # before the first case or after the last; in between, what is done is kept
+        print("normzoo bench: interrupted", file=sys.stderr)
+        return 130
+
+
+def _bench(arguments: argparse.Namespace) -> int:
     from . import run as runs
     from .measure import Settings
     from .peers import usual
+    from .results import writable
 
     try:
         device, cases, contenders, directions, unmeasured = _chosen(arguments)
-        rounds = arguments.rounds or _OF_SIZE[arguments.size][0]
+        rounds = _OF_SIZE[arguments.size][0] if arguments.rounds is None else arguments.rounds
         if rounds < 2:
             raise ValueError(f"--rounds is {rounds}; it must be at least 2")
+        if arguments.seconds is not None and not arguments.seconds > 0:
+            raise ValueError(f"--seconds is {arguments.seconds}; it must be more than 0")
+        if arguments.output:
+            writable(arguments.output)
     except ValueError as error:
         print(f"normzoo bench: {str(error).removeprefix('normzoo: ')}", file=sys.stderr)
         return 2
@@ -64,9 +81,10 @@ def bench(arguments: argparse.Namespace) -> int:
         return _list(cases, contenders, directions, arguments.json)
     from normzoo.terminal import progress
 
-    deadline = time.monotonic() + arguments.seconds
+    deadline = time.monotonic() + (arguments.seconds or float("inf"))
     with runs.on_device(device):
         document, clocks, cache = runs.start(device, _SAMPLE_SECONDS, rounds)
+        document.settings["arguments"] = {name: getattr(arguments, name) for name in _ASKED}
         for entry in unmeasured:
             document.add_absent(entry.name, "normzoo", f"the family {entry.family!r} has no workloads")
         settings = Settings(device, contenders, directions, clocks, rounds, cache, deadline)
@@ -78,6 +96,8 @@ def bench(arguments: argparse.Namespace) -> int:
                     document.write(arguments.output)
 
             undisturbed = runs.run(cases, settings, document, after_each)
+        if undisturbed:
+            runs.finish(document, settings)
     if arguments.output:
         document.write(arguments.output)
     found = dataclasses.asdict(document)
@@ -92,7 +112,7 @@ def bench(arguments: argparse.Namespace) -> int:
     if not undisturbed:
         print("normzoo bench: interrupted", file=sys.stderr)
         return 130
-    return 1 if any(entry["contender"] in ("normzoo", "all") for entry in document.failed) else 0
+    return 1 if document.ours_failed else 0
 
 
 def _chosen(arguments: argparse.Namespace):
@@ -126,9 +146,7 @@ def _known(option: str, names: list[str] | None, known) -> tuple[str, ...]:
 
 
 def _several(parser: argparse.ArgumentParser, option: str, text: str) -> None:
-    parser.add_argument(
-        option, action="extend", type=lambda given: given.split(","), metavar="A,B", help=f"{text}; several"
-    )
+    parser.add_argument(option, action="extend", type=lambda given: given.split(","), metavar="A,B", help=text)
 
 
 def _list(cases, contenders, directions, as_json: bool) -> int:
@@ -146,9 +164,10 @@ def _list(cases, contenders, directions, as_json: bool) -> int:
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `compare`."""
+    parser.epilog = "Exit codes: 0 nothing got worse, 1 something did, 2 wrong usage."
     parser.add_argument("old", help="what `bench --output` wrote")
     parser.add_argument("new", help="what it wrote later")
-    parser.add_argument("--threshold", type=float, default=5.0, help="per cent that are no regression")
+    parser.add_argument("--threshold", type=float, default=5.0, help="per cent that are no regression (5)")
     parser.add_argument("--json", action="store_true", help="machine-readable, on stdout")
 
 
@@ -158,8 +177,8 @@ def compare(arguments: argparse.Namespace) -> int:
     from .results import load
 
     try:
-        if not arguments.threshold >= 0:
-            raise ValueError(f"--threshold is {arguments.threshold}; it must not be negative")
+        if not 0 <= arguments.threshold < float("inf"):
+            raise ValueError(f"--threshold is {arguments.threshold}; it must be per cent, 0 or more")
         old, new = load(arguments.old), load(arguments.new)
         found = differences(old, new, arguments.threshold / 100)
         if not found["matched"]:

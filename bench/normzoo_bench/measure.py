@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -41,8 +42,7 @@ class Settings:
 
 def measure(case: Case, settings: Settings, document: Document) -> None:
     """Adds the rows of `case` to `document`, and what was absent, failed or had no time left."""
-    if "torch._dynamo" in sys.modules:
-        sys.modules["torch._dynamo"].reset()  # its limit on recompilations counts for the whole process
+    forget_compiled()
     # The backward pass is repeated on one graph, whose memory the compiler must not use for something else.
     with torch._functorch.config.patch(donated_buffer=False), warnings.catch_warnings():
         # torch says that it is slow with parameters of another dtype, which is what is measured.
@@ -55,6 +55,12 @@ def measure(case: Case, settings: Settings, document: Document) -> None:
                 continue
             with torch.set_grad_enabled(direction != "forward"):
                 measurement.direction(direction, checked)
+
+
+def forget_compiled() -> None:
+    """For what comes next: dynamo's limit on recompilations counts for the whole process."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 def call_of(contender: Contender, direction: str, buffers: Sequence[Buffers]) -> Callable[[int], object]:
@@ -135,7 +141,8 @@ class _Measurement:
                 }
             )
         for clock in self.settings.clocks:
-            self.document.rows += self.timed(clock, rows, rotations)
+            rounds = self.settings.rounds
+            self.document.rows += timed(self.case, clock, rows, rotations, rounds, self.document)
 
     def memory(self, contender: Contender, direction: str, call: Callable[[int], object]) -> dict:
         saved = count = None
@@ -146,30 +153,36 @@ class _Measurement:
             count = checks.launches(lambda: call(0))
         return {"saved_bytes": saved, "peak_bytes": peak, "launches": count}
 
-    def timed(self, clock: Clock, rows: list[dict], rotations: list[Rotation]) -> list[dict]:
-        """The rows with times by `clock`, less those of contenders that it cannot time."""
-        ready: list[tuple[dict, Prepared]] = []
-        for row, rotation in zip(rows, rotations, strict=True):
-            try:
-                ready.append(({**row, "clock": clock.name}, clock.prepare(rotation)))
-            except Exception as error:
-                where = f"{row['direction']} {clock.name}"
-                self.document.add_failed(self.case, row["contender"], error, where)
-        rounds = self.settings.rounds
-        seconds = seconds_a_call(clock, [prepared for _, prepared in ready], rounds)
-        by_name = {row["contender"]: own for (row, _), own in zip(ready, seconds, strict=True)}
-        baseline = next((name for name in ("torch", "reference") if name in by_name), None)
-        for row, prepared in ready:
-            own = by_name[row["contender"]]
-            median = timing.summary(own).median
-            speed = row["bytes"] / median
-            row |= {
-                "seconds": timing.summary(own)._asdict(),
-                "rounds": rounds,
-                "calls": prepared.calls,
-                "baseline": baseline,
-                "speedup": timing.ratio(by_name[baseline], own)._asdict() if baseline else None,
-                "gigabytes_a_second": speed / 1e9,
-                "share_of_copy": speed / self.document.copy_bandwidth["median"],
-            }
-        return [row for row, _ in ready]
+
+def timed(
+    case: Any,
+    clock: Clock,
+    rows: Sequence[dict],
+    rotations: Sequence[Rotation],
+    rounds: int,
+    document: Document,
+) -> list[dict]:
+    """The rows of a case with times by `clock`, less those of contenders that it cannot time."""
+    ready: list[tuple[dict, Prepared]] = []
+    for row, rotation in zip(rows, rotations, strict=True):
+        try:
+            ready.append(({**row, "clock": clock.name}, clock.prepare(rotation)))
+        except Exception as error:
+            document.add_failed(case, row["contender"], error, f"{row['direction']} {clock.name}")
+    seconds = seconds_a_call(clock, [prepared for _, prepared in ready], rounds)
+    by_name = {row["contender"]: own for (row, _), own in zip(ready, seconds, strict=True)}
+    baseline = next((name for name in ("torch", "reference") if name in by_name), None)
+    for row, prepared in ready:
+        own = by_name[row["contender"]]
+        median = timing.summary(own).median
+        speed = None if row["bytes"] is None else row["bytes"] / median
+        row |= {
+            "seconds": timing.summary(own)._asdict(),
+            "rounds": rounds,
+            "calls": prepared.calls,
+            "baseline": baseline,
+            "speedup": timing.ratio(by_name[baseline], own)._asdict() if baseline else None,
+            "gigabytes_a_second": None if speed is None else speed / 1e9,
+            "share_of_copy": None if speed is None else speed / document.copy_bandwidth["median"],
+        }
+    return [row for row, _ in ready]

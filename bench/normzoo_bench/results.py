@@ -7,8 +7,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from .cases import Case
+from typing import Any
 
 FORM = 1
 """Rises when a reader of older documents would go wrong."""
@@ -19,12 +18,17 @@ KEY = ("layer", "contender", "workload", "dtype", "memory_format", "direction", 
 _NEEDED = {"seconds": dict, "error": dict}
 
 
+def is_ours(contender: str) -> bool:
+    """Whether normzoo is measured, be it compiled or its eager body."""
+    return contender == "reference" or contender.partition("-")[0] == "normzoo"
+
+
 @dataclass
 class Document:
     environment: dict
     settings: dict
     copy_bandwidth: dict
-    """Bytes a second, read and written: median, p20, p80."""
+    """Bytes a second, read and written: median, p20, p80, and ``after``, the median after all rows."""
     rows: list[dict] = field(default_factory=list)
     absent: list[dict] = field(default_factory=list)
     """Contenders that are not there, and why."""
@@ -41,10 +45,14 @@ class Document:
         if entry not in self.absent:
             self.absent.append(entry)
 
-    def add_failed(self, case: Case, contender: str, error: Exception, direction: str = "") -> None:
+    def add_failed(self, case: Any, contender: str, error: Exception, direction: str = "") -> None:
         lines = str(error).strip().splitlines() or [""]
         reason = lines[0] if type(error).__name__ == "Unfit" else f"{type(error).__name__}: {lines[0]}"
         self.failed.append({**case.key, "contender": contender, "direction": direction, "reason": reason})
+
+    @property
+    def ours_failed(self) -> bool:
+        return any(is_ours(entry["contender"]) or entry["contender"] == "all" for entry in self.failed)
 
     def write(self, path: str | Path) -> None:
         """Writes the whole document or, when something goes wrong, leaves the old file as it is."""
@@ -52,6 +60,22 @@ class Document:
         draft = path.with_name(path.name + ".part")
         draft.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
         os.replace(draft, path)
+
+
+def writable(path: str | Path) -> str | Path:
+    """`path`, where a document can be written to it.
+
+    Raises:
+        ValueError: it cannot, which is better known before all is measured.
+    """
+    folder = Path(path).parent
+    if Path(path).is_dir():
+        raise ValueError(f"--output is {path}, which is a folder; name a file")
+    if not folder.is_dir():
+        raise ValueError(f"--output is {path}, but there is no folder {folder}; make it first")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output is {path}, but {folder} may not be written to; name another place")
+    return path
 
 
 def load(path: str | Path) -> dict:
@@ -63,7 +87,7 @@ def load(path: str | Path) -> dict:
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
+        raise ValueError(f"{path}: {error.strerror}; `normzoo bench --output` writes one") from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}; it must come from `normzoo bench --output`") from error
     if not isinstance(document, dict) or "form" not in document:

@@ -7,10 +7,10 @@ import datetime
 import os
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from .cases import Case
 from .clocks import Clock, KernelClock, WallClock, copy_bandwidth
 from .environment import cache_bytes, environment
 from .measure import Settings, measure
@@ -40,15 +40,27 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def finish(document: Document, settings: Settings) -> None:
+    """Measures the copy again: a machine that was throttled or busy meanwhile shows it."""
+    if "stopped" not in document.extra:
+        after = copy_bandwidth(settings.clocks[0], settings.device, settings.cache, settings.rounds)
+        document.copy_bandwidth["after"] = after.median
+
+
 def run(
-    cases: Sequence[Case], settings: Settings, document: Document, after_each: Callable[[Case], None]
+    cases: Sequence[Any],
+    settings: Settings,
+    document: Document,
+    after_each: Callable[[Any], None],
+    one: Callable[[Any, Settings, Document], None] | None = None,
 ) -> bool:
-    """Measures the cases until the deadline; whether the user let it. The rest is listed as not run."""
+    """Measures the cases until the deadline, each by `one`; whether the user let it. The rest is listed as not
+    run."""
     left = list(cases)
     try:
         while left and time.monotonic() < settings.deadline:
             try:
-                measure(left[0], settings, document)
+                (one or measure)(left[0], settings, document)
             except Exception as error:
                 document.add_failed(left[0], "all", error)
                 if not _answers(settings.device):

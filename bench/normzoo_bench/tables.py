@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
-from normzoo.terminal import table
+from normzoo.terminal import say, table
 
 from .workloads import SCALINGS
 
+_LEGEND = """\
+time     median of the samples
+x ...    how many times as fast as that one, round by round: median (p20-p80)
+GB/s     the fewest bytes that the call can move, over its time
+% copy   that, of the speed of a copy; (warm): all buffers fit into the cache
+error    the largest, over the largest entry of the result in float64
+"""
+_CHANGED = 0.1
+"""Of the speed of a copy, relative: so much is more than noise."""
+
 
 def show(document: dict) -> None:
-    """Prints the rows of a document in tables, and below them what is missing and why."""
-    bandwidth = document["copy_bandwidth"]
-    print(f"A copy moves {bandwidth['median'] / 1e9:.3g} GB/s, read and written.")
-    load, cpus = document["settings"]["load"], document["environment"]["cpus"]
-    if load is not None and load > 0.5 * cpus:
-        print(f"The machine was busy before: load {load:.1f} on {cpus} CPUs. Times on the wall suffer from it.")
-    print()
+    """Prints the rows of a document in tables, then a summary and what is missing and why."""
+    _show_machine(document)
+    if document["rows"]:
+        print(_LEGEND)
     for rows in _groups(document["rows"]):
         (_show_sweep if _sweep(rows[0]) else _show_group)(rows)
+    _show_summary([row for row in document["rows"] if row["direction"] != "step"])
     _show_missing(document)
+
+
+def _show_machine(document: dict) -> None:
+    before = document["copy_bandwidth"]["median"] / 1e9
+    after = document["copy_bandwidth"].get("after", before * 1e9) / 1e9
+    print(f"A copy moves {before:.3g} GB/s, read and written; {after:.3g} GB/s after the measurement.")
+    if abs(after / before - 1) > _CHANGED:
+        print("The speed of the machine changed: trust the ratios, not the times and % copy.")
+    load, cpus = document["settings"]["load"], document["environment"]["cpus"]
+    if load is not None and load > 0.5 * cpus:
+        say(
+            f"The machine was busy before: load {load:.1f} on {cpus} CPUs. Wall times suffer from it,\n"
+            "less so with OMP_NUM_THREADS at the number of idle CPUs."
+        )
+    print()
 
 
 def _groups(rows: Sequence[dict]) -> list[list[dict]]:
@@ -48,7 +72,8 @@ def _unit(rows: Sequence[dict]) -> tuple[str, float]:
 
 def _show_group(rows: list[dict]) -> None:
     unit, scale = _unit(rows)
-    header = ("workload", "contender", "time", f"x {rows[0]['baseline'] or 'torch'}", "GB/s", "% copy", "error")
+    baseline = rows[0]["baseline"]
+    header = ("workload", "contender", "time", f"x {baseline}" if baseline else "", "GB/s", "% copy", "error")
     cells, previous = [], ""
     for row in rows:
         place = _place(row)
@@ -56,15 +81,29 @@ def _show_group(rows: list[dict]) -> None:
             (
                 place if place != previous else "",
                 row["contender"] + {"eager": " (eager)"}.get(row["runs"] if row["clock"] != "wall" else "", ""),
-                spread(row["seconds"], scale),
-                short(row["speedup"]["median"]) if row["speedup"] else "-",
-                short(row["gigabytes_a_second"]),
-                f"{100 * row['share_of_copy']:.0f}",
+                # Without a ratio, the range of the time tells how sure it is.
+                short(row["seconds"]["median"] * scale) if baseline else spread(row["seconds"], scale),
+                _ratio(row),
+                *_bandwidth(row),
                 f"{max(row['error'].values()):.0e}",
             )
         )
         previous = place
-    table(f"{_title(rows[0], unit)}, median (p20-p80)", header, cells)
+    table(_title(rows[0], unit), header, cells)
+
+
+def _ratio(row: dict) -> str:
+    if not row["speedup"]:
+        return ""
+    return "1" if row["contender"] == row["baseline"] else spread(row["speedup"])
+
+
+def _bandwidth(row: dict) -> tuple[str, str]:
+    """GB/s and per cent of the copy; nothing for what does more than move bytes."""
+    if row["gigabytes_a_second"] is None:
+        return "", ""
+    warm = "" if row.get("cold", True) else " (warm)"
+    return short(row["gigabytes_a_second"]), f"{100 * row['share_of_copy']:.0f}{warm}"
 
 
 def _place(row: dict) -> str:
@@ -83,17 +122,63 @@ def _show_sweep(rows: list[dict]) -> None:
     table(f"{_title(rows[0], unit)} (GB/s) against {_sweep(rows[0])}", ("shape", *names), cells)
 
 
+def _show_summary(rows: Sequence[dict]) -> None:
+    """How many times as fast normzoo is as each other, over all workloads: what a reader wants first."""
+    places: dict[tuple, dict[tuple, dict[str, dict]]] = {}
+    for row in rows:
+        group = tuple(row[name] for name in ("layer", "dtype", "direction", "mode", "clock"))
+        places.setdefault(group, {}).setdefault(_place(row), {})[row["contender"]] = row
+    others = [name for name in dict.fromkeys(row["contender"] for row in rows) if name != "normzoo"]
+    clocks = {row["clock"] for row in rows}
+    cells, judged = [], []
+    for (layer, dtype, direction, mode, clock), by_place in places.items():
+        both = [by_name for by_name in by_place.values() if "normzoo" in by_name and len(by_name) > 1]
+        if not both:
+            continue
+        line = [
+            _range([_times_as_fast(by_name, name) for by_name in both if name in by_name]) for name in others
+        ]
+        what = direction if mode == "any" else f"{direction} {mode}"
+        cells.append((layer, dtype, what, clock if len(clocks) > 1 else "", str(len(both)), *line))
+        judged += [by["normzoo"]["speedup"] for by in both if by["normzoo"]["baseline"] == "torch"]
+    if cells:
+        columns = [f"x {name}" for name in others]
+        title = "normzoo, how many times as fast: geometric mean over workloads (least-most)"
+        table(title, ("layer", "dtype", "direction", "clock", "workloads", *columns), cells, columns)
+    if judged:
+        faster, slower = (sum(s["p20"] > 1 for s in judged), sum(s["p80"] < 1 for s in judged))
+        say(
+            f"Against torch, of {len(judged)} rows: faster in {faster}, slower in {slower}, and the range "
+            f"(p20-p80) spans 1 in {len(judged) - faster - slower}."
+        )
+        print()
+
+
+def _times_as_fast(by_name: dict[str, dict], other: str) -> float:
+    ours, theirs = by_name["normzoo"], by_name[other]
+    if ours["speedup"] and other == ours["baseline"]:
+        return ours["speedup"]["median"]
+    return theirs["seconds"]["median"] / ours["seconds"]["median"]
+
+
+def _range(ratios: Sequence[float]) -> str:
+    if not ratios:
+        return "-"
+    mean = short(statistics.geometric_mean(ratios))
+    return f"{mean} ({short(min(ratios))}-{short(max(ratios))})" if len(ratios) > 1 else mean
+
+
 def _show_missing(document: dict) -> None:
     reasons: dict[tuple[str, str], list[str]] = {}
     for entry in document["absent"]:
         reasons.setdefault((entry["contender"], entry["reason"]), []).append(entry["layer"])
     for (contender, reason), layers in reasons.items():
-        print(f"No {contender} for {', '.join(layers)}: {reason}.")
+        say(f"No {contender} for {', '.join(layers)}: {reason}.")
     for entry in document["failed"]:
         where = " ".join(str(entry[k]) for k in ("layer", "workload", "dtype", "direction") if entry[k])
         print(f"FAILED {entry['contender']}, {where}: {entry['reason']}")
     if left := document["not_run"]:
-        print(f"Not run: {len(left)}, among them {'; '.join(left[:3])}.")
+        say(f"No time was left for {len(left)}, among them {'; '.join(left[:3])}.")
 
 
 def show_comparison(found: dict) -> None:
@@ -101,23 +186,37 @@ def show_comparison(found: dict) -> None:
     if found["environment"]:
         cells = [(name, str(old), str(new)) for name, (old, new) in found["environment"].items()]
         table("The machines or versions differ", ("what", "old", "new"), cells, ("old", "new"))
+    for name, summary in found["others"].items():
+        print(f"{name} took {spread(summary)} times as long as before, in {summary['rows']} rows.")
+    if found["drift"]:
+        print(f"Of that, {short(found['drift'])} is taken for the machine, and out of the ratios below.")
+    print()
     for name in ("slower", "faster"):
-        cells = [
-            (entry["row"], *(f"{short(1e6 * s)} us" for s in entry["seconds"]), spread(entry["ratio"]))
-            for entry in found[name]
-        ]
-        if cells:
-            table(f"{name.capitalize()}: new / old (range)", ("row", "old", "new", "ratio"), cells, ("row",))
+        if cells := [_changed(entry) for entry in found[name]]:
+            title = f"{name.capitalize()}: new / old (range), and the speedup over the baseline"
+            table(title, ("row", "old", "new", "ratio", "speedup"), cells, ("row",))
     for name in ("less_exact", "larger"):
-        cells = [(e["row"], e["what"], f"{e['old']:.3g}", f"{e['new']:.3g}") for e in found[name]]
+        form = {"less_exact": ".1e", "larger": ".0f"}[name]
+        cells = [(e["row"], e["what"], f"{e['old']:{form}}", f"{e['new']:{form}}") for e in found[name]]
         if cells:
             title = {"less_exact": "Less exact", "larger": "More memory, in bytes"}[name]
             table(title, ("row", "what", "old", "new"), cells, ("row",))
-    print(
-        f"{found['matched']} rows compared: {len(found['slower'])} slower, {len(found['faster'])} faster, "
-        f"{len(found['less_exact'])} less exact, {len(found['larger'])} with more memory. "
+    for entry in found["failed"]:
+        print(f"FAILED now: {entry['row']}: {entry['reason']}")
+    say(
+        f"{found['matched']} rows compared. Of normzoo: {len(found['slower'])} slower, "
+        f"{len(found['faster'])} faster, {len(found['less_exact'])} less exact, "
+        f"{len(found['larger'])} with more memory, {len(found['failed'])} failed. "
         f"Only in the old: {found['only_old']}, only in the new: {found['only_new']}."
     )
+
+
+def _changed(entry: dict) -> tuple[str, ...]:
+    old, new = entry["seconds"]
+    unit, scale = ("ms", 1e3) if min(old, new) >= 1e-3 else ("us", 1e6)
+    times = [f"{short(scale * seconds)} {unit}" for seconds in (old, new)]
+    speedup = " -> ".join(map(short, entry["speedup"])) + f" x {entry['baseline']}" if entry["speedup"] else ""
+    return entry["row"], *times, spread(entry["ratio"]), speedup
 
 
 def spread(summary: dict, scale: float = 1.0) -> str:
