@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,10 +26,11 @@ from normzoo.terminal import progress
 from normzoo.zoo import ZOO, find
 
 from . import run as runs
-from .cases import Case, plan
+from .cases import plan
 from .measure import Settings
 from .peers import usual
-from .results import Document
+from .results import Document, writable
+from .step import CONTENDERS, measure_step, steps
 from .tables import show
 from .workloads import DIRECTIONS
 
@@ -38,6 +39,7 @@ _TESTS = "tests/test_kernels.py"
 _RESERVE = 20.0
 """Seconds before the limit in which nothing is begun: compiling one contender may take so long."""
 _TEST_SHARE = 0.35
+_MEMORY_ERROR = 9
 _SMALLEST = "test_values_and_gradients and float16 and 33"
 """The tests that a memory checker, which is slow, gets through."""
 
@@ -45,8 +47,8 @@ _SMALLEST = "test_values_and_gradients and float16 and 33"
 @dataclass(frozen=True)
 class Part:
     name: str
-    share: float
-    """Of the whole time, at most; what a part leaves over goes to the later ones."""
+    weight: float
+    """Its share of the time that is left is its part of the weights that are left."""
     layers: tuple[str, ...]
     workloads: tuple[str, ...] = ()
     scaling: str | None = None
@@ -59,65 +61,98 @@ class Part:
 
 
 _PAIR = ("rms_norm", "layer_norm")
+_ALL = tuple(entry.name for entry in ZOO)
 _QUICK = ("normzoo", "torch", "liger", "quack")
+_FULL = usual("cuda")
 PARTS = (
-    Part("row norms at LLM widths", 0.3, _PAIR, ("llm",)),
-    Part("wide rows", 0.12, _PAIR, ("wide",), size="full", contenders=_QUICK),
-    Part("QK-norm", 0.12, _PAIR, ("qk",)),
-    Part(
-        "odd widths, contiguous and padded", 0.15, ("crms_norm", "rms_norm"), ("odd",), contenders=usual("cuda")
-    ),
-    Part(
-        "host time and launches", 0.12, tuple(e.name for e in ZOO), ("small",), directions=DIRECTIONS, host=True
-    ),
-    Part("mixed dtypes", 0.1, _PAIR, ("llm", "odd"), dtype="mixed", contenders=_QUICK),
-    Part("against rows", 0.1, _PAIR, scaling="rows", contenders=_QUICK),
-    Part("against width", 0.1, _PAIR, scaling="width", contenders=_QUICK),
+    Part("row norms at LLM widths", 4.0, _PAIR, ("llm",)),
+    Part("wide rows", 1.2, _PAIR, ("wide",), size="full", contenders=_QUICK),
+    Part("QK-norm", 1.2, _PAIR, ("qk",)),
+    Part("odd widths, contiguous and padded", 1.5, ("crms_norm", "rms_norm"), ("odd",), contenders=_FULL),
+    Part("host time and launches", 1.2, _ALL, ("small",), directions=DIRECTIONS, host=True),
+    Part("mixed dtypes", 1.0, _PAIR, ("llm", "odd"), dtype="mixed", contenders=("reference", *_QUICK)),
+    Part("training step", 1.5, _PAIR, contenders=CONTENDERS, host=True),
+    Part("against rows", 0.8, _PAIR, scaling="rows", contenders=_QUICK),
+    Part("against width", 0.8, _PAIR, scaling="width", contenders=_QUICK),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if all is well, 1 if a test or a check of normzoo failed, 2 without a GPU, 130 if stopped."""
+    """Returns 0 if all is well, 1 if a test or a check of normzoo failed, 2 without a GPU or a folder, 130 if
+    stopped."""
     parser = argparse.ArgumentParser(prog="python -m normzoo_bench.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", metavar="DIR", required=True, help="a folder for the results; is made")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of the whole")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of the whole (8)")
     parser.add_argument("--rehearse", action="store_true", help="the same plan on a CPU, in tiny sizes")
     arguments = parser.parse_args(argv)
-    if not (arguments.rehearse or torch.cuda.is_available()):
-        print("normzoo_bench.gpu: torch sees no GPU here; --rehearse runs the plan on a CPU", file=sys.stderr)
-        return 2
-    begin = time.monotonic()
-    limit = 60 * arguments.minutes
-    end = begin + limit - min(_RESERVE, limit / 4)
     folder = Path(arguments.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cpu" if arguments.rehearse else "cuda")
+    try:
+        if not 0 < arguments.minutes < float("inf"):
+            raise ValueError(f"--minutes is {arguments.minutes}; it must be more than 0")
+        if not (arguments.rehearse or torch.cuda.is_available()):
+            raise ValueError("torch sees no GPU here; --rehearse runs the plan on a CPU")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"--output is {folder}, which cannot be made a folder: {error.strerror}"
+            ) from error
+        writable(folder / "bench.json")
+    except ValueError as error:
+        print(f"normzoo_bench.gpu: {error}", file=sys.stderr)
+        return 2
+    # So that a command under way is ended too when a scheduler ends this one.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _measured(folder, 60 * arguments.minutes, arguments.rehearse)
+    except KeyboardInterrupt:
+        print(f"normzoo_bench.gpu: interrupted; what is done lies in {folder}", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _measured(folder: Path, limit: float, rehearse: bool) -> int:
+    begin = time.monotonic()
+    end = begin + limit - min(_RESERVE, limit / 4)
+    path = folder / "bench.json"
+    device = torch.device("cpu" if rehearse else "cuda")
     with runs.on_device(device):
-        document, clocks, cache = runs.start(device, 0.002, 2 if arguments.rehearse else 15)
+        document, clocks, cache = runs.start(device, 0.002, 2 if rehearse else 15)
+        document.settings["arguments"] = {"minutes": limit / 60, "rehearse": rehearse}
+        document.write(path)  # in the place of an older one, which an interruption must not leave there
         settings = Settings(device, (), (), clocks, document.settings["rounds"], cache)
-        tests = kernel_tests(folder, _TEST_SHARE * limit, arguments.rehearse)
+        tests = kernel_tests(folder, _TEST_SHARE * limit, rehearse)
         document.extra["tests"] = tests
-        document.write(folder / "bench.json")
-        undisturbed = _parts(document, settings, folder / "bench.json", end, limit)
+        document.write(path)
+        undisturbed = _parts(document, settings, path, end)
+        if undisturbed:
+            runs.finish(document, settings)
+    document.write(path)
     if undisturbed and (seconds := end - time.monotonic()) > 30:
         document.extra["memory_check"] = memory_check(folder, seconds)
-    document.write(folder / "bench.json")
+        document.write(path)
     show(asdict(document))
     print(f"Kernel tests: {tests['passed']} passed, {len(tests['failed'])} failed. {tests['note']}".strip())
     for name in tests["failed"]:
         print(f"FAILED {name}")
     if not undisturbed:
+        print(f"normzoo_bench.gpu: interrupted; what is done lies in {folder}", file=sys.stderr)
         return 130
-    wrong = [entry for entry in document.failed if entry["contender"] in ("normzoo", "all")]
+    checked = document.extra.get("memory_check", {"ran": False})
+    if checked["ran"]:
+        print(f"Memory check: {checked['summary'] or 'no result; see memory_check.log'}.")
+    wrong = document.ours_failed or checked.get("status") == _MEMORY_ERROR
     return 1 if wrong or tests["failed"] or not tests["passed"] else 0
 
 
-def _parts(document: Document, settings: Settings, path: Path, end: float, limit: float) -> bool:
+def _parts(document: Document, settings: Settings, path: Path, end: float) -> bool:
     """Measures part by part until `end`; whether the user let it."""
     document.extra["parts"] = {}
     on_gpu = settings.device.type == "cuda"
+    weights = sum(part.weight for part in PARTS)
     for part in PARTS:
-        cases = cases_of(part, settings.device.type)
+        cases, one = cases_of(part, settings.device.type)
         started = time.monotonic()
         of_part = replace(
             settings,
@@ -125,15 +160,16 @@ def _parts(document: Document, settings: Settings, path: Path, end: float, limit
             directions=part.directions,
             clocks=settings.clocks if part.host else settings.clocks[:1],
             count_launches=part.host and on_gpu,
-            deadline=min(end, started + part.share * limit),
+            deadline=started + (end - started) * part.weight / weights,
         )
+        weights -= part.weight
         with progress(part.name, len(cases)) as step:
 
-            def after_each(case: Case, step=step) -> None:
+            def after_each(case: object, step=step) -> None:
                 step(str(case))
                 document.write(path)
 
-            undisturbed = runs.run(cases, of_part, document, after_each)
+            undisturbed = runs.run(cases, of_part, document, after_each, one)
         document.extra["parts"][part.name] = round(time.monotonic() - started, 1)
         document.write(path)
         if not undisturbed or "stopped" in document.extra:
@@ -141,11 +177,13 @@ def _parts(document: Document, settings: Settings, path: Path, end: float, limit
     return True
 
 
-def cases_of(part: Part, device: str) -> list[Case]:
-    """The cases of a part; small ones where it is only rehearsed."""
+def cases_of(part: Part, device: str) -> tuple[list, Callable[..., None] | None]:
+    """The cases of a part, small ones where it is only rehearsed, and what measures one if not `measure`."""
+    if part.contenders is CONTENDERS:
+        return steps(device, part.layers), measure_step
     entries = [find(name) for name in part.layers]
     size = part.size if device == "cuda" else "smoke"
-    return plan(entries, device, size, (part.dtype,), part.workloads, part.scaling)
+    return plan(entries, device, size, (part.dtype,), part.workloads, part.scaling), None
 
 
 def kernel_tests(folder: Path, seconds: float, rehearse: bool) -> dict:
@@ -194,7 +232,7 @@ def memory_check(folder: Path, seconds: float) -> dict:
         "--tool",
         "memcheck",
         "--error-exitcode",
-        "9",
+        str(_MEMORY_ERROR),
         sys.executable,
         "-m",
         "pytest",

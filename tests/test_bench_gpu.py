@@ -1,0 +1,273 @@
+"""The one command for a GPU, rehearsed, and its training step."""
+
+import contextlib
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from measuring import CPU, FakeClock, quicken, raises
+from torch import nn
+
+import normzoo
+import normzoo_kernels.rows
+from normzoo.zoo import ZOO
+from normzoo_bench import gpu, measure, peers, results, step
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    quicken(monkeypatch)
+
+
+def test_the_gpu_plan_rehearsed(tmp_path, capsys):
+    folder = tmp_path / "out"
+    assert gpu.main(["--rehearse", "--output", str(folder), "--minutes", "3"]) == 0
+    found = results.load(folder / "bench.json")
+    assert list(found["extra"]["parts"]) == [part.name for part in gpu.PARTS] and not found["failed"]
+    assert found["extra"]["tests"]["passed"] > 0 and not found["extra"]["tests"]["failed"]
+    assert not found["not_run"] and {row["layer"] for row in found["rows"]} == {entry.name for entry in ZOO}
+    uses = {row["workload"].partition("-")[0] for row in found["rows"]}
+    assert uses == {"llm", "wide", "qk", "odd", "small", "gpt", "rows", "width"}
+    assert found["copy_bandwidth"]["after"] > 0
+    names = [path.name for path in folder.iterdir()]
+    assert len(names) <= 8 and all(re.fullmatch(r"[\w.-]+", name) for name in names)
+    assert re.search(r"^Kernel tests: \d+ passed, 0 failed\.$", capsys.readouterr().out, re.M)
+
+
+@pytest.fixture
+def clockwork(tmp_path, monkeypatch):
+    """Runs the plan for a GPU with cases that take `seconds`; gives them and the time of the end."""
+
+    def go(seconds, minutes, tests=0.0):
+        now, cases = [0.0], []
+
+        def wait(spent):
+            now[0] += spent
+            return {"passed": 1, "failed": [], "note": ""}
+
+        def slow(case, settings, document):
+            cases.append((case, settings))
+            wait(seconds)
+
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(gpu, "kernel_tests", lambda *_: wait(tests))
+        of_gpu = gpu.cases_of
+        monkeypatch.setattr(gpu, "cases_of", lambda part, _: (of_gpu(part, "cuda")[0], slow))
+        monkeypatch.setattr(gpu, "progress", lambda *_: contextlib.nullcontext(lambda note: None))
+        status = gpu.main(["--rehearse", "--output", str(tmp_path), "--minutes", str(minutes)])
+        return status, cases, now[0], results.load(tmp_path / "bench.json")
+
+    return go
+
+
+def test_the_gpu_plan_goes_by_worth_and_ends_in_time(clockwork, monkeypatch):
+    monkeypatch.setattr(gpu, "memory_check", lambda *_: pytest.fail("no time is left for it"))
+    status, cases, end, document = clockwork(10.0, 8.0, tests=168.0)
+    assert status == 0 and 8 * 60 - 40 < end <= 8 * 60 - 10
+    uses = [case.key["workload"].partition("-")[0] for case, _ in cases]
+    order = ["llm", "wide", "qk", "odd", "small", "llm", "gpt", "rows", "width"]
+    assert [
+        use for use, before in zip(uses, ["", *uses], strict=False) if use != before
+    ] == order  # none starves
+    assert uses[:7] == ["llm"] * 7 and uses.count("gpt") == 2 and document["not_run"]
+    assert all(settings.deadline <= 8 * 60 - 20 for _, settings in cases)
+
+
+def test_the_gpu_plan_has_time_over(clockwork, monkeypatch):
+    found = {"ran": True, "status": 9, "summary": "ERROR SUMMARY: 1 error"}
+    monkeypatch.setattr(gpu, "memory_check", lambda *_: found)
+    status, cases, _, document = clockwork(0.1, 8.0)
+    assert status == 1 and not document["not_run"]  # the memory checker found something
+    assert len(cases) == sum(len(gpu.cases_of(part, "cuda")[0]) for part in gpu.PARTS)
+    assert document["extra"]["memory_check"] == found
+
+
+def test_every_part_has_cases_on_a_gpu():
+    for part in gpu.PARTS:
+        cases, _ = gpu.cases_of(part, "cuda")
+        assert cases and all(math.prod(case.shape) <= 1 << 28 for case in cases)
+        assert set(part.contenders) <= set(peers.CONTENDERS) or part.contenders == step.CONTENDERS
+    llm = [case.workload.name for case in gpu.cases_of(gpu.PARTS[0], "cuda")[0]]
+    assert set(llm) == {f"llm-8192x{width}" for width in (1024, 2048, 4096, 8192)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "0"], "--minutes is 0.0; it must be more than 0"),
+        (["--output", "setup/file/x"], "--output is setup/file/x, which cannot be made a folder"),
+    ],
+)
+def test_usage_errors(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "setup").mkdir()
+    (tmp_path / "setup/file").touch()
+    assert gpu.main(["--rehearse", "--output", "out", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_gpu(tmp_path, capsys):
+    assert gpu.main(["--output", str(tmp_path / "out")]) == 2
+    assert "torch sees no GPU here; --rehearse" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_failed_kernel_tests_fail_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "PARTS", ())
+    for tests, status in (({"passed": 3, "failed": ["a::b"]}, 1), ({"passed": 0, "failed": []}, 1)):
+        monkeypatch.setattr(gpu, "kernel_tests", lambda *_, tests=tests: tests | {"note": ""})
+        assert gpu.main(["--rehearse", "--output", str(tmp_path), "--minutes", "0.1"]) == status
+    assert "FAILED a::b" in capsys.readouterr().out
+
+
+def test_an_interruption_leaves_nothing_stale(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    (tmp_path / "bench.json").write_text("of an older run")
+    monkeypatch.setattr(gpu, "kernel_tests", interrupted)
+    assert gpu.main(["--rehearse", "--output", str(tmp_path)]) == 130
+    assert "interrupted; what is done lies in" in capsys.readouterr().err
+    assert results.load(tmp_path / "bench.json")["rows"] == []
+
+
+def test_what_is_under_way_ends_with_the_command(tmp_path):
+    """A scheduler's SIGTERM must not leave tests behind that hold the GPU."""
+    code = (
+        "import sys; from normzoo_bench import gpu; "
+        "gpu.kernel_tests = lambda folder, *_: "
+        "gpu._run([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'], "
+        "folder / 'log', 60.0); sys.exit(gpu.main(['--rehearse', '--output', sys.argv[1]]))"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env, stderr=subprocess.PIPE)
+    try:
+        log = tmp_path / "log"
+        while not (log.exists() and log.read_text().endswith("\n")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert b"interrupted" in process.communicate(timeout=30)[1] and process.returncode == 130
+    finally:
+        process.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+
+
+def test_outcomes_are_read_from_either_log():
+    turns = (
+        "tests/test_kernels.py::test_a[x y] PASSED   [ 50%]\n"
+        "tests/test_kernels.py::test_b FAILED   [100%]\n=== FAILURES ===\nE  FAILED to agree\n"
+    )
+    parallel = (
+        "tests/test_kernels.py::test_a[x y] \n[gw1] [ 50%] PASSED tests/test_kernels.py::test_a[x y] \n"
+        "[gw0] [100%] ERROR tests/test_kernels.py::test_b \n"
+    )
+    for log in (turns, parallel):
+        assert gpu.outcomes(log) == {"passed": 1, "failed": ["tests/test_kernels.py::test_b"]}
+
+
+def test_a_command_that_hangs_is_stopped(tmp_path):
+    """With what it has started, which would go on holding the GPU."""
+    started = time.monotonic()
+    beats = tmp_path / "beats"
+    code = (
+        "import subprocess, sys; print('begun', flush=True); "
+        "subprocess.run(['sh', '-c', 'while :; do echo >> \"$0\"; sleep 0.1; done', sys.argv[1]])"
+    )
+    assert gpu._run([sys.executable, "-c", code, str(beats)], tmp_path / "log", 1.0) is None
+    assert time.monotonic() - started < 10 and (tmp_path / "log").read_text() == "begun\n"
+    time.sleep(0.3)
+    count = beats.stat().st_size
+    time.sleep(0.5)
+    assert count == beats.stat().st_size > 0
+    assert gpu._run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log", 30) == 3
+
+
+def test_without_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_ROOT", tmp_path)
+    assert "run from a checkout" in gpu.kernel_tests(tmp_path, 1.0, True)["note"]
+    assert gpu.memory_check(tmp_path, 1.0) == {"ran": False}
+
+
+# The training step
+
+
+def measured_step(contenders, layer="rms_norm"):
+    (made,) = step.steps("cpu", [layer])
+    document = results.Document({}, {}, {"median": 1e9})
+    clocks = (FakeClock(9.9), FakeClock(2e-3, 1e-3))
+    step.measure_step(made, measure.Settings(CPU, contenders, (), clocks, 2, 1), document)
+    return document
+
+
+@pytest.mark.parametrize("layer", ["rms_norm", "layer_norm"])
+def test_a_step(monkeypatch, layer):
+    converted = []
+    convert = normzoo.convert
+    monkeypatch.setattr(normzoo, "convert", lambda *args: converted.append(convert(*args)))
+    document = measured_step(("torch", "normzoo"), layer)
+    assert not document.failed and [row["contender"] for row in document.rows] == ["torch", "normzoo"]
+    assert document.rows[1]["speedup"]["median"] == 2 and document.rows[1]["bytes"] is None
+    assert {row["direction"] for row in document.rows} == {"step"}
+    assert set(document.rows[0]["error"]) == {"y", "dx"} and document.rows[0]["peak_bytes"] > 0
+    kinds = [type(module) for module in converted[0].modules()]
+    ours = {"rms_norm": normzoo.RMSNorm, "layer_norm": normzoo.LayerNorm}[layer]
+    assert kinds.count(ours) == 4 and nn.RMSNorm not in kinds and nn.LayerNorm not in kinds
+
+
+def test_a_step_moves_the_weights_and_only_its_own():
+    made = step.Step("rms_norm", 1, (2, 4, 16))
+    model = nn.Sequential(step.Block(16, nn.RMSNorm))
+    before = [p.clone() for p in model.parameters()]
+    own, context = step._built("normzoo", made.layer, model)
+    step._stepper(own, torch.randn(2, 4, 16), torch.randn(2, 4, 16), context)(0)
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+    assert not any(torch.equal(p, was) for p, was in zip(own.parameters(), before, strict=True))
+
+
+def test_compiled_steps(monkeypatch):
+    """Through dynamo and autograd, without the compiler at the end; the kernels in the interpreter."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is on")
+    asked = []
+    compiler = torch.compile
+
+    def quick(call, **options):
+        asked.append(options)
+        return compiler(call, backend="aot_eager", **options)
+
+    launched = []
+    launch = normzoo_kernels.rows.launch
+    monkeypatch.setattr(torch, "compile", quick)
+    monkeypatch.setattr(normzoo_kernels.rows, "launch", lambda *a, **k: launched.append(1) or launch(*a, **k))
+    for name, kernels in (("torch.compile", False), ("normzoo-compiled", False), ("normzoo-opaque", True)):
+        document = measured_step(("torch", name))
+        assert not document.failed and [row["contender"] for row in document.rows] == ["torch", name]
+        assert bool(launched) == kernels
+    assert asked == [{"dynamic": False, "fullgraph": True}] * 3
+
+
+def test_a_wrong_step_has_no_time(monkeypatch):
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return x
+
+    def convert(model, layer):
+        model[0].norm_q = Wrong()
+        model[0].norm1 = Wrong()
+
+    monkeypatch.setattr(normzoo, "convert", convert)
+    document = measured_step(("torch", "normzoo"))
+    assert [row["contender"] for row in document.rows] == ["torch"]
+    assert "is off by" in document.failed[0]["reason"] and document.ours_failed
+    monkeypatch.setattr(normzoo, "convert", raises)
+    assert measured_step(("torch", "normzoo")).failed[0]["reason"] == "RuntimeError: out of luck"
