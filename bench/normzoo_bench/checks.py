@@ -104,9 +104,7 @@ def _results(
 
 
 def demand(errors: dict[str, float], allowed: dict[str, float]) -> None:
-    """Raises:
-    Unfit: an error is larger than allowed, or not finite.
-    """
+    """Raises :class:`Unfit` where an error is larger than allowed, or not finite."""
     for name, error in errors.items():
         if not error <= allowed[name]:
             raise Unfit(
