@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize, prune
 
 import normzoo
 from normzoo.conversion import Exactness, Norm
+from normzoo.conversion.proof import compare
 
 
 class Net(nn.Module):
@@ -644,3 +645,173 @@ def test_outputs_of_every_kind():
     assert normzoo.plan(lazy).verify(torch.randn(4, 8)).same
     with pytest.raises(ValueError, match="verify: the model is on the meta device"):
         normzoo.plan(Net().to("meta")).verify(torch.empty(4, 8, device="meta"))
+
+
+def test_an_activation_of_eval_mode_alone():
+    class ActNorm(nn.LayerNorm):
+        def __init__(self, width):
+            super().__init__(width)
+            self.act = nn.GELU()
+
+        def forward(self, input):
+            return super().forward(input) if self.training else self.act(super().forward(input))
+
+    (site,) = normzoo.inspect(ActNorm(8)).sites
+    assert site.norm is None and "what it does with its children (act) is unclear" in site.note
+
+
+def test_the_variance_of_a_sample_is_another():
+    class SampleNorm(nn.LayerNorm):
+        def forward(self, input):
+            centred = input - input.mean(-1, keepdim=True)
+            return centred / (input.var(-1, keepdim=True) + self.eps).sqrt() * self.weight + self.bias
+
+    (site,) = normzoo.inspect(SampleNorm(4096)).sites
+    assert site.norm is None and "agrees with no norm known here; the nearest, layer (4096,)" in site.note
+
+
+def test_two_numbers_that_eps_may_be():
+    class TwoNorm(OnePlusNorm):
+        def __init__(self):
+            super().__init__()
+            self.eps, self.momentum = 1e-5, 1.0000001e-5
+
+    (site,) = normzoo.inspect(TwoNorm()).sites
+    assert site.norm is None and "it fits several norms" in site.note
+
+
+def test_norms_of_several_widths_are_not_alike():
+    sites = normzoo.inspect(nn.Sequential(OnePlusNorm(8), OnePlusNorm(16))).sites
+    assert [site.norm.shape for site in sites] == [(8,), (16,)]
+
+
+def test_the_dimensions_that_share_statistics():
+    x = torch.empty(2, 3, 4, 5)
+    spans = {
+        Norm("layer", (5,), 1e-5): (-1,),
+        Norm("rms", (3,), 1e-5, axis=1): (1,),
+        Norm("group", (3,), 1e-5, axis=1): (1, 2, 3),
+        Norm("batch", (3,), 1e-5, axis=1): (0, 2, 3),
+    }
+    assert all(norm.span(x) == span for norm, span in spans.items())
+
+
+def test_the_last_adapter_is_asked_first():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return F.rms_norm(x, (8,), eps=1e-6)
+
+    handles = [
+        normzoo.register_adapter(Odd, lambda module, eps=eps: Norm("rms", (8,), eps)) for eps in (1e-2, 1e-6)
+    ]
+    try:
+        assert normzoo.plan(nn.Sequential(Odd())).exactness == "exact"
+        odd = Odd()
+        odd.forward = lambda x: x
+        step, _ = normzoo.plan(nn.Sequential(odd, nn.LayerNorm(8))).steps
+        assert step.action == "refuse" and "it has a forward of its own, which would be lost" in step.reason
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("dtype, factor", [(torch.float32, 1 + 1e-5), (torch.bfloat16, 1.01)])
+def test_a_module_of_the_caller_that_is_nearly_right(dtype, factor):
+    class Nearly(nn.LayerNorm):
+        def forward(self, input):
+            return super().forward(input) * factor
+
+    model = nn.Sequential(nn.LayerNorm(64)).to(dtype).eval()
+
+    def to(site):
+        new = Nearly(64)
+        new.weight, new.bias = site.module.weight, site.module.bias
+        return new
+
+    made = normzoo.plan(model, to)
+    assert made.exactness == "approximate" and made.changes[0].reason == "a test run shows another function"
+    assert not made.apply()[0].training
+
+
+def test_options_that_show_nothing_yet():
+    model = nn.Sequential(nn.RMSNorm(8)).bfloat16().requires_grad_(False)
+    made = normzoo.plan(model, bias=True)
+    assert made.exactness == "approximate" and made.steps[0].tensors["new"] == ("bias",)
+    made.apply()
+    assert model[0].bias.dtype == torch.bfloat16 and not model[0].bias.requires_grad
+    (step,) = normzoo.plan(nn.RMSNorm(8), functools.partial(normzoo.RMSNorm, eps=0.1), eps=0.2).steps
+    assert step.make().module.eps == 0.2
+
+
+def test_named_parameters_leave_with_their_names():
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    normzoo.convert(model, "rms_norm", bias=False, optimizer=optimizer)
+    (group,) = optimizer.param_groups
+    assert group["param_names"] == ["0.weight", "1.weight", "1.bias"] and len(group["params"]) == 3
+
+
+def test_shared_frozen_parameters_are_not_untied():
+    model = nn.Sequential(OnePlusNorm(), nn.LayerNorm(8), nn.Linear(8, 8))
+    model[2].bias = model[0].gamma
+    step, _ = normzoo.plan(model.requires_grad_(False)).steps
+    assert "another module shares its parameters" in step.reason
+
+
+def test_rules_by_expression_match_in_full():
+    with pytest.raises(ValueError, match="the rule 're:no' matches no norm"):
+        normzoo.plan(Net(), {"re:no": "rms_norm"})
+
+
+def test_the_eps_of_float64():
+    (step,) = normzoo.plan(nn.RMSNorm(8, dtype=torch.float64), "layer_norm").steps
+    assert step.make().module.eps == torch.finfo(torch.float64).eps
+
+
+def test_a_row_of_the_table_has_the_largest_error():
+    made = normzoo.plan(nn.Sequential(nn.RMSNorm(8), nn.RMSNorm(8)), "layer_norm")
+    for step, error in zip(made.steps, (0.25, 0.125), strict=True):
+        step.error = error
+    assert "x2" in str(made) and "2.5e-01" in str(made)
+
+
+class FloatNorm(nn.Module):
+    """RMSNorm in float32 whatever the input, rounded before the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        h = x.float()
+        return self.weight * (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def test_a_proof_allows_for_what_rounding_becomes():
+    class Steep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = FloatNorm()
+
+        def forward(self, x):
+            return (1e4 * self.norm(x)).sin()
+
+    proof = normzoo.plan(Steep()).verify(torch.randn(64, 8))
+    assert proof.same and proof.error > 1e-4 and proof.rounding > 1e-4
+    double = nn.Sequential(FloatNorm()).double()
+    assert normzoo.plan(double).verify(torch.randn(64, 8, dtype=torch.float64)).same
+    low = nn.Sequential(FloatNorm()).bfloat16()
+    assert normzoo.convert(low, verify=torch.randn(64, 8, dtype=torch.bfloat16))[0].cast == "llama"
+
+
+def test_rounding_without_bound_proves_nothing():
+    y = torch.ones(2)
+    wild = torch.tensor([1.0, torch.inf])
+    before, rounded, after = ({"output": t} for t in (y, wild, 2 * y))
+    assert not compare(before, rounded, before, after, exact=True, idle=0).same
+    assert compare(before, rounded, before, before, exact=True, idle=0).same
+
+
+def test_a_conversion_that_claims_no_more_passes():
+    model = normzoo.convert(Net(), "rms_norm", verify=torch.randn(4, 8))
+    assert type(model.norm) is normzoo.RMSNorm
