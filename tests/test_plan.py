@@ -126,7 +126,9 @@ def test_a_module_of_the_caller_is_as_exact_as_it_is():
     assert {step.exactness for step in made.changes} == {Exactness.EVAL_EXACT}
     assert made.changes[0].tensors["kept"] == ("weight", "bias")
     assert made.verify(torch.randn(3, 8)).same
-    with pytest.raises(ValueError, match="a test run of it beside the new Linear failed: RuntimeError: mat1 and mat2"):
+    with pytest.raises(
+        ValueError, match="a test run of it beside the new Linear failed: RuntimeError: mat1 and mat2"
+    ):
         normzoo.plan(model, lambda site: nn.Linear(3, 3), strict=True)
 
 
