@@ -14,6 +14,11 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_width(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # readline sets it in the workers of pytest-xdist
+
+
 @pytest.fixture(autouse=True, scope="session")
 def threads():
     torch.set_num_threads(1)  # pytest-xdist already fills the cores

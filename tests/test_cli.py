@@ -45,7 +45,6 @@ def tables(request, monkeypatch):
 def run(capsys, monkeypatch):
     """Runs the command line: (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delenv("COLUMNS", raising=False)
     return lambda *arguments: (cli.main(arguments), *capsys.readouterr())
 
 
@@ -63,8 +62,7 @@ def interrupted():
 
 
 @pytest.mark.usefixtures("rich")
-def test_list_by_rich(capsys, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)  # readline sets it in the workers of pytest-xdist
+def test_list_by_rich(capsys):
     assert cli.main(["list"]) == 0
     printed = capsys.readouterr().out
     assert "───" in printed and "\x1b[" not in printed
@@ -73,8 +71,7 @@ def test_list_by_rich(capsys, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_rich")
-def test_list_in_plain_text(capsys, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
+def test_list_in_plain_text(capsys):
     assert cli.main(["list"]) == 0
     printed = capsys.readouterr().out
     assert printed.isascii() and "-----" in printed

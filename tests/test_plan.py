@@ -160,6 +160,11 @@ def test_options_overrule_the_norm():
         ({"to": {0: "rms_norm"}}, TypeError, "to has the key 0; keys must be names"),
         ({"include": 3}, TypeError, "int"),
         ({"exclude": [nn.RMSNorm]}, TypeError, "exclude holds <class .*; it must hold names, globs or 're:'"),
+        (
+            {"types": ["rms", "lyer"]},
+            ValueError,
+            r"'lyer' in types is no family \(layer, .*norm classes seen: 6 torch",
+        ),
         ({"types": [3]}, TypeError, "types holds 3; it must hold families, class names or classes"),
         ({"where": "rms"}, TypeError, "where is a str; it must be a function of name and module"),
         ({"to": functools.partial(normzoo.RMSNorm, 8)}, TypeError, "positional arguments; pass them by name"),
@@ -530,7 +535,7 @@ def test_the_table():
     assert [line.split()[0] for line in lines[2:5]] == ["blocks.0.ln_1", "blocks.*.ln_*", "rms"]
     assert "filtered out" in lines[2] and "x5" in lines[3] and "rms_norm: approximate" in lines[3]
     assert lines[-3:] == [
-        "7 norms: 1 keep, 6 convert",
+        "7 norms: 1 kept, 6 converted",
         "conversions: 5 approximate, 1 exact",
         "tensors: 11 kept, 0 converted, 0 new, 0 lost",
     ]
@@ -578,7 +583,7 @@ def test_the_log(caplog):
     with caplog.at_level(logging.INFO, logger="normzoo"):
         normzoo.convert(nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(4)))
     info, warning = caplog.records
-    assert info.levelname == "INFO" and "2 norms: 1 convert, 1 refuse" in info.getMessage()
+    assert info.levelname == "INFO" and "2 norms: 1 converted, 1 refused" in info.getMessage()
     assert warning.levelname == "WARNING"
     assert warning.getMessage().startswith("convert: 1 norm left as they are:\n  1: normzoo has no layer yet")
 

@@ -17,6 +17,7 @@ from .surgery import Exchange, Swap, edit
 from .transfer import UNCHANGED, Choice, Exactness, Refused, Replacement, replacement
 
 _KINDS = ("kept", "converted", "new", "lost")
+_ENDED = {"convert": "converted", "keep": "kept", "refuse": "refused", "unknown": "unknown"}
 
 
 @dataclasses.dataclass
@@ -87,7 +88,7 @@ class Plan:
         items = []
         for step in self.steps:
             site = step.site
-            becomes = f"{step.target}: {step.exactness.value}" if step.exactness else step.action
+            becomes = f"{step.target}: {step.exactness.value}" if step.exactness else "stays"
             changed = [
                 f"{kind}: {', '.join(step.tensors[kind])}" for kind in _KINDS[1:] if step.tensors.get(kind)
             ]
@@ -99,8 +100,9 @@ class Plan:
     def summary(self) -> str:
         """What is converted, how exactly, and what becomes of the tensors, in a few lines."""
         totals = {kind: sum(len(step.tensors[kind]) for step in self.changes) for kind in _KINDS}
+        actions = report.tally(_ENDED[step.action] for step in self.steps)
         lines = [
-            f"{report.count(len(self.steps), 'norm')}: {report.tally(step.action for step in self.steps)}",
+            f"{report.count(len(self.steps), 'norm')}: {actions}",
             f"conversions: {report.tally(step.exactness.value for step in self.changes if step.exactness)}",
             f"tensors: {', '.join(f'{number} {kind}' for kind, number in totals.items())}",
         ]

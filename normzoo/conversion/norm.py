@@ -11,6 +11,8 @@ from .. import functional
 from ..checks import at_least_float32
 from ..dispatch import backend
 
+FAMILIES = ("layer", "rms", "crms", "batch", "frozen_batch", "group", "instance")
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -21,7 +23,7 @@ class Norm:
     """
 
     family: str
-    """``layer``, ``rms``, ``crms``, ``batch``, ``frozen_batch``, ``group`` or ``instance``."""
+    """One of ``FAMILIES``; an adapter may bring a name of its own."""
     shape: tuple[int, ...] | None
     """Shape of the normalized dimensions, or the number of channels; None where the module does not say."""
     eps: float | None

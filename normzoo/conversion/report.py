@@ -20,8 +20,12 @@ def grouped(items: Iterable[tuple[str, Sequence[str], float | None]]) -> list[tu
     rows = []
     for (_, *cells), members in groups.items():
         errors = [error for _, error in members if error is not None]
-        rows.append((_called([name for name, _ in members]), *cells, f"{max(errors):.1e}" if errors else "-"))
+        rows.append((_called([name for name, _ in members]), *cells, shown(max(errors)) if errors else "-"))
     return rows
+
+
+def shown(error: float) -> str:
+    return f"{error:.1e}" if error else "0"
 
 
 def _called(names: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..zoo import ZOO, Entry
+from .norm import FAMILIES
 from .recognise import Site
 from .transfer import TRANSFERS, Choice, Refused
 
@@ -151,7 +152,7 @@ def selector(
 
     Raises:
         TypeError: one of them is of another kind.
-        ValueError: a pattern matches none of the sites `found`.
+        ValueError: a pattern or the name of a class matches none of the sites `found`.
     """
     includes, excludes = (
         _several(name, value, (str,)) for name, value in (("include", include), ("exclude", exclude))
@@ -161,6 +162,12 @@ def selector(
             argument = "include" if pattern in includes else "exclude"
             raise ValueError(f"convert: {pattern!r} in {argument} matches no norm; {seen(found)}")
     kinds = None if types is None else _several("types", types, (str, type))
+    for kind in kinds or ():
+        if isinstance(kind, str) and kind not in FAMILIES and not any(_is_kind(site, kind) for site in found):
+            raise ValueError(
+                f"convert: {kind!r} in types is no family ({', '.join(FAMILIES)}) and no class of a norm; "
+                f"{seen(found)}"
+            )
     if where is not None and not callable(where):
         raise TypeError(f"convert: where is a {type(where).__name__}; it must be a function of name and module")
 

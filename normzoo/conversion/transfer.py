@@ -49,8 +49,6 @@ class Carried:
     """Attributes of the new layer that hold the very tensors of the old one, by its names."""
     converted: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
     """Attributes of the new layer that were computed: the name of the old tensor, and the value."""
-    used: tuple[str, ...] = ()
-    """Other tensors of the old norm that went into the converted ones."""
     over_channels: bool = False
     """The layer takes rows, and the norm the channels of (N, C, \\*)."""
     exactness: Exactness | None = None
@@ -165,7 +163,7 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
         if name != source:
             notes.append(f"{source} is called {name} from now on, in the state dict too")
     fresh = tuple(name for name in _own(new) if name not in sources)
-    lost += bring_along(old, new, leave={*sources.values(), *carried.used})
+    lost += bring_along(old, new, leave=set(sources.values()))
     exactness = carried.exactness or rule.exactness
     if exactness in UNCHANGED and any(carried.arguments.get(k, v) != v for k, v in choice.options.items()):
         exactness = Exactness.APPROXIMATE

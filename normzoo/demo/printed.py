@@ -9,6 +9,7 @@ from torch import nn
 
 from normzoo_bench.tables import spread
 
+from ..conversion.report import shown
 from ..terminal import table
 from .measurements import ROUNDING
 from .settings import Settings
@@ -56,8 +57,8 @@ def facts(found: dict) -> list[tuple[str, str]]:
         ("parameters that stayed the same objects", f"{found['same_parameters']} of {found['parameters']}"),
         ("bits per held-out character, before", f"{found['bits_before']:.6f}"),
         ("bits per held-out character, after", f"{found['bits_after']:.6f}"),
-        ("largest difference of a logit", _size(found["logits_difference"])),
-        ("largest difference of a gradient", _size(found["gradients_difference"])),
+        ("largest difference of a logit", shown(found["logits_difference"])),
+        ("largest difference of a gradient", shown(found["gradients_difference"])),
     ]
 
 
@@ -91,10 +92,6 @@ def verdict(result: dict, settings: Settings) -> list[str]:
         f"expected of it. normzoo.RMSNorm runs at {min(speedups):.2f} to {max(speedups):.2f} times the speed "
         f"of torch's on this CPU, by the median of {settings.pairs} runs taken in turns.",
     ]
-
-
-def _size(difference: float) -> str:
-    return f"{difference:.1e}" if difference else "0"
 
 
 def _say(text: str) -> None:
