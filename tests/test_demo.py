@@ -102,10 +102,17 @@ def test_comparison_can_fail(monkeypatch):
         apply()
         model.final_norm.eps = 1e-3
 
+    def of_other_gradients(model, apply):
+        apply()
+        model.final_norm.weight.register_hook(lambda grad: 1.01 * grad)
+
     assert passes(lambda model, apply: apply())
     assert not passes(lambda model, apply: model)
     assert not passes(copied)
     assert not passes(shifted)
+    assert not passes(of_other_gradients)
+    monkeypatch.setattr(normzoo.conversion.Proof, "passed", property(lambda proof: False))
+    assert not passes(lambda model, apply: apply())
 
 
 def test_text_without_the_standard_library(tmp_path, monkeypatch):
