@@ -11,7 +11,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import normzoo
 from normzoo.conversion import Exactness
 from normzoo.conversion.surgery import WRAPPERS
 from normzoo.zoo import ZOO
@@ -88,6 +90,12 @@ def test_docstrings(name):
 def test_layer_has_an_example(entry):
     for thing in (entry.cls, entry.function):
         assert ">>>" in (inspect.getdoc(thing) or ""), f"the docstring of {thing.__name__} has no example"
+
+
+def test_the_plan_in_the_readme_is_what_is_printed():
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert str(normzoo.plan(model, "rms_norm")) in readme
 
 
 def test_conversion_page_is_whole():
