@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import normzoo
-from normzoo.conversion import TRANSFERS, Exactness, Norm
+from normzoo.conversion import TRANSFERS, Exactness, Norm, trial
 from normzoo.conversion.transfer import Carried, Transfer
 
 
@@ -638,3 +638,14 @@ def test_norms_that_fit_no_rule():
         "has a bias and no weight",
     ):
         assert any(words in reason for reason in reasons), words
+
+
+def test_the_error_is_that_of_the_parameters_of_today():
+    norm = nn.LayerNorm(8, bias=False)
+    with torch.no_grad():
+        norm.weight.copy_(torch.eye(8)[0])  # only the first entry of a row counts
+    (step,) = normzoo.plan(nn.Sequential(norm), "rms_norm").changes
+    x = trial.inputs_for(step.site.norm, torch.device("cpu"))
+    with torch.no_grad():
+        old, new = norm(x), step.make().module(x)
+    assert step.error == pytest.approx(trial.distance(new, old, (-1,)), rel=1e-5)

@@ -231,7 +231,8 @@ def _measured(site: Site, norm: Norm, choice: Choice | nn.Module, made: Replacem
         notes.append(f"not measured, as it takes {', '.join(needed)} from normzoo.inputs")
     else:
         close = bool(errors) and all(agrees for _, agrees in errors)
-        error = None if not errors else errors[0][0] if close else max(error for error, _ in errors)
+        # That of today's parameters, unless they hide what others show.
+        error = next((error for error, agrees in errors if agrees is close), None)
     exactness = made.exactness
     if exactness in UNCHANGED and not close:
         exactness = Exactness.APPROXIMATE
