@@ -92,6 +92,12 @@ def test_rows_without_a_baseline_on_a_machine_that_drifts():
     assert len(differences(*(document(*r) for r in rows))["slower"]) == 1
 
 
+def test_torch_having_a_good_day_is_no_regression():
+    old, new = ([row(1.0, layer="other"), *beside_torch(t, t / 2)] for t in (2.0, 1.8))
+    found = differences(document(*old), document(*new))
+    assert found["drift"] == pytest.approx(0.9) and not regressed(found)
+
+
 def test_when_torch_does_not_tell_the_drift():
     few = [document(*beside_torch(2.0 * s, s, count=4)) for s in (1.0, 1.5)]
     assert differences(*few)["drift"] is None and not regressed(differences(*few))  # the speedup is what it was

@@ -22,8 +22,8 @@ def differences(old: dict, new: dict, threshold: float = 0.05) -> dict:
     Machines drift, and the other contenders, which took turns with normzoo, tell by how much. So times are
     divided by the factor by which torch's changed, the ``drift``, unless the versions of torch differ or it has
     few rows. A row is slower if after that its median grew by more than `threshold` and the ranges of its times
-    (p20 to p80) lie apart, and, where it has a baseline, if its speedup over that shrank in the same way.
-    Faster is the other way round.
+    (p20 to p80) lie apart, and if a second witness says the same: its speedup over the baseline or, where it
+    has none, its times as they are. Faster is the other way round.
     """
     before, after = ({tuple(row[name] for name in KEY): row for row in d["rows"]} for d in (old, new))
     shared = [key for key in after if key in before]
@@ -53,7 +53,8 @@ def differences(old: dict, new: dict, threshold: float = 0.05) -> dict:
         ratio = _grown_by(b["seconds"], a["seconds"], drift or 1.0)
         baseline = a.get("baseline")
         relative = baseline not in (None, a["contender"]) and baseline == b.get("baseline")
-        judges = [ratio, _grown_by(a["speedup"], b["speedup"])] if relative else [ratio]
+        second = (a["speedup"], b["speedup"]) if relative else (b["seconds"], a["seconds"])
+        judges = [ratio, _grown_by(*second)]
         changed = {
             "row": name,
             "seconds": [a["seconds"]["median"], b["seconds"]["median"]],
