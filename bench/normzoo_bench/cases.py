@@ -139,7 +139,8 @@ def plan(
     if not names:
         asked = ", ".join(entry.name for entry in entries)
         what = f"the scaling {scaling!r}" if scaling else "workloads"
-        raise ValueError(f"none of {asked} has {what}; the families {', '.join(FAMILIES)} have")
+        having = [name for name, family in FAMILIES.items() if scaling is None or scaling in family.scaling]
+        raise ValueError(f"none of {asked} has {what}; layers of the family {' or '.join(having)} have")
     for pattern in patterns:
         if not any(_fits(name, pattern) for name in names):
             raise ValueError(f"there is no workload {pattern!r}; there are {', '.join(sorted(names))}")
