@@ -51,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="normzoo", description="Normalization layers for PyTorch.")
+    parser = argparse.ArgumentParser(
+        prog="normzoo",
+        description="Normalization layers for PyTorch.",
+        epilog="Exit codes: 0 fine, 1 a check failed, 2 wrong usage, 130 interrupted.",
+    )
     parser.add_argument("--version", action="version", version=f"normzoo {__version__}")
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -65,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = command("list", _list, "all layers", "All layers in a table.")
     info = command("info", _info, "one layer", "What there is to know about a layer.")
-    info.add_argument("name", help="as `normzoo list` shows it, or the class")
+    info.add_argument("name", metavar="NAME", help="as `normzoo list` shows it, or the class")
     doctor = command(
         "doctor",
         _doctor,
@@ -218,11 +222,7 @@ def _demo(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    try:
-        result = demo.run(quick=arguments.quick, quiet=arguments.json, report=arguments.report)
-    except KeyboardInterrupt:
-        print("normzoo demo: interrupted", file=sys.stderr)
-        return 130
+    result = demo.run(quick=arguments.quick, quiet=arguments.json, report=arguments.report)
     if arguments.json:
         print(json.dumps(result, indent=2))
     return 0 if result["passed"] else 1

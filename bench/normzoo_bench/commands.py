@@ -33,21 +33,35 @@ _ASKED = ("layer", "size", "dtype", "workload", "direction", "contender", "scali
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `bench`."""
     parser.epilog = "Exit codes: 0 fine, 1 normzoo failed a check, 2 wrong usage, 130 interrupted."
-    parser.add_argument("layer", nargs="*", help="names or classes; all of them by default")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda where there is a GPU")
-    parser.add_argument("--size", choices=SIZES, default="default", help="how many shapes, and how large")
-    _several(parser, "--dtype", "of the input; mixed: bfloat16 with float32 parameters")
-    _several(parser, "--workload", "names of workloads, such as llm or 'wide-*'")
+    parser.add_argument("layer", nargs="*", metavar="LAYER", help="names or classes (default: all)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where to measure (default: cuda where there is a GPU)"
+    )
+    parser.add_argument(
+        "--size",
+        choices=SIZES,
+        default="default",
+        help="how many shapes, and how large (default: %(default)s); dtypes, directions and rounds, unless "
+        "they are given, follow from it",
+    )
+    _several(parser, "--dtype", "of float32, bfloat16, float16 and mixed: bfloat16 with float32 parameters")
+    _several(parser, "--workload", "names of workloads, such as llm or 'wide-*' (default: all of the size)")
     _several(parser, "--direction", "of " + ", ".join(DIRECTIONS))
-    _several(parser, "--contender", "such as normzoo,torch,torch.compile")
+    _several(
+        parser,
+        "--contender",
+        "such as normzoo,torch,torch.compile (default: all but torch.compile-max, and on a CPU torch.compile)",
+    )
     parser.add_argument(
         "--scaling", choices=SCALINGS, help="time against one size, instead of the usual shapes"
     )
-    parser.add_argument("--rounds", type=int, help="samples of each contender, at least 2")
+    parser.add_argument("--rounds", type=int, metavar="N", help="samples of each contender, at least 2")
     parser.add_argument("--seconds", type=float, help="begin nothing new after so many")
-    parser.add_argument("--output", metavar="FILE.json", help="written after every case")
-    parser.add_argument("--json", action="store_true", help="the document on stdout")
-    parser.add_argument("--list", action="store_true", help="show what would be measured")
+    parser.add_argument(
+        "--output", metavar="FILE.json", help="where to write the results, again after every case"
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable, on stdout")
+    parser.add_argument("--list", action="store_true", help="show what would be measured, and measure nothing")
 
 
 def bench(arguments: argparse.Namespace) -> int:
@@ -63,7 +77,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     from . import run as runs
     from .measure import Settings
     from .peers import usual
-    from .results import writable
+    from .results import demand_writable
 
     try:
         device, cases, contenders, directions, unmeasured = _chosen(arguments)
@@ -73,7 +87,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         if arguments.seconds is not None and not arguments.seconds > 0:
             raise ValueError(f"--seconds is {arguments.seconds}; it must be more than 0")
         if arguments.output:
-            writable(arguments.output)
+            demand_writable(arguments.output)
     except ValueError as error:
         print(f"normzoo bench: {str(error).removeprefix('normzoo: ')}", file=sys.stderr)
         return 2
@@ -165,9 +179,15 @@ def _list(cases, contenders, directions, as_json: bool) -> int:
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `compare`."""
     parser.epilog = "Exit codes: 0 nothing got worse, 1 something did, 2 wrong usage."
-    parser.add_argument("old", help="what `bench --output` wrote")
-    parser.add_argument("new", help="what it wrote later")
-    parser.add_argument("--threshold", type=float, default=5.0, help="per cent that are no regression (5)")
+    parser.add_argument("old", metavar="OLD", help="what `bench --output` wrote")
+    parser.add_argument("new", metavar="NEW", help="what it wrote later")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=5.0,
+        metavar="PERCENT",
+        help="growth of time or memory that is no regression yet (default: %(default)g)",
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable, on stdout")
 
 

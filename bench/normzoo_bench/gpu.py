@@ -29,7 +29,7 @@ from . import run as runs
 from .cases import plan
 from .measure import Settings
 from .peers import usual
-from .results import Document, writable
+from .results import Document, demand_writable
 from .step import CONTENDERS, measure_step, steps
 from .tables import show
 from .workloads import DIRECTIONS
@@ -78,11 +78,15 @@ PARTS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if all is well, 1 if a test or a check of normzoo failed, 2 without a GPU or a folder, 130 if
-    stopped."""
-    parser = argparse.ArgumentParser(prog="python -m normzoo_bench.gpu", description=__doc__.split("\n\n")[0])
+    """Returns 0 if all is well, 1 if a test or a check of normzoo failed or no test ran, 2 without a GPU or a
+    folder, 130 if stopped."""
+    parser = argparse.ArgumentParser(
+        prog="python -m normzoo_bench.gpu",
+        description="Runs the kernel tests on a GPU and then the benchmark by parts, within a time limit.",
+        epilog="Exit codes: 0 fine, 1 a test or a check failed or no test ran, 2 wrong usage, 130 interrupted.",
+    )
     parser.add_argument("--output", metavar="DIR", required=True, help="a folder for the results; is made")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of the whole (8)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of the whole (default: 8)")
     parser.add_argument("--rehearse", action="store_true", help="the same plan on a CPU, in tiny sizes")
     arguments = parser.parse_args(argv)
     folder = Path(arguments.output)
@@ -97,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"--output is {folder}, which cannot be made a folder: {error.strerror}"
             ) from error
-        writable(folder / "bench.json")
+        demand_writable(folder / "bench.json")
     except ValueError as error:
         print(f"normzoo_bench.gpu: {error}", file=sys.stderr)
         return 2

@@ -62,12 +62,8 @@ class Document:
         os.replace(draft, path)
 
 
-def writable(path: str | Path) -> str | Path:
-    """`path`, where a document can be written to it.
-
-    Raises:
-        ValueError: it cannot, which is better known before all is measured.
-    """
+def demand_writable(path: str | Path) -> None:
+    """Raises ValueError where no document can be written to `path`, before anything is measured."""
     folder = Path(path).parent
     if Path(path).is_dir():
         raise ValueError(f"--output is {path}, which is a folder; name a file")
@@ -75,7 +71,6 @@ def writable(path: str | Path) -> str | Path:
         raise ValueError(f"--output is {path}, but there is no folder {folder}; make it first")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--output is {path}, but {folder} may not be written to; name another place")
-    return path
 
 
 def load(path: str | Path) -> dict:

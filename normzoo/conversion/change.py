@@ -183,8 +183,9 @@ class Plan:
         """Run the model on `sample` before and after the conversion and compare what it returns.
 
         All runs are in eval mode, without gradients, and on the same random numbers; afterwards the model is as
-        it was, converted or not. A third run tells how much rounding explains: there the last bit of every
-        converted norm is changed. A fourth tells whether the model repeats itself.
+        it was, converted or not. A third run tells how much rounding explains: there the output of every
+        converted norm is off at random, by a last bit or, where the conversions claim to be exact, by the error
+        of that norm if this is more. A fourth tells whether the model repeats itself.
 
         Args:
             sample: the input; a tuple is taken as positional, a mapping as keyword arguments. Or a function

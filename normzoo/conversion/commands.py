@@ -29,12 +29,16 @@ _WRAP = ("computes", "notes")
 def inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``normzoo inspect``."""
     _model_arguments(parser)
+    parser.epilog = "Exit codes: 0 fine, 2 wrong usage, 130 interrupted."
 
 
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``normzoo convert``."""
     _model_arguments(parser)
-    parser.epilog = "For example: normzoo convert hf:gpt2 --to 'h.*.ln_1=rms_norm' --to _default=same --dry-run"
+    parser.epilog = (
+        "Exit codes: 0 fine, 1 the proof failed and nothing is written, 2 wrong usage, 130 interrupted. "
+        "For example: normzoo convert hf:gpt2 --to 'h.*.ln_1=rms_norm' --to _default=same --dry-run"
+    )
     parser.add_argument(
         "--to",
         action="append",
@@ -47,7 +51,8 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--include",
         action="append",
         metavar="PATTERN",
-        help="norms that are meant (default: all); this and the next three may be repeated",
+        help="norms that are meant: a name, a glob or re:EXPRESSION (default: all); this and the next three "
+        "may be repeated",
     )
     parser.add_argument("--exclude", action="append", metavar="PATTERN", help="norms that are not")
     parser.add_argument(
@@ -65,7 +70,12 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--input", metavar="SIZES", help="sizes of a random input to try the model on, such as 2,3,224,224"
     )
     parser.add_argument("--dry-run", action="store_true", help="show the plan and its proof, write nothing")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the converted weights, as safetensors")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the converted weights to a new file, as safetensors; this or --dry-run is needed",
+    )
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,14 +83,15 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         help="module:factory or path.py:factory, where the factory is or returns a model, or (model, sample); "
-        "hf:FOLDER, hf:LlamaConfig or hf:gpt2 for transformers; timm:resnet18; nothing is downloaded",
+        "hf:FOLDER, hf:LlamaConfig or hf:gpt2 for transformers; timm:resnet18; for hf and timm nothing is "
+        "downloaded",
     )
     parser.add_argument(
         "--arg",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an argument for what makes the model; may be repeated",
+        help="an argument for what makes the model; VALUE is JSON where it can be, else text; may be repeated",
     )
 
 

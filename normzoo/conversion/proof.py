@@ -47,7 +47,8 @@ class Difference:
     error: float
     """Largest difference, relative to the largest entry."""
     rounding: float
-    """The same for the original model with the last bit of every converted norm's output changed at random."""
+    """The same for the original model with the output of every converted norm off at random: by a last bit, or
+    where all claim to be exact by the error of that norm, if this is more."""
     cosine: float
 
 
