@@ -70,7 +70,8 @@ def load(name: str, arguments: Mapping[str, Any]) -> Source:
     except SourceError:
         raise
     except (Exception, SystemExit) as error:  # of code that is the user's
-        raise SourceError(f"MODEL {name!r}: {said(error)}") from error
+        hint = _misfit() if make else ""
+        raise SourceError(f"MODEL {name!r}: {said(error).rstrip('.')}{hint}") from error
     weights = source.note if source.has_weights else "no weights"
     source.note = ", ".join(filter(None, (type(source.model).__name__, _size(source.model), weights)))
     return source
@@ -85,6 +86,21 @@ def said(error: BaseException) -> str:
     own = [f for f in frames if not f.filename.startswith(libraries) and "-packages" not in f.filename]
     where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {text}{where}"
+
+
+def _misfit() -> str:
+    """A likely cause, as the end of a sentence: torchvision, which timm and transformers import, from another
+    build than torch."""
+    if importlib.util.find_spec("torchvision") is None:
+        return ""
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:
+        return (
+            f"; the torchvision here does not load beside torch {torch.__version__} ({said(error)}): install "
+            "the build that belongs to it, or uninstall it"
+        )
+    return ""
 
 
 def _size(model: nn.Module) -> str:

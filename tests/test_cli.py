@@ -266,3 +266,16 @@ def test_a_reader_that_leaves():
     ) as process:
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait(60) == 141
+
+
+def test_a_torchvision_of_another_build(run, monkeypatch, tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (tmp_path / "timm.py").write_text("import torchvision")
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("timm", "torchvision")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, err = run("inspect", "timm:resnet18")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert (
+        f"; the torchvision here does not load beside torch {torch.__version__} (RuntimeError: operator" in err
+    )

@@ -58,6 +58,8 @@ class Part:
     contenders: tuple[str, ...] = ("normzoo", "torch", "torch.compile", "liger", "quack")
     host: bool = False
     """With the host's time and the number of launches."""
+    step: bool = False
+    """The training step of a model instead of layers."""
 
 
 _PAIR = ("rms_norm", "layer_norm")
@@ -71,7 +73,7 @@ PARTS = (
     Part("odd widths, contiguous and padded", 1.5, ("crms_norm", "rms_norm"), ("odd",), contenders=_FULL),
     Part("host time and launches", 1.2, _ALL, ("small",), directions=DIRECTIONS, host=True),
     Part("mixed dtypes", 1.0, _PAIR, ("llm", "odd"), dtype="mixed", contenders=("reference", *_QUICK)),
-    Part("training step", 1.5, _PAIR, contenders=CONTENDERS, host=True),
+    Part("training step", 1.5, _PAIR, contenders=CONTENDERS, host=True, step=True),
     Part("against rows", 0.8, _PAIR, scaling="rows", contenders=_QUICK),
     Part("against width", 0.8, _PAIR, scaling="width", contenders=_QUICK),
 )
@@ -183,7 +185,7 @@ def _parts(document: Document, settings: Settings, path: Path, end: float) -> bo
 
 def cases_of(part: Part, device: str) -> tuple[list, Callable[..., None] | None]:
     """The cases of a part, small ones where it is only rehearsed, and what measures one if not `measure`."""
-    if part.contenders is CONTENDERS:
+    if part.step:
         return steps(device, part.layers), measure_step
     entries = [find(name) for name in part.layers]
     size = part.size if device == "cuda" else "smoke"
