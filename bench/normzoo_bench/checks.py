@@ -19,13 +19,10 @@ import normzoo
 from . import peers
 from .cases import Buffers, Case
 from .peers import Contender, unchanged_state
+from .results import Unfit
 
 LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Relative to the largest entry. Rounding stays below, another function is above."""
-
-
-class Unfit(Exception):
-    """A contender that does not compute the function, or not cleanly; the message says how."""
 
 
 class Check:

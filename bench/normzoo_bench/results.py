@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from normzoo.files import whole
+
 FORM = 1
 """Rises when a reader of older documents would go wrong."""
 
@@ -16,6 +18,10 @@ KEY = ("layer", "contender", "workload", "dtype", "memory_format", "direction", 
 """What tells a row from others."""
 
 _NEEDED = {"seconds": dict, "error": dict}
+
+
+class Unfit(Exception):
+    """A contender that does not compute the function, or not cleanly; the message says how."""
 
 
 def is_ours(contender: str) -> bool:
@@ -47,7 +53,7 @@ class Document:
 
     def add_failed(self, case: Any, contender: str, error: Exception, direction: str = "") -> None:
         lines = str(error).strip().splitlines() or [""]
-        reason = lines[0] if type(error).__name__ == "Unfit" else f"{type(error).__name__}: {lines[0]}"
+        reason = lines[0] if isinstance(error, Unfit) else f"{type(error).__name__}: {lines[0]}"
         self.failed.append({**case.key, "contender": contender, "direction": direction, "reason": reason})
 
     @property
@@ -56,10 +62,8 @@ class Document:
 
     def write(self, path: str | Path) -> None:
         """Writes the whole document or, when something goes wrong, leaves the old file as it is."""
-        path = Path(path)
-        draft = path.with_name(path.name + ".part")
-        draft.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        with whole(Path(path)) as part:
+            part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
 def demand_writable(path: str | Path) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files import whole
 from ..model_source import Source, SourceError, load, pairs, said
 from ..terminal import say, table
 from .change import Plan
@@ -264,13 +264,10 @@ def _check_weights(source: Source) -> None:
 def _write(made: Plan, out: Path) -> None:
     from safetensors.torch import save_model
 
-    # Half a file must not pass for a checkpoint.
-    part = out.with_name(out.name + ".part")
     try:
-        save_model(made.apply(), str(part), metadata={"normzoo": made.to_json()})
-        os.replace(part, out)
+        with whole(out) as part:  # half a file must not pass for a checkpoint
+            save_model(made.apply(), str(part), metadata={"normzoo": made.to_json()})
     except Exception as error:  # safetensors has a class of its own for what the system says
-        part.unlink(missing_ok=True)
         raise SourceError(f"--out is {str(out)!r}, and writing it failed ({said(error)})") from error
     print(
         f"wrote {out}; safetensors.torch.load_model puts it into the same model after the same normzoo.convert",

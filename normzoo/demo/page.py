@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined  # torch depends on it
 
 from normzoo_bench.tables import spread
 
+from ..files import whole
 from . import charts, printed
 from .settings import Settings
 
 
 def write(path: Path, result: dict, settings: Settings) -> None:
     """Writes the report of a `result` of the demonstration to `path`, whole or not at all."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(html(result, settings), encoding="utf-8")
-    os.replace(draft, path)
+    with whole(path) as part:
+        part.write_text(html(result, settings), encoding="utf-8")
 
 
 def html(result: dict, settings: Settings) -> str:
