@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import platform
 from typing import Any
 
 import torch
+
+from normzoo_bench.environment import version
 
 from . import __version__
 from .dispatch import KERNEL_DTYPES, backend
@@ -35,13 +36,8 @@ def examine() -> dict[str, Any]:
 def _versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {"normzoo": __version__, "python": platform.python_version()}
     versions["torch"] = torch.__version__
-    for name in ("triton", "einops", "rich", "numpy", "matplotlib", "transformers", "timm", "safetensors"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            # ROCm and XPU builds of torch bring Triton under another distribution name.
-            versions[name] = "there" if importlib.util.find_spec(name) else None
-    return versions
+    names = ("triton", "einops", "rich", "numpy", "matplotlib", "transformers", "timm", "safetensors")
+    return versions | {name: version(name, name) for name in names}
 
 
 def _device() -> str:

@@ -35,16 +35,20 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], wrap
     """
     shown = [i for i in range(len(header)) if not rows or any(row[i] for row in rows)]
     header, rows = [header[i] for i in shown], [[row[i] for i in shown] for row in rows]
-    by_rich = _has_rich()
-    natural = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    natural = _natural(header, rows)
     widths = _fitted(header, natural, wrap) if wrap else natural
     right = [i > 0 and all(_NUMBER.fullmatch(row[i]) for row in rows) for i in range(len(header))]
     if widths is None:
         _blocks(title, header, rows)
-    elif by_rich:
+    elif _has_rich():
         _rich(title, header, rows, right, widths)
     else:
-        _plain(title, header, rows, right, widths)
+        print(title, plain(header, rows, widths, right), sep="\n", end="\n\n")
+
+
+def _natural(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """The widths of columns that break no lines."""
+    return [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
 
 def _width() -> int | None:
@@ -102,20 +106,22 @@ def _rich(
     print("\n".join(line.rstrip() for line in captured.get().splitlines()), end="\n\n")
 
 
-def _plain(
-    title: str,
+def plain(
     header: Sequence[str],
     rows: Sequence[Sequence[str]],
-    right: Sequence[bool],
-    widths: Sequence[int],
-) -> None:
-    print(title)
+    widths: Sequence[int] | None = None,
+    right: Sequence[bool] | None = None,
+) -> str:
+    """A table in plain text. `widths` are those of the columns, and `right` tells which stand on the right."""
+    widths = _natural(header, rows) if widths is None else widths
+    lines = []
     for row in (header, ["-" * width for width in widths], *rows):
         broken = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
         for cells in itertools.zip_longest(*broken, fillvalue=""):
-            placed = zip(cells, widths, right, strict=True)
-            print((" " * _GAP).join(c.rjust(w) if number else c.ljust(w) for c, w, number in placed).rstrip())
-    print()
+            placed = zip(cells, widths, right or [False] * len(widths), strict=True)
+            line = (" " * _GAP).join(c.rjust(w) if number else c.ljust(w) for c, w, number in placed)
+            lines.append(line.rstrip())
+    return "\n".join(lines)
 
 
 def _blocks(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -129,9 +135,9 @@ def _blocks(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) ->
     print()
 
 
-def say(text: str) -> None:
-    """Prints lines, broken between words where they are wider than the terminal."""
-    width = _width()
+def say(text: str, width: int | None = None) -> None:
+    """Prints lines, broken between words where they are wider than `width` or, without it, the terminal."""
+    width = width or _width()
     for line in text.splitlines():
         print(_broken(line, width) if width else line)
 

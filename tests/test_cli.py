@@ -143,6 +143,12 @@ def test_numbers_stay_whole(capsys, monkeypatch, rich):
     assert capsys.readouterr().out.count(text) == 3
 
 
+@pytest.mark.usefixtures("no_rich")
+def test_numbers_go_to_the_right(capsys):
+    table("title", ("layer", "time"), [("one", "1.5"), ("two", "12.25")])
+    assert capsys.readouterr().out == "title\nlayer   time\n-----  -----\none      1.5\ntwo    12.25\n\n"
+
+
 def test_progress_in_lines(capsys):
     with progress("work", 25) as step:
         for i in range(25):

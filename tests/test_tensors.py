@@ -244,3 +244,10 @@ def test_shared_frozen_parameters_are_not_untied():
 def test_the_eps_of_float64():
     (step,) = normzoo.plan(nn.RMSNorm(8, dtype=torch.float64), "layer_norm").steps
     assert step.make().module.eps == torch.finfo(torch.float64).eps
+
+
+def test_a_shared_parameter_that_stays_is_no_obstacle():
+    model = nn.Sequential(OnePlusNorm(8), OnePlusNorm(8))
+    model[1].bias = model[0].bias  # kept, while the weights are converted
+    normzoo.convert(model)
+    assert [type(norm) for norm in model] == [normzoo.LayerNorm] * 2 and model[0].bias is model[1].bias

@@ -142,7 +142,7 @@ def _chosen(arguments: argparse.Namespace):
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch sees no GPU here; use --device cpu")
-    entries = list({find(layer).name: find(layer) for layer in arguments.layer}.values()) or list(ZOO)
+    entries = list({entry.name: entry for entry in map(find, arguments.layer)}.values()) or list(ZOO)
     default = _DTYPES.get((name, arguments.size), ("bfloat16",))
     dtypes = _known("--dtype", arguments.dtype, DTYPES) or default
     directions = _known("--direction", arguments.direction, DIRECTIONS) or _OF_SIZE[arguments.size][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -32,7 +33,7 @@ def environment(device: torch.device | str = "cpu") -> dict:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu": _cpu_model(),
-        **{name: _version(distribution) for name, distribution in _DISTRIBUTIONS.items()},
+        **{module: version(module, distribution) for module, distribution in _DISTRIBUTIONS.items()},
         **_checkout(),
         "device": device.type,
         "cache_bytes": cache_bytes(device),
@@ -59,11 +60,13 @@ def cache_bytes(device: torch.device) -> int:
     return max(sizes, default=0) or _USUAL_CACHE
 
 
-def _version(distribution: str) -> str | None:
+def version(module: str, distribution: str) -> str | None:
+    """The version of a package, ``"there"`` where it goes by another name, None where it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return None
+        # ROCm and XPU builds of torch bring Triton under another distribution name.
+        return "there" if importlib.util.find_spec(module) else None
 
 
 def _cpu_model() -> str | None:

@@ -174,10 +174,10 @@ def timed(
     baseline = next((name for name in ("torch", "reference") if name in by_name), None)
     for row, prepared in ready:
         own = by_name[row["contender"]]
-        median = timing.summary(own).median
-        speed = None if row["bytes"] is None else row["bytes"] / median
+        spent = timing.summary(own)
+        speed = None if row["bytes"] is None else row["bytes"] / spent.median
         row |= {
-            "seconds": timing.summary(own)._asdict(),
+            "seconds": spent._asdict(),
             "rounds": rounds,
             "calls": prepared.calls,
             "baseline": baseline,

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ..terminal import plain
 from . import bypass, report
 from .proof import Proof, compare, nudged, outputs
 from .recognise import Site, recognise
@@ -51,8 +52,9 @@ class Step:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        plan = {key: getattr(self, key) or None for key in ("action", "target", "exactness", "error", "reason")}
-        return self.site.to_dict() | plan | {"error": self.error, "tensors": self.tensors}
+        keys = ("action", "target", "exactness", "error", "tensors")
+        plan = {key: getattr(self, key) for key in keys} | {"reason": self.reason or None}
+        return self.site.to_dict() | plan
 
 
 class Plan:
@@ -114,7 +116,7 @@ class Plan:
 
     def table(self) -> str:
         """The plan as text; norms that differ by a number in their name share a row."""
-        return f"{report.plain(*self.rows())}\n\n{self.summary()}"
+        return f"{plain(*self.rows())}\n\n{self.summary()}"
 
     __str__ = table
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..terminal import plain
 from . import bypass, luggage, report
 from .recognise import Site, sites
 from .surgery import references
@@ -47,7 +48,7 @@ class Inspection:
 
     def table(self) -> str:
         """The inspection as text; norms that differ by a number in their name share a row."""
-        return f"{report.plain(*self.rows())}\n\n{self.summary()}" if self.sites else self.summary()
+        return f"{plain(*self.rows())}\n\n{self.summary()}" if self.sites else self.summary()
 
     __str__ = table
 
@@ -93,24 +94,21 @@ def examine(model: nn.Module, caller: str) -> list[Site]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model is a {type(model).__name__}; it must be a torch.nn.Module")
     found = sites(model)
-    owners = owners_of_parameters(model)
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     outside = references(model, [site.module for site in found])
     for site in found:
+        own = site.module._parameters.items()
+        site.shared = tuple(name for name, p in own if p is not None and owners[id(p)] > 1)
         site.outside = outside.get(site.module, "")
-        site.flags = list(_flags(site, owners))
+        site.flags = list(_flags(site))
     return found
 
 
-def owners_of_parameters(model: nn.Module) -> Counter[int]:
-    """How many modules hold the parameter with an id."""
-    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-
-
-def _flags(site: Site, owners: Counter[int]) -> Iterator[str]:
+def _flags(site: Site) -> Iterator[str]:
     module = site.module
     if len(site.names) > 1:
         yield f"also called {', '.join(site.names[1:])}"
-    if any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):
+    if site.shared:
         yield "shares a parameter with another module"
     if parametrize.is_parametrized(module):
         yield "parametrized"

@@ -45,11 +45,6 @@ class Norm:
     arguments: tuple[str, ...] = ()
     """What forward takes beside the input: a module that takes the input alone cannot stand in its place."""
 
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """The attributes that hold what the norm computes with."""
-        return tuple(name for name in (self.weight, self.bias) if name) + self.statistics
-
     def describe(self) -> str:
         """One line for a table."""
         parts = [self.family if self.shape is None else f"{self.family} {self.shape}"]

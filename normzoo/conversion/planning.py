@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 
 from . import bypass, report
 from .change import Plan, Step
-from .examine import examine, owners_of_parameters
+from .examine import examine
 from .norm import Norm
 from .proof import site_error
 from .recognise import Site
@@ -67,10 +66,7 @@ def plan(
     refuse_wrapped(model)
     selected = selector(include, exclude, types, where, found)
     choose = chooser(to, options, found)
-    owners = owners_of_parameters(model)
-    steps = [
-        _step(site, choose, owners) if selected(site) else Step(site, "keep", "filtered out") for site in found
-    ]
+    steps = [_step(site, choose) if selected(site) else Step(site, "keep", "filtered out") for site in found]
     _refuse_reuse(model, steps)
     if not any(step.action == "convert" for step in steps):
         raise ValueError(f"convert: nothing can be converted; {seen(found)}{_reasons(steps)}")
@@ -166,7 +162,7 @@ def _reasons(steps: Sequence[Step]) -> str:
     return "".join(lines)
 
 
-def _step(site: Site, choose: Chooser, owners: Counter[int]) -> Step:
+def _step(site: Site, choose: Chooser) -> Step:
     try:
         choice = choose(site)
         if choice is None:
@@ -176,7 +172,7 @@ def _step(site: Site, choose: Chooser, owners: Counter[int]) -> Step:
         made = replacement(site, choice)
         if type(made.module) is type(site.module) and isinstance(choice, Choice) and not choice.options:
             return Step(site, "keep", f"it is normzoo's {choice.entry.name} already")
-        _refuse(site, made, owners)
+        _refuse(site, made)
         return _measured(site, site.norm, choice, made)
     except Refused as reason:
         return Step(site, "refuse", str(reason)) if site.norm else Step(site, "unknown")
@@ -195,14 +191,11 @@ def _refuse_reuse(model: nn.Module, steps: Sequence[Step]) -> None:
             taken.add(step.choice)
 
 
-def _refuse(site: Site, made: Replacement, owners: Counter[int]) -> None:
+def _refuse(site: Site, made: Replacement) -> None:
     """Raises Refused where the model would no longer hang together."""
     if site.outside:
         raise Refused(f"{site.outside} holds it too, outside the module tree, and would go on with the old one")
-    leaving = [
-        p for name, p in site.module._parameters.items() if name not in made.kept.values() and p is not None
-    ]
-    if made.converted and any(owners[id(p)] > 1 for p in leaving):
+    if made.converted and set(site.shared) - set(made.kept.values()):
         raise Refused(
             f"another module shares its parameters, and a new {', '.join(made.converted)} would untie them"
         )

@@ -83,6 +83,8 @@ class Site:
     """Why it is unknown."""
     parents: list[tuple[nn.Module, str]] = field(default_factory=list)
     """The modules that hold it, and its name there."""
+    shared: tuple[str, ...] = ()
+    """Its parameters that other modules hold too."""
     outside: str = ""
     """An attribute beside the module tree that holds it too."""
     flags: list[str] = field(default_factory=list)

@@ -37,15 +37,6 @@ def _called(names: Sequence[str]) -> str:
     return f"{_NUMBER.sub(lambda match: next(shown), names[0])} x{len(names)}"
 
 
-def plain(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in plain text."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = (header, ["-" * width for width in widths], *rows)
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
 def count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 

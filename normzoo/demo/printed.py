@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 
 from torch import nn
 
 from normzoo_bench.tables import spread
 
 from ..conversion.report import shown
-from ..terminal import table
+from ..terminal import say, table
 from .measurements import ROUNDING
 from .settings import Settings
 
@@ -95,4 +94,4 @@ def verdict(result: dict, settings: Settings) -> list[str]:
 
 
 def _say(text: str) -> None:
-    print(textwrap.fill(text, 78, break_on_hyphens=False))
+    say(text, 78)
