@@ -24,6 +24,19 @@ def eps(layer: str, value: float) -> None:
         raise ValueError(f"{layer}: eps is {value!r}; it must be a positive finite number")
 
 
+def positive(layer: str, argument: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{layer}: {argument} is {value!r}; it must be a positive int")
+
+
+def momentum(layer: str, value: float | None) -> None:
+    if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+        raise ValueError(
+            f"{layer}: momentum is {value!r}; it must be a number from 0 to 1, the weight of the new "
+            "statistics, or None for their plain average"
+        )
+
+
 def rows(
     layer: str,
     x: Tensor,
@@ -54,6 +67,24 @@ def rows(
     if residual is not None:
         _beside(layer, "residual", residual, x, x.shape)
     return sizes
+
+
+def channels(layer: str, x: Tensor, num_features: int | None, **tensors: Tensor | None) -> None:
+    """x (N, C, *) of a floating dtype, C = `num_features`; `tensors`, by name, (C,) or None; one device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{layer}: the input is a {type(x).__name__}; it must be a torch.Tensor")
+    if x.dim() < 2:
+        raise ValueError(f"{layer}: the input has shape {tuple(x.shape)}; it must be (N, C, *)")
+    if not x.is_floating_point():
+        raise TypeError(f"{layer}: the input is {x.dtype}; it must be of a real floating-point dtype")
+    if num_features is not None and x.shape[1] != num_features:
+        raise ValueError(
+            f"{layer}: num_features is {num_features} but the input has shape {tuple(x.shape)}; "
+            "its dimension 1 must match"
+        )
+    for name, t in tensors.items():
+        if t is not None:
+            _beside(layer, name, t, x, x.shape[1:2])
 
 
 def _beside(layer: str, name: str, p: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:

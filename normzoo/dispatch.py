@@ -68,7 +68,7 @@ class Reference:
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
-        self.strict = _state.names[-1] == "triton"
+        self.strict = insisted()
 
     def __call__(self, *args: Tensor | None) -> Tensor:
         with backend("reference"):
@@ -89,8 +89,15 @@ def transformed() -> bool:
     )
 
 
-def use_kernel(x: Tensor, residual: Tensor | None = None, *parameters: Tensor | None) -> bool:
-    """Whether the kernel runs. Under torch.compile "auto" leaves the eager body to Inductor, which fuses it.
+def insisted() -> bool:
+    """Whether the user asked for kernels, so that one that does not compile is an error."""
+    return _state.names[-1] == "triton"
+
+
+def use_kernel(
+    x: Tensor, residual: Tensor | None = None, *parameters: Tensor | None, fusible: bool = True
+) -> bool:
+    """Whether the kernel runs. Under torch.compile "auto" leaves a `fusible` body to Inductor, which fuses it.
 
     Raises:
         RuntimeError: ``backend("triton")`` was asked for and the inputs cannot run there.
@@ -105,7 +112,8 @@ def use_kernel(x: Tensor, residual: Tensor | None = None, *parameters: Tensor | 
         return True
     if residual is not None and residual.dtype not in KERNEL_DTYPES:
         return False
-    return x.is_cuda and x.dtype in KERNEL_DTYPES and _TRITON and not torch.compiler.is_compiling()
+    fused = fusible and torch.compiler.is_compiling()
+    return x.is_cuda and x.dtype in KERNEL_DTYPES and _TRITON and not fused
 
 
 def _insist(x: Tensor) -> None:

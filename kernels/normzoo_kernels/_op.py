@@ -42,6 +42,14 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def differentiated(dy: Tensor) -> bool:
+    """Whether the backward pass is itself differentiated (create_graph) or batched: kernels cannot be."""
+    if torch.compiler.is_compiling():
+        return False
+    batched = torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy)
+    return batched or torch.is_grad_enabled()
+
+
 def through_reference(
     reference: Callable, inputs: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:

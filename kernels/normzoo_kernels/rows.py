@@ -11,7 +11,7 @@ from torch import Tensor
 from ._forms import backward_form, forward_form
 from ._launch import KernelUnavailable, launch, warn_once
 from ._layout import empty_rows, like_rows, order_of, output_stride, row_stride, rows_in, touched_width, unit_of
-from ._op import needs_grad, op, through_reference
+from ._op import differentiated, needs_grad, op, through_reference
 from ._rows import norm_bwd, norm_fwd, sum_parts
 
 STATS = {"layer": 3, "crms": 2, "rms": 1}
@@ -161,7 +161,7 @@ class _Norm(torch.autograd.Function):
         needs = (wants_x or wants_residual, *wants)
         if dy is None:
             dx, dw, db = dtotal, None, None
-        elif _transformed(dy):
+        elif differentiated(dy):
             dx, dw, db = _by_reference(ctx, x, weight, bias, needs, dy, dtotal)
         else:
             try:
@@ -173,14 +173,6 @@ class _Norm(torch.autograd.Function):
         grads = [g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
         grads += [g if need else None for g, need in zip((dw, db), wants, strict=True)]
         return *grads, None, None, None, None, None
-
-
-def _transformed(dy: Tensor) -> bool:
-    """Whether the backward pass is itself differentiated (create_graph) or batched: kernels cannot be."""
-    if torch.compiler.is_compiling():
-        return False
-    batched = torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy)
-    return batched or torch.is_grad_enabled()
 
 
 def _by_reference(ctx, x, weight, bias, needs, dy, dtotal):

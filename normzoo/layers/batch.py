@@ -1,0 +1,180 @@
+r"""Batch normalization: every channel gets mean zero and variance one over the batch.
+
+Ioffe and Szegedy, *Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+Shift*, 2015, arXiv:1502.03167, algorithm 1. Semantics of :class:`torch.nn.BatchNorm2d`: the biased variance
+normalizes, the unbiased one is averaged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import checks, ranks
+from ..dispatch import use_kernel
+from ..engine import normalize
+from ..moments import Moments
+from ..state import Running, average, commit, recomputing
+
+Statistics = tuple[Tensor, Tensor, Any]
+"""Mean and unbiased variance of a batch, and how many values they were taken over."""
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""y = weight · (x − mean) / sqrt(var + eps) + bias, statistics over the batch or stored ones.
+
+    Args:
+        x: (N, C, \*) or (N, C), contiguous or channels_last, any real floating dtype.
+        running_mean, running_var: (C,) or None. In training they become (1 − momentum) · old + momentum · new,
+            in place; otherwise they take the place of the statistics of the batch.
+        weight, bias: (C,) or None, of any floating dtype.
+        training: whether to take the statistics of the batch.
+        momentum: weight of the new statistics.
+        eps: added to the biased variance; positive.
+
+    Returns:
+        Shape, dtype and memory format of `x`, under autocast too.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not fit together, or a channel has one value.
+
+    >>> import torch
+    >>> batch_norm(torch.tensor([[1.0], [3.0]]), None, None, training=True)
+    tensor([[-1.0000],
+            [ 1.0000]])
+    """
+    tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    checks.channels("batch_norm", x, None, **tensors)
+    checks.eps("batch_norm", eps)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("batch_norm: running_mean and running_var must both be given, or neither")
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError("batch_norm: without training it needs running_mean and running_var")
+        return with_stored(x, running_mean, running_var, weight, bias, eps)
+    y, (mean, var, count) = with_batch("batch_norm", x, weight, bias, eps)
+    if running_mean is not None and running_var is not None and count and not recomputing():
+        pairs = (running_mean, mean), (running_var, var)
+        commit([(old, average(old, new, momentum)) for old, new in pairs])
+    return y
+
+
+def with_stored(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """x normalized by given statistics: torch's operator, which needs no help."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    return F.batch_norm(x, mean.to(dtype), var.to(dtype), weight, bias, False, 0.0, eps)
+
+
+def with_batch(
+    layer: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    sync: bool = False,
+    process_group: Any = None,
+) -> tuple[Tensor, Statistics]:
+    """(y, statistics) with the statistics of the batch, across ranks with `sync`."""
+    sync = sync and ranks.size(process_group) > 1
+    count = x.numel() // x.shape[1] if x.numel() else 0
+    if count == 1 and not sync:
+        raise ValueError(
+            f"{layer}: Expected more than 1 value per channel when training, got input size {tuple(x.shape)}; "
+            "use a larger batch or eval mode"
+        )
+    if sync or use_kernel(x, None, weight, bias, fusible=False):
+
+        def combine(m: Moments):
+            m = m.across_ranks(process_group) if sync else m
+            return *m.standardize(weight, bias, eps), (m.mean, m.sets.unbiased_var, m.sets.count)
+
+        return normalize(x, combine)
+
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    # With momentum 1 the running statistics become those of the batch.
+    mean, var = x.new_zeros(x.shape[1], dtype=dtype), x.new_ones(x.shape[1], dtype=dtype)
+    return F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps), (mean, var, count)
+
+
+class _BatchNorm(Running):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        sync: bool = False,
+        process_group: Any = None,
+        nonfinite: str = "propagate",
+    ) -> None:
+        options = {"bias": bias, "sync": sync, "process_group": process_group, "nonfinite": nonfinite}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+
+    def forward(self, input: Tensor) -> Tensor:
+        layer = type(self).__name__
+        self._check_input_dim(input)
+        checks.channels(layer, input, self.num_features, weight=self.weight, running_mean=self.running_mean)
+        if not self.training and self.running_mean is not None and self.running_var is not None:
+            return with_stored(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        how = {"sync": self.sync and self.training, "process_group": self.process_group}
+        y, statistics = with_batch(layer, input, self.weight, self.bias, self.eps, **how)
+        if self.training and self.track_running_stats:
+            self._track(*statistics)
+        return y
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    r"""y = weight · (x − mean) / sqrt(var + eps) + bias, a drop-in for :class:`torch.nn.BatchNorm1d`.
+
+    Same arguments, state and mathematics. Input (N, C) or (N, C, L), output alike in shape, dtype and memory
+    format. Parameters and buffers may be of another dtype than the input; statistics are float32 at least.
+
+    Args:
+        sync: in training, take the statistics over all ranks of `process_group`. Any backend, gloo on a CPU
+            included, batches of different sizes and empty ones; also under ``torch.compile(fullgraph=True)``.
+            Gradients of weight and bias stay those of the rank, for DDP to average.
+        process_group: None means the world.
+        nonfinite: what a batch with NaN or infinite statistics does to the state: ``"propagate"`` (as in torch,
+            the running averages stay NaN from then on) or ``"skip"`` (the state stays as it is, and
+            ``batches_skipped`` counts; the output is NaN in both cases).
+
+    In training one value per channel is an error, unless it is one on each of several ranks. Activation
+    checkpointing counts a batch once, where torch counts it twice.
+
+    Raises:
+        ValueError, TypeError: an argument, or the input of a call, does not fit.
+
+    >>> import torch
+    >>> BatchNorm1d(1)(torch.tensor([[1.0], [3.0]])).detach()
+    tensor([[-1.0000],
+            [ 1.0000]])
+    """
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """A drop-in for :class:`torch.nn.BatchNorm2d`: input (N, C, H, W), else as :class:`BatchNorm1d`."""
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    """A drop-in for :class:`torch.nn.BatchNorm3d`: input (N, C, D, H, W), else as :class:`BatchNorm1d`."""

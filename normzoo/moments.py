@@ -1,0 +1,291 @@
+r"""Mean and variance of sets of values, merged without losing digits.
+
+A mean is kept as pivot + delta: the pivot is a number near it, treated as a constant, and delta what is left.
+Sets are merged on differences of pivots by the formula of Chan, Golub and LeVeque, *Updating Formulae and a
+Pairwise Algorithm for Computing Sample Variances*, 1979. The sum pivot + delta is never formed on the way,
+because it would round away what delta knows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from . import ranks
+
+
+@dataclass(frozen=True, eq=False)
+class Sets:
+    """Disjoint sets of values. Tensors are ([2 regions,] [sets of samples,] sets of channels)."""
+
+    count: Any
+    """Values in each set: a number, or a tensor that broadcasts with the others."""
+    pivot: Tensor
+    delta: Tensor
+    m2: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.pivot + self.delta
+
+    @property
+    def var(self) -> Tensor:
+        """Biased: m2 / count."""
+        return self.m2 / _divisor(self.count)
+
+    @property
+    def unbiased_var(self) -> Tensor:
+        """m2 / (count − 1)."""
+        return self.m2 / _divisor(self.count - 1)
+
+    def merged(self, dim: int, keepdim: bool = False) -> Sets:
+        """The unions of the sets along `dim`."""
+        if isinstance(self.count, Tensor):
+            count = self.count.expand(self.m2.shape)
+            n = count.sum(dim, keepdim=True)
+            share = count / _divisor(n)
+        else:
+            count, n = self.count, self.count * self.m2.shape[dim]
+            share = 1 / max(self.m2.shape[dim], 1)
+        pivot = (share * self.pivot).sum(dim, keepdim=True).detach()
+        away = (self.pivot - pivot) + self.delta
+        delta = (share * away).sum(dim, keepdim=True)
+        m2 = (self.m2 + count * (away - delta).square()).sum(dim, keepdim=True)
+        found = Sets(n, pivot, delta, m2)
+        return found if keepdim else found.each(lambda t: t.squeeze(dim))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Sets:
+        """Every tensor changed."""
+        parts = (self.count, self.pivot, self.delta, self.m2)
+        return Sets(*(change(t) if isinstance(t, Tensor) else t for t in parts))
+
+    def counted(self) -> Sets:
+        """With a tensor for the count, as large as the others."""
+        count = self.count if isinstance(self.count, Tensor) else torch.full_like(self.m2, self.count)
+        return Sets(count.expand(self.m2.shape), self.pivot, self.delta, self.m2)
+
+
+def _divisor(n: Any) -> Any:
+    """n, or 1 where it is not positive: of nothing, the statistics are zero."""
+    return torch.where(n > 0, n, 1) if isinstance(n, Tensor) else max(n, 1)
+
+
+class Moments:
+    r"""Statistics of x for every channel, or for every sample and channel: what a combine works with.
+
+    ``count``, ``delta``, ``m2``, ``mean`` and ``var`` are those of the set that a channel (a sample's channel)
+    belongs to. At first each is its own set; ``over_batch``, ``over_groups``, ``over_channels``,
+    ``over_chunks`` and ``across_ranks`` merge sets, and the same attributes then tell about the union. So
+
+    >>> import torch
+    >>> m = Moments(4, torch.zeros(2, 6), torch.zeros(2, 6), torch.rand(2, 6))  # 2 samples of 6 channels
+    >>> m.over_groups(3).var.shape  # each channel sees the variance of its group
+    torch.Size([2, 6])
+    >>> m.over_batch().var.shape  # one for all samples
+    torch.Size([6])
+
+    Args:
+        count: values behind each entry: a number or a tensor that broadcasts.
+        pivot: (C,) or (N, C), with a leading axis of size 2 where there are two regions. A constant.
+        delta: mean − pivot, shaped like `pivot`.
+        m2: the sum of (x − mean)², shaped like `pivot`.
+        regions: whether there is that leading axis.
+
+    :func:`normzoo.engine.normalize` makes them and hands them to a combine.
+    """
+
+    def __init__(self, count: Any, pivot: Tensor, delta: Tensor, m2: Tensor, *, regions: bool = False) -> None:
+        self.pivot = pivot
+        """Of every entry, merged or not: x − pivot is what a combine's scale and shift act on."""
+        self.sets = Sets(count, pivot, delta, m2)
+        """The distinct sets, each once: for stored statistics, which want no copies."""
+        self._regions = regions
+        self._spreads: tuple[Callable[[Tensor], Tensor], ...] = ()
+        self._samples = pivot.dim() - regions == 2
+        """Whether the sets still have an axis for samples."""
+
+    @property
+    def count(self) -> Any:
+        return self._at_entries(self.sets.count) if isinstance(self.sets.count, Tensor) else self.sets.count
+
+    @property
+    def delta(self) -> Tensor:
+        """The mean, less the pivot of the entry."""
+        if self.sets.pivot is self.pivot:
+            return self.sets.delta
+        return (self._at_entries(self.sets.pivot) - self.pivot) + self._at_entries(self.sets.delta)
+
+    @property
+    def m2(self) -> Tensor:
+        return self._at_entries(self.sets.m2)
+
+    @property
+    def mean(self) -> Tensor:
+        """pivot + delta, rounded: to store, to show; what is subtracted from x is better taken from delta."""
+        return self._at_entries(self.sets.mean)
+
+    @property
+    def var(self) -> Tensor:
+        """The biased variance."""
+        return self._at_entries(self.sets.var)
+
+    def standardize(
+        self, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    ) -> tuple[Tensor, Tensor]:
+        """(scale, shift) of weight · (x − mean) / sqrt(var + eps) + bias, each of them (C,) or None."""
+        scale = torch.rsqrt(self.var + eps)
+        if weight is not None:
+            scale = scale * weight
+        shift = -self.delta * scale
+        return scale, shift if bias is None else shift + bias
+
+    def over_batch(self, weights: Tensor | None = None, group: Any = None) -> Moments:
+        """One set for all samples, and for all ranks of the process group `group`.
+
+        Args:
+            weights: (N,), how much each sample counts; all the same by default.
+            group: a process group, as for :meth:`across_ranks`; None stays on this rank.
+        """
+        found = self
+        if self._samples:
+            sets = self.sets
+            if weights is not None:
+                if self._spreads or weights.shape != sets.m2.shape[-2:-1]:
+                    raise ValueError(
+                        f"Moments.over_batch: weights has shape {tuple(weights.shape)}; it must be (N,) = "
+                        f"{tuple(sets.m2.shape[-2:-1])}, and the samples not merged yet"
+                    )
+                w = weights.to(sets.m2.dtype).unsqueeze(-1)
+                sets = Sets(sets.count * w, sets.pivot, sets.delta, sets.m2 * w)
+            found = self._merged(sets.merged(-2, keepdim=self._regions), samples=False)
+        elif weights is not None:
+            raise ValueError("Moments.over_batch: weights need statistics of samples, from per_sample=True")
+        return found if group is None else found.across_ranks(group)
+
+    def over_chunks(self, size: int, interleaved: bool = False) -> Moments:
+        """One set for `size` samples: consecutive ones, of which the last may be fewer.
+
+        With `interleaved`, sample i of N belongs to set i modulo N / size, which must divide.
+        """
+        if not self._samples or self._spreads:
+            raise ValueError("Moments.over_chunks: needs statistics of samples that are not merged yet")
+        n = self.sets.m2.shape[-2]
+        if interleaved:
+            if n % size:
+                raise ValueError(
+                    f"Moments.over_chunks: size is {size}; interleaved it must divide the {n} samples"
+                )
+            sets = self.sets.counted().each(lambda t: t.unflatten(-2, (size, n // size))).merged(-3)
+            return self._merged(
+                sets, lambda t: t.unsqueeze(-3).expand(*t.shape[:-2], size, *t.shape[-2:]).flatten(-3, -2)
+            )
+        short = -n % size
+        sets = self.sets.counted().each(lambda t: F.pad(t, (0, 0, 0, short)).unflatten(-2, (-1, size)))
+        return self._merged(sets.merged(-2), lambda t: t.repeat_interleave(size, -2)[..., :n, :])
+
+    def over_groups(self, groups: int) -> Moments:
+        """One set for each of `groups` blocks of consecutive channels."""
+        channels = self.sets.m2.shape[-1]
+        if groups < 1 or channels % groups:
+            raise ValueError(f"Moments.over_groups: groups is {groups}; it must divide the {channels} channels")
+        size = channels // groups
+        sets = self.sets if not isinstance(self.sets.count, Tensor) else self.sets.counted()
+        sets = sets.each(lambda t: t.unflatten(-1, (groups, size))).merged(-1)
+        return self._merged(sets, lambda t: t.unsqueeze(-1).expand(*t.shape, size).flatten(-2))
+
+    def over_channels(self) -> Moments:
+        """One set for all channels."""
+        return self.over_groups(1)
+
+    def across_ranks(self, process_group: Any = None) -> Moments:
+        """One set for the same set on all ranks of `process_group`; None means the world.
+
+        One gather of one packed tensor here, and one in the backward pass. Every rank has to call it, also one
+        whose batch is empty. The identity where torch.distributed is not set up or has one rank.
+        """
+        if ranks.size(process_group) == 1:
+            return self
+        if self._samples:
+            raise ValueError(
+                "Moments.across_ranks: a sample lives on one rank; merge with over_batch() before, or take the "
+                "moments with per_sample=False"
+            )
+        sets = self.sets.counted()
+        return self._merged(
+            Sets(*_AcrossRanks.apply(sets.count, sets.pivot, sets.delta, sets.m2, process_group))
+        )
+
+    def affine(self, scale: Tensor, shift: Tensor) -> Moments:
+        """The moments of z = (x − pivot) · scale + shift, itself with pivot zero.
+
+        A second map, z · scale2 + shift2, is (x − pivot) · (scale · scale2) + (shift · scale2 + shift2): two
+        norms at the price of one.
+        """
+        if self.sets.pivot is not self.pivot:
+            raise ValueError("Moments.affine: the sets are merged already; take it before merging them")
+        delta = self.sets.delta * scale + shift
+        m2 = (self.sets.m2 * scale.square()).expand(delta.shape)
+        return Moments(self.sets.count, torch.zeros_like(delta), delta, m2, regions=self._regions)
+
+    def _merged(
+        self, sets: Sets, spread: Callable[[Tensor], Tensor] | None = None, samples: bool | None = None
+    ) -> Moments:
+        found = copy.copy(self)
+        found.sets = sets
+        found._spreads = self._spreads if spread is None else (spread, *self._spreads)
+        found._samples = self._samples if samples is None else samples
+        return found
+
+    def _at_entries(self, t: Tensor) -> Tensor:
+        """A statistic of the sets, where the entries of x can see it."""
+        for spread in self._spreads:
+            t = spread(t)
+        return t
+
+
+class _AcrossRanks(Function):
+    @staticmethod
+    def forward(count, pivot, delta, m2, process_group):
+        gathered = ranks.gather((count, pivot, delta, m2), process_group)
+        found = Sets(*gathered).merged(0)
+        return found.count, found.pivot, found.delta, found.m2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        count, pivot, delta, _, ctx.process_group = inputs
+        n, base, rest, _ = output
+        ctx.mark_non_differentiable(base)
+        ctx.save_for_backward(count, pivot, delta, n, base, rest)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        d_n, _, d_rest, d_m2 = grads
+        count, pivot, delta, n, base, rest = ctx.saved_tensors
+        d_n, d_rest, d_m2 = _Total.apply(d_n, d_rest, d_m2, ctx.process_group)
+        away = (pivot - base) + delta - rest
+        d_rest = d_rest / _divisor(n)
+        d_count = d_n + away * d_rest + away.square() * d_m2
+        return d_count, None, count * (d_rest + 2 * away * d_m2), d_m2, None
+
+
+class _Total(Function):
+    """The sum over the ranks; its own derivative is the same sum."""
+
+    @staticmethod
+    def forward(a, b, c, process_group):
+        return ranks.total((a, b, c), process_group)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.process_group = inputs[-1]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return *_Total.apply(*grads, ctx.process_group), None

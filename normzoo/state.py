@@ -1,0 +1,141 @@
+"""Stored state: how it enters a graph, and how new state is written.
+
+New state is computed out of place and committed at the end of a successful forward. All of it is tensors, so
+that nothing waits for the device and resuming is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from . import checks
+
+NONFINITE = ("propagate", "skip")
+
+_library = torch.library.Library("normzoo", "FRAGMENT")
+_library.define("snapshot(Tensor state) -> Tensor")
+_library.impl("snapshot", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_fake("normzoo::snapshot", torch.empty_like, lib=_library)
+
+
+def snapshot(state: Tensor) -> Tensor:
+    """The value of a buffer now, for a computation that is differentiated while the buffer moves on.
+
+    An operator that torch.compile does not look into: it would otherwise read the buffer again in the backward
+    pass, after the update, and give wrong gradients without a word.
+    """
+    return torch.ops.normzoo.snapshot(state.detach())
+
+
+def recomputing() -> bool:
+    """Whether activation checkpointing runs this forward a second time, inside of a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@torch.no_grad()
+def commit(updates: Iterable[tuple[Tensor, Tensor]], when: Tensor | None = None) -> None:
+    """Writes new values into buffers; with `when`, a bool on the device, only if it is true."""
+    for buffer, value in updates:
+        value = value.detach().to(buffer.dtype)
+        buffer.copy_(value if when is None else torch.where(when, value, buffer))
+
+
+def average(old: Tensor, new: Tensor, factor: float | Tensor) -> Tensor:
+    """(1 − factor) · old + factor · new."""
+    return (1 - factor) * old + factor * new.detach()
+
+
+def finite(*statistics: Tensor) -> Tensor:
+    """Whether all of them are finite: one bool on the device."""
+    return torch.stack([torch.isfinite(s).all() for s in statistics]).all()
+
+
+class Running(_NormBase):
+    """What layers with batch statistics share: options, checks, and running averages of mean and variance.
+
+    Args:
+        sync: whether statistics are those of all ranks of `process_group`; no difference where
+            torch.distributed is not set up or has one rank.
+        process_group: None means the world.
+        nonfinite: what a batch with NaN or infinite statistics does to the state: ``"propagate"`` (as in torch,
+            it stays NaN) or ``"skip"`` (the state stays as it is, num_batches_tracked included, and
+            ``batches_skipped`` counts).
+    """
+
+    batches_skipped: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        sync: bool = False,
+        process_group: Any = None,
+        nonfinite: str = "propagate",
+    ) -> None:
+        layer = type(self).__name__
+        checks.positive(layer, "num_features", num_features)
+        checks.eps(layer, eps)
+        checks.momentum(layer, momentum)
+        checks.choice(layer, "nonfinite", nonfinite, NONFINITE)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # torch 2.11 has no such argument
+            self.register_parameter("bias", None)
+        self.sync, self.process_group, self.nonfinite = sync, process_group, nonfinite
+        skipped = torch.zeros((), dtype=torch.long, device=device) if nonfinite == "skip" else None
+        self.register_buffer("batches_skipped", skipped, persistent=False)
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        skipped = getattr(self, "batches_skipped", None)  # torch's constructor calls this before there is one
+        if skipped is not None:
+            skipped.zero_()
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        extra = [f"{name}={value!r}" for name, value in self._options().items()]
+        return ", ".join((super().extra_repr(), *extra))
+
+    def _options(self) -> dict[str, Any]:
+        """Arguments beyond torch's that are not at their defaults."""
+        shown = {"sync": self.sync, "nonfinite": self.nonfinite}
+        return {name: shown[name] for name, usual in _DEFAULTS.items() if shown[name] != usual}
+
+    def _track(self, mean: Tensor, var: Tensor, count: Any) -> None:
+        """Moves the running averages towards the statistics of a batch, those over `count` values."""
+        running_mean, running_var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
+        if running_mean is None or running_var is None or tracked is None or recomputing():
+            return
+        good = finite(mean, var) if self.nonfinite == "skip" else None
+        number = tracked + 1
+        factor = 1 / number.to(mean.dtype) if self.momentum is None else self.momentum
+        updates = [(running_mean, average(running_mean, mean, factor))]
+        updates += [(running_var, average(running_var, var, factor))]
+        if isinstance(count, Tensor):  # across ranks, all of which may have empty batches
+            some = (count > 0).all()
+            updates = [(old, torch.where(some, new, old)) for old, new in updates]
+        elif count == 0:
+            updates = []
+        commit([*updates, (tracked, number)], good)
+        if self.batches_skipped is not None and good is not None:
+            commit([(self.batches_skipped, self.batches_skipped + 1)], ~good)
+
+
+_DEFAULTS = {"sync": False, "nonfinite": "propagate"}
