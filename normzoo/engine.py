@@ -154,11 +154,14 @@ class _Body:
     def _run(self, name: str, args: tuple):
         if self.kernels:
             from normzoo_kernels import channels
+            from normzoo_kernels._launch import KernelUnavailable, warn_once
 
             try:
                 return getattr(channels, name)(*args)
-            except channels.KernelUnavailable as error:
-                channels.without(error, self.strict)
+            except KernelUnavailable as error:
+                if self.strict:
+                    raise
+                warn_once(str(error))
         return getattr(passes, name)(*args)
 
 
