@@ -1,11 +1,22 @@
 """normzoo: normalization layers for PyTorch, with their kernels, conversion and measurements."""
 
+from . import engine as engine
 from . import functional as functional
+from . import moments as moments
 from .conversion import convert as convert
 from .conversion import inspect as inspect
 from .conversion import plan as plan
 from .conversion import register_adapter as register_adapter
 from .dispatch import backend as backend
+from .layers.batch import BatchNorm1d as BatchNorm1d
+from .layers.batch import BatchNorm2d as BatchNorm2d
+from .layers.batch import BatchNorm3d as BatchNorm3d
+from .layers.frozen import FrozenBatchNorm as FrozenBatchNorm
+from .layers.ghost import GhostBatchNorm as GhostBatchNorm
+from .layers.group import GroupNorm as GroupNorm
+from .layers.instance import InstanceNorm1d as InstanceNorm1d
+from .layers.instance import InstanceNorm2d as InstanceNorm2d
+from .layers.instance import InstanceNorm3d as InstanceNorm3d
 from .layers.layer import LayerNorm as LayerNorm
 from .layers.rms import CRMSNorm as CRMSNorm
 from .layers.rms import RMSNorm as RMSNorm

@@ -1,5 +1,10 @@
 """The layers as functions, and the two that fuse a residual addition."""
 
+from .layers.batch import batch_norm as batch_norm
+from .layers.frozen import frozen_batch_norm as frozen_batch_norm
+from .layers.ghost import ghost_batch_norm as ghost_batch_norm
+from .layers.group import group_norm as group_norm
+from .layers.instance import instance_norm as instance_norm
 from .layers.layer import add_layer_norm as add_layer_norm
 from .layers.layer import layer_norm as layer_norm
 from .layers.rms import add_rms_norm as add_rms_norm

@@ -186,8 +186,8 @@ class Moments:
             return self._merged(
                 sets, lambda t: t.unsqueeze(-3).expand(*t.shape[:-2], size, *t.shape[-2:]).flatten(-3, -2)
             )
-        short = -n % size
-        sets = self.sets.counted().each(lambda t: F.pad(t, (0, 0, 0, short)).unflatten(-2, (-1, size)))
+        short, count = -n % size, -(-n // size)
+        sets = self.sets.counted().each(lambda t: F.pad(t, (0, 0, 0, short)).unflatten(-2, (count, size)))
         return self._merged(sets.merged(-2), lambda t: t.repeat_interleave(size, -2)[..., :n, :])
 
     def over_groups(self, groups: int) -> Moments:

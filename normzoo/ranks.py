@@ -38,3 +38,12 @@ def gather(parts: tuple[Tensor, ...], process_group: dist.ProcessGroup | None) -
 def total(parts: tuple[Tensor, ...], process_group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
     """The sum of every part over the ranks, in the order of the ranks: the same bits on each of them."""
     return tuple(part.sum(0) for part in gather(parts, process_group))
+
+
+def average(a: Tensor, b: Tensor, count: Any, process_group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+    """(a, b, count): the means over the ranks, weighted by the counts, and their sum."""
+    if size(process_group) == 1:
+        return a, b, count
+    n = torch.full_like(a[:1], count)
+    a, b, n = total((torch.where(n > 0, a * n, 0), torch.where(n > 0, b * n, 0), n), process_group)
+    return a / n.clamp(min=1), b / n.clamp(min=1), n

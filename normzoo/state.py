@@ -118,14 +118,25 @@ class Running(_NormBase):
         shown = {"sync": self.sync, "nonfinite": self.nonfinite}
         return {name: shown[name] for name, usual in _DEFAULTS.items() if shown[name] != usual}
 
-    def _track(self, mean: Tensor, var: Tensor, count: Any) -> None:
-        """Moves the running averages towards the statistics of a batch, those over `count` values."""
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        """The running mean and variance."""
+        if self.running_mean is None or self.running_var is None:
+            raise ValueError(f"{type(self).__name__}: it has no running statistics; use it in training mode")
+        return self.running_mean, self.running_var
+
+    def _track(self, mean: Tensor, var: Tensor, count: Any, batches: Any = 1, factor: Any = None) -> None:
+        """Moves the running averages towards `mean` and `var`, taken over `count` values.
+
+        batches: how many batches these stand for, in num_batches_tracked.
+        factor: weight of the new values; by default momentum, or that of the plain average.
+        """
         running_mean, running_var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
         if running_mean is None or running_var is None or tracked is None or recomputing():
             return
         good = finite(mean, var) if self.nonfinite == "skip" else None
-        number = tracked + 1
-        factor = 1 / number.to(mean.dtype) if self.momentum is None else self.momentum
+        number = tracked + batches
+        if factor is None:
+            factor = batches / number.to(mean.dtype) if self.momentum is None else self.momentum
         updates = [(running_mean, average(running_mean, mean, factor))]
         updates += [(running_var, average(running_var, var, factor))]
         if isinstance(count, Tensor):  # across ranks, all of which may have empty batches

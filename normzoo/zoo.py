@@ -9,6 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .layers.frozen import FrozenBatchNorm
+from .layers.ghost import GhostBatchNorm
+from .layers.group import GroupNorm
+from .layers.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .layers.layer import LayerNorm
 from .layers.rms import CRMSNorm, RMSNorm
 
@@ -21,7 +26,7 @@ class Entry:
     function: Callable
     title: str
     family: str
-    """The engine, ``rows``."""
+    """The engine, ``rows`` or ``channels``."""
     layout: str
     """Shape of the input."""
     kernel: bool
@@ -36,6 +41,8 @@ class Entry:
     """The function with a fused residual addition."""
     torch_class: type[nn.Module] | None = None
     """torch's class with the same mathematics and state."""
+    others: tuple[type[nn.Module], ...] = ()
+    """Classes that do the same for inputs of other dimensions."""
     arguments: tuple = (16,)
     """Positional constructor arguments for tests and demonstrations."""
     variants: tuple[dict, ...] = ({},)
@@ -48,8 +55,18 @@ class Entry:
         """Snake-case name, the one `convert` and the command line take."""
         return self.function.__name__
 
+    @property
+    def classes(self) -> tuple[type[nn.Module], ...]:
+        return (self.cls, *self.others)
+
     def make(self, **kwargs) -> nn.Module:
         return self.cls(*self.arguments, **kwargs)
+
+
+def _images(*lead: int, **kwargs) -> Tensor:
+    """(N, 16, H, W) from N or from (N, H, W)."""
+    n, *space = lead or (4,)
+    return torch.randn(n, 16, *(space or (3, 2)), **kwargs)
 
 
 ZOO: tuple[Entry, ...] = (
@@ -99,6 +116,83 @@ ZOO: tuple[Entry, ...] = (
         official="ZixuanJiang/pre-rmsnorm-transformer",
         variants=({}, {"elementwise_affine": True}),
     ),
+    Entry(
+        cls=BatchNorm2d,
+        others=(BatchNorm1d, BatchNorm3d),
+        function=functional.batch_norm,
+        title="Batch normalization",
+        family="channels",
+        layout="(N, C, *)",
+        kernel=True,
+        couples_samples=True,
+        paper="1502.03167",
+        torch_class=nn.BatchNorm2d,
+        variants=(
+            {},
+            {"bias": False},
+            {"affine": False},
+            {"momentum": None},
+            {"track_running_stats": False},
+            {"nonfinite": "skip"},
+        ),
+        sample=_images,
+    ),
+    Entry(
+        cls=GroupNorm,
+        function=functional.group_norm,
+        title="Group normalization",
+        family="channels",
+        layout="(N, C, *)",
+        kernel=True,
+        couples_samples=False,
+        paper="1803.08494",
+        official="facebookresearch/Detectron",
+        torch_class=nn.GroupNorm,
+        arguments=(4, 16),
+        variants=({}, {"bias": False}, {"affine": False}),
+        sample=_images,
+    ),
+    Entry(
+        cls=InstanceNorm2d,
+        others=(InstanceNorm1d, InstanceNorm3d),
+        function=functional.instance_norm,
+        title="Instance normalization",
+        family="channels",
+        layout="(N, C, *)",
+        kernel=True,
+        couples_samples=False,
+        paper="1607.08022",
+        official="DmitryUlyanov/texture_nets",
+        torch_class=nn.InstanceNorm2d,
+        variants=({}, {"affine": True}, {"affine": True, "bias": False}, {"track_running_stats": True}),
+        sample=_images,
+    ),
+    Entry(
+        cls=FrozenBatchNorm,
+        function=functional.frozen_batch_norm,
+        title="Frozen batch normalization",
+        family="channels",
+        layout="(N, C, *)",
+        kernel=False,
+        couples_samples=False,
+        paper="1506.01497",
+        official="facebookresearch/detectron2",
+        sample=_images,
+    ),
+    Entry(
+        cls=GhostBatchNorm,
+        function=functional.ghost_batch_norm,
+        title="Ghost batch normalization",
+        family="channels",
+        layout="(N, C, *)",
+        kernel=True,
+        couples_samples=True,
+        paper="1705.08741",
+        official="eladhoffer/bigBatch",
+        arguments=(16, 2),
+        variants=({}, {"split": "ceil", "stats": "scaled"}, {"split": "interleaved"}, {"affine": False}),
+        sample=_images,
+    ),
 )
 
 
@@ -109,7 +203,7 @@ def find(name: str) -> Entry:
         ValueError: there is none.
     """
     for entry in ZOO:
-        if name in (entry.name, entry.cls.__name__):
+        if name in (entry.name, *(cls.__name__ for cls in entry.classes)):
             return entry
     known = ", ".join(entry.name for entry in ZOO)
     raise ValueError(f"normzoo: there is no layer called {name!r}; there are {known}")

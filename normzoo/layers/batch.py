@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from ..dispatch import use_kernel
 from ..engine import normalize
 from ..moments import Moments
 from ..state import Running, average, commit, recomputing
+from . import native
 
 Statistics = tuple[Tensor, Tensor, Any]
 """Mean and unbiased variance of a batch, and how many values they were taken over."""
@@ -75,9 +75,8 @@ def with_stored(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """x normalized by given statistics: torch's operator, which needs no help."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-    return F.batch_norm(x, mean.to(dtype), var.to(dtype), weight, bias, False, 0.0, eps)
+    mean, var, weight, bias = native.in_statistics_dtype(x, mean, var, weight, bias)
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
 
 def with_batch(
@@ -105,10 +104,8 @@ def with_batch(
 
         return normalize(x, combine)
 
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-    # With momentum 1 the running statistics become those of the batch.
-    mean, var = x.new_zeros(x.shape[1], dtype=dtype), x.new_ones(x.shape[1], dtype=dtype)
+    mean, var = native.fresh_statistics(x)
+    weight, bias = native.in_statistics_dtype(x, weight, bias)
     return F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps), (mean, var, count)
 
 
@@ -136,7 +133,7 @@ class _BatchNorm(Running):
         self._check_input_dim(input)
         checks.channels(layer, input, self.num_features, weight=self.weight, running_mean=self.running_mean)
         if not self.training and self.running_mean is not None and self.running_var is not None:
-            return with_stored(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+            return with_stored(input, *self._stored(), self.weight, self.bias, self.eps)
         how = {"sync": self.sync and self.training, "process_group": self.process_group}
         y, statistics = with_batch(layer, input, self.weight, self.bias, self.eps, **how)
         if self.training and self.track_running_stats:

@@ -1,0 +1,169 @@
+r"""Instance normalization: every channel of a sample gets mean zero and variance one.
+
+Ulyanov, Vedaldi and Lempitsky, *Instance Normalization: The Missing Ingredient for Fast Stylization*, 2016,
+arXiv:1607.08022, eq. (4). Semantics of :class:`torch.nn.InstanceNorm2d`, its running statistics included:
+averages over the batch of the mean and unbiased variance of each sample.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import checks, ranks
+from ..dispatch import use_kernel
+from ..engine import normalize
+from ..moments import Moments
+from ..state import Running, average, commit, recomputing
+from . import native
+from .batch import Statistics, with_stored
+
+
+def instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""y = weight · (x − mean) / sqrt(var + eps) + bias, statistics of a channel of a sample, or stored ones.
+
+    Args:
+        x: (N, C, \*) with one spatial dimension at least, contiguous or channels_last, any real floating dtype.
+        running_mean, running_var: (C,) or None. With `use_input_stats` they become (1 − momentum) · old +
+            momentum · (average over the samples), in place; without it they are used.
+        weight, bias: (C,) or None, of any floating dtype.
+        use_input_stats: whether to take the statistics of `x`.
+        momentum: weight of the new statistics.
+        eps: added to the biased variance; positive.
+
+    Returns:
+        Shape, dtype and memory format of `x`, under autocast too.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not fit together, or a channel has one value.
+
+    >>> import torch
+    >>> instance_norm(torch.tensor([[[1.0, 3.0], [0.0, 8.0]]]))
+    tensor([[[-1.0000,  1.0000],
+             [-1.0000,  1.0000]]])
+    """
+    tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    checks.channels("instance_norm", x, None, **tensors)
+    checks.eps("instance_norm", eps)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("instance_norm: running_mean and running_var must both be given, or neither")
+    if not use_input_stats:
+        if running_mean is None or running_var is None:
+            raise ValueError("instance_norm: without use_input_stats it needs running_mean and running_var")
+        return with_stored(x, running_mean, running_var, weight, bias, eps)
+    y, (mean, var, count) = _with_own("instance_norm", x, weight, bias, eps)
+    if running_mean is not None and running_var is not None and count and not recomputing():
+        pairs = (running_mean, mean), (running_var, var)
+        commit([(old, average(old, new, momentum)) for old, new in pairs])
+    return y
+
+
+def _with_own(
+    layer: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Statistics]:
+    """(y, statistics): means over the samples, and how many samples there are."""
+    if x.shape[2:].numel() == 1:
+        raise ValueError(
+            f"{layer}: Expected more than 1 spatial element when training, got input size {tuple(x.shape)}"
+        )
+    if use_kernel(x, None, weight, bias, fusible=False):
+
+        def combine(m: Moments):
+            statistics = m.sets.mean.mean(0), m.sets.unbiased_var.mean(0), x.shape[0]
+            return *m.standardize(weight, bias, eps), statistics
+
+        return normalize(x, combine, per_sample=True)
+
+    mean, var = native.fresh_statistics(x)
+    weight, bias = native.in_statistics_dtype(x, weight, bias)
+    y = F.instance_norm(x, mean, var, weight, bias, True, 1.0, eps)
+    return native.like(x, y), (mean, var, x.shape[0] if x.numel() else 0)
+
+
+class _InstanceNorm(Running):
+    _no_batch_dim: int
+    """Dimensions of an input that is one sample."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        sync: bool = False,
+        process_group: Any = None,
+        nonfinite: str = "propagate",
+    ) -> None:
+        options = {"bias": bias, "sync": sync, "process_group": process_group, "nonfinite": nonfinite}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+
+    def forward(self, input: Tensor) -> Tensor:
+        layer = type(self).__name__
+        self._check_input_dim(input)
+        if input.dim() == self._no_batch_dim:
+            return self._forward(layer, input.unsqueeze(0)).squeeze(0)
+        return self._forward(layer, input)
+
+    def _forward(self, layer: str, x: Tensor) -> Tensor:
+        checks.channels(layer, x, self.num_features, weight=self.weight, running_mean=self.running_mean)
+        if not self.training and self.track_running_stats:
+            return with_stored(x, *self._stored(), self.weight, self.bias, self.eps)
+        y, statistics = _with_own(layer, x, self.weight, self.bias, self.eps)
+        if self.training and self.running_mean is not None:
+            if self.sync:
+                statistics = ranks.average(*statistics, self.process_group)
+            # torch counts no batches here, and takes momentum=None for zero, other than in BatchNorm.
+            self._track(*statistics, batches=0, factor=self.momentum or 0.0)
+        return y
+
+
+class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
+    r"""y = weight · (x − mean) / sqrt(var + eps) + bias, a drop-in for :class:`torch.nn.InstanceNorm1d`.
+
+    Same arguments, state and mathematics. Input (N, C, L) or (C, L), output alike in shape, dtype and memory
+    format. Parameters may be of another dtype than the input; statistics are float32 at least.
+
+    Args:
+        sync: with `track_running_stats`, make the running statistics those of all ranks of `process_group`.
+        process_group: None means the world.
+        nonfinite: what NaN or infinite statistics do to the running ones: ``"propagate"`` as in torch, or
+            ``"skip"``, see :class:`normzoo.BatchNorm1d`.
+
+    Raises:
+        ValueError, TypeError: an argument, or the input of a call, does not fit.
+
+    >>> import torch
+    >>> InstanceNorm1d(2)(torch.tensor([[[1.0, 3.0], [0.0, 8.0]]]))
+    tensor([[[-1.0000,  1.0000],
+             [-1.0000,  1.0000]]])
+    """
+
+    _no_batch_dim = 2
+
+
+class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
+    """A drop-in for :class:`torch.nn.InstanceNorm2d`: input (N, C, H, W) or (C, H, W), else as in 1d."""
+
+    _no_batch_dim = 3
+
+
+class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
+    """A drop-in for :class:`torch.nn.InstanceNorm3d`: input (N, C, D, H, W) or (C, D, H, W), else as in 1d."""
+
+    _no_batch_dim = 4

@@ -1,0 +1,39 @@
+"""What torch's own operators need so that they keep this library's promises about dtypes and memory formats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def in_statistics_dtype(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
+    """Parameters in the dtype of the statistics of x: float32, or float64 for float64."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return tuple(None if p is None else p.to(dtype) for p in parameters)
+
+
+def in_one_dtype(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
+    """x and parameters as they are where they have one dtype, else all in that of the statistics.
+
+    Some operators take few mixtures, and not the same ones on every device.
+    """
+    if all(p is None or p.dtype == x.dtype for p in parameters):
+        return (x, *parameters)
+    return in_statistics_dtype(x, x, *parameters)
+
+
+def fresh_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Running mean and variance that with momentum 1 become those of the batch."""
+    mean, var = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
+    return in_statistics_dtype(x, mean, var)
+
+
+def like(x: Tensor, y: Tensor) -> Tensor:
+    """y in the dtype and memory format of x: CUDA autocast gives float32, some operators lose channels_last."""
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if memory_format is None or x.is_contiguous() or not x.is_contiguous(memory_format=memory_format):
+        return y
+    return y.contiguous(memory_format=memory_format)
