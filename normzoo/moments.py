@@ -107,7 +107,8 @@ class Moments:
         self.sets = Sets(count, pivot, delta, m2)
         """The distinct sets, each once: for stored statistics, which want no copies."""
         self._regions = regions
-        self._spreads: tuple[Callable[[Tensor], Tensor], ...] = ()
+        self._chunks: tuple[int, bool] | None = None
+        """Samples of a set, and whether these are interleaved."""
         self._samples = pivot.dim() - regions == 2
         """Whether the sets still have an axis for samples."""
 
@@ -157,14 +158,15 @@ class Moments:
         if self._samples:
             sets = self.sets
             if weights is not None:
-                if self._spreads or weights.shape != sets.m2.shape[-2:-1]:
+                if self._chunks or weights.shape != sets.m2.shape[-2:-1]:
                     raise ValueError(
                         f"Moments.over_batch: weights has shape {tuple(weights.shape)}; it must be (N,) = "
                         f"{tuple(sets.m2.shape[-2:-1])}, and the samples not merged yet"
                     )
                 w = weights.to(sets.m2.dtype).unsqueeze(-1)
                 sets = Sets(sets.count * w, sets.pivot, sets.delta, sets.m2 * w)
-            found = self._merged(sets.merged(-2, keepdim=self._regions), samples=False)
+            found = self._merged(sets.merged(-2, keepdim=self._regions))
+            found._samples, found._chunks = False, None
         elif weights is not None:
             raise ValueError("Moments.over_batch: weights need statistics of samples, from per_sample=True")
         return found if group is None else found.across_ranks(group)
@@ -174,21 +176,20 @@ class Moments:
 
         With `interleaved`, sample i of N belongs to set i modulo N / size, which must divide.
         """
-        if not self._samples or self._spreads:
+        if not self._samples or self._chunks:
             raise ValueError("Moments.over_chunks: needs statistics of samples that are not merged yet")
         n = self.sets.m2.shape[-2]
-        if interleaved:
-            if n % size:
-                raise ValueError(
-                    f"Moments.over_chunks: size is {size}; interleaved it must divide the {n} samples"
-                )
-            sets = self.sets.counted().each(lambda t: t.unflatten(-2, (size, n // size))).merged(-3)
-            return self._merged(
-                sets, lambda t: t.unsqueeze(-3).expand(*t.shape[:-2], size, *t.shape[-2:]).flatten(-3, -2)
-            )
         short, count = -n % size, -(-n // size)
-        sets = self.sets.counted().each(lambda t: F.pad(t, (0, 0, 0, short)).unflatten(-2, (count, size)))
-        return self._merged(sets.merged(-2), lambda t: t.repeat_interleave(size, -2)[..., :n, :])
+        if interleaved and short:
+            raise ValueError(f"Moments.over_chunks: size is {size}; interleaved it must divide the {n} samples")
+        if interleaved:
+            sets = self.sets.counted().each(lambda t: t.unflatten(-2, (size, count))).merged(-3)
+        else:
+            padded = self.sets.counted().each(lambda t: F.pad(t, (0, 0, 0, short)))
+            sets = padded.each(lambda t: t.unflatten(-2, (count, size))).merged(-2)
+        found = self._merged(sets)
+        found._chunks = size, interleaved
+        return found
 
     def over_groups(self, groups: int) -> Moments:
         """One set for each of `groups` blocks of consecutive channels."""
@@ -197,8 +198,7 @@ class Moments:
             raise ValueError(f"Moments.over_groups: groups is {groups}; it must divide the {channels} channels")
         size = channels // groups
         sets = self.sets if not isinstance(self.sets.count, Tensor) else self.sets.counted()
-        sets = sets.each(lambda t: t.unflatten(-1, (groups, size))).merged(-1)
-        return self._merged(sets, lambda t: t.unsqueeze(-1).expand(*t.shape, size).flatten(-2))
+        return self._merged(sets.each(lambda t: t.unflatten(-1, (groups, size))).merged(-1))
 
     def over_channels(self) -> Moments:
         """One set for all channels."""
@@ -217,10 +217,8 @@ class Moments:
                 "Moments.across_ranks: a sample lives on one rank; merge with over_batch() before, or take the "
                 "moments with per_sample=False"
             )
-        sets = self.sets.counted()
-        return self._merged(
-            Sets(*_AcrossRanks.apply(sets.count, sets.pivot, sets.delta, sets.m2, process_group))
-        )
+        own = self.sets.counted()
+        return self._merged(Sets(*_AcrossRanks.apply(own.count, own.pivot, own.delta, own.m2, process_group)))
 
     def affine(self, scale: Tensor, shift: Tensor) -> Moments:
         """The moments of z = (x − pivot) · scale + shift, itself with pivot zero.
@@ -234,20 +232,22 @@ class Moments:
         m2 = (self.sets.m2 * scale.square()).expand(delta.shape)
         return Moments(self.sets.count, torch.zeros_like(delta), delta, m2, regions=self._regions)
 
-    def _merged(
-        self, sets: Sets, spread: Callable[[Tensor], Tensor] | None = None, samples: bool | None = None
-    ) -> Moments:
+    def _merged(self, sets: Sets) -> Moments:
         found = copy.copy(self)
         found.sets = sets
-        found._spreads = self._spreads if spread is None else (spread, *self._spreads)
-        found._samples = self._samples if samples is None else samples
         return found
 
     def _at_entries(self, t: Tensor) -> Tensor:
         """A statistic of the sets, where the entries of x can see it."""
-        for spread in self._spreads:
-            t = spread(t)
-        return t
+        channels = self.pivot.shape[-1]
+        if t.shape[-1] != channels:
+            t = t.unsqueeze(-1).expand(*t.shape, channels // t.shape[-1]).flatten(-2)
+        if self._chunks is None:
+            return t
+        size, interleaved = self._chunks
+        if interleaved:
+            return t.repeat(*(1,) * (t.dim() - 2), size, 1)
+        return t.repeat_interleave(size, -2)[..., : self.pivot.shape[-2], :]
 
 
 class _AcrossRanks(Function):
