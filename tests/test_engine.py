@@ -230,7 +230,7 @@ def test_function_transforms():
         torch.testing.assert_close(torch.func.grad(loss)(x), expected)
         batched = torch.stack((x, 2 * x))
         torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(batched)[0], expected)
-        _, slope = torch.func.jvp(loss, (x,), (torch.ones_like(x),))
+        slope = torch.func.jvp(loss, (x,), (torch.ones_like(x),))[1]
         torch.testing.assert_close(slope, expected.sum())
 
 
