@@ -72,7 +72,7 @@ def _empty(*shape: int, dtype: str) -> torch.Tensor:
     return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
 
-def _launcher(operator: Any) -> Any:
+def launcher(operator: Any) -> Any:
     """The launcher under an operator, which would show only its fake here."""
     return operator.__wrapped__
 
@@ -119,7 +119,7 @@ class RowNorm:
 
         def forward() -> None:
             outputs.append(
-                _launcher(row_kernels.forward)(
+                launcher(row_kernels.forward)(
                     x, residual if self.add else None, weight, bias, kind, 1e-6, 0.0, self.llama
                 )
             )
@@ -133,7 +133,7 @@ class RowNorm:
         needs = (True, *(p is not None and not self.frozen for p in (weight, bias)))
 
         def backward() -> None:
-            _launcher(row_kernels.backward)(
+            launcher(row_kernels.backward)(
                 dy, dtotal if self.add else None, total if self.add else x, stats, weight, bias,
                 kind, 0.0, self.llama, needs,
             )  # fmt: skip
@@ -206,7 +206,13 @@ def _row_cases() -> Iterator[Case]:
                 yield RowNorm(kind, backward, width, layout="padded").case(SWEPT)
 
 
-CASES: tuple[Case, ...] = tuple(_row_cases())
+def _channel_cases() -> Iterator[Case]:
+    from .channel_cases import channel_cases  # which needs what is above
+
+    yield from channel_cases()
+
+
+CASES: tuple[Case, ...] = (*_row_cases(), *_channel_cases())
 
 
 def peers() -> dict[str, dict[str, str]]:

@@ -1,0 +1,153 @@
+"""Which form of a channel kernel runs, how large its tiles are and how many shares there are: a static table,
+so that the order of every sum depends on the shape, the layout and the device alone.
+
+The numbers come from the compiled code (`python -m normzoo_bench.static`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from ._channels import channel_moments, channel_sums
+from ._channels_map import channel_map, channel_map_flat
+from ._channels_merge import channel_moments_masked
+from ._launch import sm_count
+from ._layout import VECTOR
+
+_PROGRAMS = 8
+"""Programs a multiprocessor holds; shares are made until there are that many."""
+
+_SHARES = 512
+"""Most shares of one statistic."""
+
+_LEAST = 8
+"""Fewest tiles of a share."""
+
+_FLAT = 1 << 22
+"""Entries up to which float32 tells the planes of a flat tile apart."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call as the kernels see it: x of (samples, channels, count), as `tokens` or planes."""
+
+    samples: int
+    channels: int
+    count: int
+    itemsize: int
+    tokens: bool
+    per_sample: bool
+    masked: bool
+    device: torch.device
+
+    @property
+    def vector(self) -> int:
+        return VECTOR // self.itemsize
+
+
+@dataclass(frozen=True)
+class Form:
+    kernel: Any
+    programs: int
+    parts: int
+    """Shares of a group."""
+    constants: dict[str, Any]
+
+
+def _power(n: int) -> int:
+    return triton.next_power_of_2(max(n, 1))
+
+
+def _chunk(count: int, most: int) -> int:
+    """The width of chunks that leaves the fewest columns idle."""
+    widths = [width for width in (most, most // 2, most // 4) if width >= 128]
+    return min(widths, key=lambda width: -(-count // width) * width)
+
+
+def _tile(problem: Problem, elements: int, *, vectors: bool) -> dict[str, Any]:
+    """Channels, samples and positions of a tile of about `elements`."""
+    p = problem
+    if p.tokens:
+        channels = min(_power(p.channels), 64 if p.itemsize == 2 else 32)
+        rows = elements // channels
+        chunk = min(_power(p.count), rows)
+        if p.per_sample or p.samples == 1:
+            channels = min(_power(p.channels), elements // chunk)
+    else:
+        pad = p.vector - 1 if vectors else 0
+        chunk = _power(p.count + pad) if p.count + pad <= elements else _chunk(p.count, elements)
+        channels = min(_power(p.channels), elements // chunk)
+    samples = 1 if p.per_sample else min(_power(p.samples), max(1, elements // (channels * chunk)))
+    chunked = p.count > chunk
+    return {"CB": channels, "NB": 1 if chunked else samples, "L": chunk, "CHUNKED": chunked}
+
+
+def _tiles(p: Problem, tile: dict[str, Any]) -> int:
+    """Tiles of a group."""
+    chunks = triton.cdiv(p.count, tile["L"])
+    return chunks if p.per_sample else triton.cdiv(p.samples, tile["NB"]) * chunks
+
+
+def _shares(tiles: int, groups: int, least: int, wanted: int) -> int:
+    """Shares of `tiles` that bring the jobs to `wanted`, of at least `least` tiles each; none is empty."""
+    parts = max(1, min(wanted // max(groups, 1), tiles // least, _SHARES))
+    return triton.cdiv(tiles, triton.cdiv(tiles, parts))
+
+
+def moments_form(problem: Problem, vectors: bool) -> Form:
+    """`vectors`: planes start anywhere and may be read in whole vectors."""
+    return _statistics_form(channel_moments_masked if problem.masked else channel_moments, problem, vectors)
+
+
+def sums_form(problem: Problem, vectors: bool) -> Form:
+    return _statistics_form(channel_sums, problem, vectors)
+
+
+def _statistics_form(kernel: Any, problem: Problem, vectors: bool) -> Form:
+    p, sms = problem, sm_count(problem.device)
+    tile = _tile(p, 2048, vectors=vectors)
+    if not (p.tokens or p.per_sample or tile["CHUNKED"]):
+        # Fewer channels and more samples a tile, if that brings a program to every multiprocessor.
+        while tile["CB"] > 1 and triton.cdiv(p.channels, tile["CB"]) < sms and tile["NB"] < p.samples:
+            tile |= {"CB": tile["CB"] // 2, "NB": tile["NB"] * 2}
+    blocks = triton.cdiv(p.channels, tile["CB"]) * (p.samples if p.per_sample else 1)
+    parts = _shares(_tiles(p, tile), blocks, _LEAST, 4 * sms)
+    constants = tile | {"STAGES": 1, "V": p.vector if vectors else 0, "num_warps": 4}
+    return Form(kernel, blocks * parts, parts, constants)
+
+
+def may_read_vectors(problem: Problem) -> bool:
+    """Whether planes start anywhere but are short enough to be read in one tile of whole vectors."""
+    p = problem
+    return not (p.tokens or p.masked) and p.count % p.vector != 0 and p.count + p.vector <= 2048
+
+
+def map_form(problem: Problem, backward: bool) -> Form:
+    p, sms = problem, sm_count(problem.device)
+    tile = _tile(p, 2048 if backward else 4096, vectors=False)
+    blocks = triton.cdiv(p.channels, tile["CB"]) * (p.samples if p.per_sample else 1)
+    parts = _shares(_tiles(p, tile), blocks, 1, _PROGRAMS * sms)
+    constants = tile | {"STAGES": 1, "num_warps": 4}
+    return Form(channel_map, blocks * parts, parts, constants)
+
+
+def flat_form(problem: Problem) -> Form | None:
+    """The form for planes that start on no vector but lie side by side, where there is one."""
+    p, sms = problem, sm_count(problem.device)
+    width = 2048
+    if p.tokens or p.masked or p.count % p.vector == 0 or p.count + width > _FLAT:
+        return None
+    blocks = triton.cdiv(p.channels * p.count, width) * (p.samples if p.per_sample else 1)
+    parts = _shares(1 if p.per_sample else p.samples, blocks, 1, _PROGRAMS * sms)
+    constants = {"B": width, "STAGES": 1, "num_warps": 4}
+    return Form(channel_map_flat, blocks * parts, parts, constants)
+
+
+def merge_tile(parts: int) -> dict[str, int]:
+    """Shares and entries of a tile of the kernels that merge."""
+    shares = _power(parts)
+    return {"P": shares, "E": max(1, 2048 // shares)}

@@ -1,0 +1,311 @@
+"""The statistics of the channel engine: moments of x, and the two sums of a backward pass.
+
+x has N samples, C channels and S positions. A tile is [CB, NB * L]: CB channels by the positions of a chunk of
+L, or by all positions of NB samples. Either the positions of a channel lie side by side (planes) or the
+channels of a position do (TOKENS); the tile is the same, only its addresses differ.
+
+Tiles belong to a group: one sample where statistics are per sample, else the whole batch. A job is a group, a
+block of channels and a share of the tiles; where a group has more than one share, `_channels_merge.py` adds
+the shares up in a fixed order. An entry of a result is (region, sample, channel).
+
+Strides, and the extent of the axis that lies side by side, come as multiples of a constexpr UNIT: the compiler
+then knows their alignment, and no image size compiles a kernel anew.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sizes(C, S, UNIT: tl.constexpr, TOKENS: tl.constexpr):
+    """Channels and positions, of which the axis that lies side by side is counted in units."""
+    if TOKENS:
+        return C * UNIT, S
+    else:
+        return C, S * UNIT
+
+
+@triton.jit
+def tiles_of(N, S, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr, NB: tl.constexpr, L: tl.constexpr):
+    """Tiles of a group."""
+    chunks = 1
+    if CHUNKED:
+        chunks = tl.cdiv(S, L)
+    if PER_SAMPLE:
+        return chunks
+    else:
+        return tl.cdiv(N, NB) * chunks
+
+
+@triton.jit
+def job_of(parts, blocks):
+    """(share, group, block) of this program: the shares of a block are neighbours."""
+    job = tl.program_id(0)
+    rest = job // parts
+    return job % parts, tl.cast(rest // blocks, tl.int64), tl.cast(rest % blocks, tl.int64)
+
+
+@triton.jit
+def entries_before(i, N, S, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr, NB: tl.constexpr, L: tl.constexpr):
+    """Entries of one channel in the tiles of a group before tile i."""
+    i = tl.cast(i, tl.int64)
+    if CHUNKED:
+        chunks = tl.cdiv(S, L)
+        return i // chunks * S + tl.minimum(i % chunks * L, S)
+    elif PER_SAMPLE:
+        return i * S
+    else:
+        return tl.minimum(i * NB, N) * S
+
+
+@triton.jit
+def columns(
+    i, group, N, S,
+    PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr, NB: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """(n, s, here) of the columns of tile i: sample, position, and whether there is such a column."""
+    q = tl.arange(0, NB * L)[None, :]
+    chunk = 0
+    if PER_SAMPLE:
+        n = group
+        chunk = i
+    elif CHUNKED:
+        chunks = tl.cdiv(S, L)
+        n = tl.cast(i // chunks, tl.int64)
+        chunk = i % chunks
+    else:
+        n = tl.cast(i, tl.int64) * NB
+    if NB > 1:
+        n += q // L
+        q = q % L
+    if CHUNKED:
+        here = q < S - chunk * L
+        s = tl.cast(chunk, tl.int64) * L + q
+    else:
+        here = q < S
+        s = q
+    if NB > 1:
+        here &= n < N
+    return n, s, here
+
+
+@triton.jit
+def offsets(n, c, s, sample, step, UNIT: tl.constexpr, INNER: tl.constexpr, TOKENS: tl.constexpr):
+    """Where entry (n, c, s) lies. INNER: 1, or 0 where an expanded axis has one entry for all."""
+    at = n * sample * UNIT
+    if TOKENS:
+        at += tl.cast(s, tl.int64) * step * UNIT
+        if INNER:
+            at += c
+    else:
+        at += c * step * UNIT
+        if INNER:
+            at += s
+    return at
+
+
+@triton.jit
+def entries(n, c, s, here, N, C, S, sample, step, UNIT: tl.constexpr, TOKENS: tl.constexpr, V: tl.constexpr):
+    """(offsets, touch, valid) of a tile of x.
+
+    V > 0: planes start anywhere and yet are read in whole vectors of V entries, from the vector in which they
+    start to that in which they end. What else lies in these vectors is touched and not valid.
+    """
+    if V:
+        start = (n * sample + c * step) * UNIT
+        base = start // V * V
+        first = (start - base).to(tl.int32)
+        inside = (c < C) & (n < N)
+        touch = (s // V * V < first + S) & inside
+        valid = (s >= first) & (s < first + S) & inside
+        return base + s, touch, valid
+    else:
+        valid = here & (c < C)
+        return offsets(n, c, s, sample, step, UNIT, 1, TOKENS), valid, valid
+
+
+@triton.jit
+def gradient(
+    ptr,
+    n,
+    c,
+    s,
+    here,
+    at,
+    touch,
+    N,
+    C,
+    sample,
+    step,
+    UNIT: tl.constexpr,
+    INNER: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """A tile of dy as float32. Without strides of its own it lies like x; expanded, it is read once a row."""
+    if sample is None:
+        dy = tl.load(ptr + at, mask=touch, other=0.0)
+    else:
+        if INNER:
+            inside = here & (c < C)
+        elif TOKENS:
+            inside = here
+        else:
+            inside = (c < C) & (n < N)
+        dy = tl.load(ptr + offsets(n, c, s, sample, step, UNIT, INNER, TOKENS), mask=inside, other=0.0)
+    return dy.to(tl.float32)
+
+
+@triton.jit
+def sum_pair(a, b):
+    """Sums of both along the columns in one reduction."""
+    a, b = tl.split(tl.sum(tl.join(a, b), axis=1))
+    return a[:, None], b[:, None]
+
+
+@triton.jit
+def rebased(pivot, delta):
+    """The pair with the same sum whose pivot is that sum, rounded, and whose delta is what rounding left."""
+    mean = pivot + delta
+    back = mean - pivot
+    left = (pivot - (mean - back)) + (delta - back)
+    return mean, left
+
+
+@triton.jit
+def store_moments(
+    pivot_ptr, delta_ptr, m2_ptr, part_ptr, at, part, parts, size, inside, count, pivot, delta, m2
+):
+    """To the results where there is one share, else as four planes of shares."""
+    if part_ptr is None:
+        tl.store(pivot_ptr + at, pivot, mask=inside)
+        tl.store(delta_ptr + at, delta, mask=inside)
+        tl.store(m2_ptr + at, m2, mask=inside)
+    else:
+        plane = size * parts
+        at += part * size
+        tl.store(part_ptr + at, count, mask=inside)
+        tl.store(part_ptr + plane + at, pivot, mask=inside)
+        tl.store(part_ptr + 2 * plane + at, delta, mask=inside)
+        tl.store(part_ptr + 3 * plane + at, m2, mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "C", "S", "x_sample", "x_step", "parts"])
+def channel_moments(
+    x_ptr, pivot_ptr, delta_ptr, m2_ptr, part_ptr, N, C, S, x_sample, x_step, parts,
+    TOKENS: tl.constexpr, UNIT: tl.constexpr, V: tl.constexpr, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr,
+    CB: tl.constexpr, NB: tl.constexpr, L: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Each share counts from the mean of its first tile, a fixed part of the share: what moves the pivot away
+    from the other entries widens the spread of the share as well."""
+    C, S = sizes(C, S, UNIT, TOKENS)
+    tiles = tiles_of(N, S, PER_SAMPLE, CHUNKED, NB, L)
+    per, blocks = tl.cdiv(tiles, parts), tl.cdiv(C, CB)
+    groups = N if PER_SAMPLE else 1
+    part, group, block = job_of(parts, blocks)
+    c = block * CB + tl.arange(0, CB)[:, None]
+    low = part * per
+    high = tl.minimum(low + per, tiles)
+    before = entries_before(low, N, S, PER_SAMPLE, CHUNKED, NB, L)
+    slab = entries_before(low + 1, N, S, PER_SAMPLE, CHUNKED, NB, L) - before
+    count = entries_before(high, N, S, PER_SAMPLE, CHUNKED, NB, L) - before
+    pivot = tl.zeros([CB, 1], tl.float32)
+    s1 = tl.zeros([CB, NB * L], tl.float32)
+    s2 = tl.zeros([CB, NB * L], tl.float32)
+    for i in tl.range(low, high, num_stages=STAGES):
+        n, s, here = columns(i, group, N, S, PER_SAMPLE, CHUNKED, NB, L)
+        at, touch, valid = entries(n, c, s, here, N, C, S, x_sample, x_step, UNIT, TOKENS, V)
+        x = tl.load(x_ptr + at, mask=touch, other=0.0).to(tl.float32)
+        if i == low:
+            pivot = tl.sum(tl.where(valid, x, 0.0), axis=1)[:, None] / tl.cast(slab, tl.float32)
+        x = tl.where(valid, x - pivot, 0.0)
+        s1 += x
+        s2 += x * x
+    s1, s2 = sum_pair(s1, s2)
+    count = tl.cast(count, tl.float32)
+    delta = s1 / count
+    m2 = s2 - s1 * delta
+    m2 = tl.where(m2 < 0.0, 0.0, m2)  # and NaN stays NaN
+    pivot, delta = rebased(pivot, delta)
+    size = tl.cast(groups, tl.int64) * C
+    store_moments(
+        pivot_ptr, delta_ptr, m2_ptr, part_ptr,
+        group * C + c, part, parts, size, c < C, count, pivot, delta, m2,
+    )  # fmt: skip
+
+
+@triton.jit
+def region_of(mask_ptr, n, s, here, S):
+    return tl.load(mask_ptr + n * S + s, mask=here, other=0) != 0
+
+
+@triton.jit(do_not_specialize=["N", "C", "S", "x_sample", "x_step", "dy_sample", "dy_step", "parts"])
+def channel_sums(
+    dy_ptr, x_ptr, mask_ptr, pivot_ptr, dy_sum_ptr, dyx_sum_ptr, part_ptr,
+    N, C, S, x_sample, x_step, dy_sample, dy_step, parts,
+    TOKENS: tl.constexpr, UNIT: tl.constexpr, DY_UNIT: tl.constexpr, DY_INNER: tl.constexpr, V: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, PIVOTS: tl.constexpr, CHUNKED: tl.constexpr,
+    CB: tl.constexpr, NB: tl.constexpr, L: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums of dy and of dy * (x - pivot). PIVOTS: each sample has its own."""
+    C, S = sizes(C, S, UNIT, TOKENS)
+    tiles = tiles_of(N, S, PER_SAMPLE, CHUNKED, NB, L)
+    per, blocks = tl.cdiv(tiles, parts), tl.cdiv(C, CB)
+    groups = N if PER_SAMPLE else 1
+    part, group, block = job_of(parts, blocks)
+    c = block * CB + tl.arange(0, CB)[:, None]
+    low = part * per
+    high = tl.minimum(low + per, tiles)
+    if not PIVOTS:
+        pivot = tl.load(pivot_ptr + c, mask=c < C, other=0.0)
+        if mask_ptr is not None:
+            other = tl.load(pivot_ptr + C + c, mask=c < C, other=0.0)
+    s1 = tl.zeros([CB, NB * L], tl.float32)
+    s2 = tl.zeros([CB, NB * L], tl.float32)
+    if mask_ptr is not None:
+        t1 = tl.zeros([CB, NB * L], tl.float32)
+        t2 = tl.zeros([CB, NB * L], tl.float32)
+    for i in tl.range(low, high, num_stages=STAGES):
+        n, s, here = columns(i, group, N, S, PER_SAMPLE, CHUNKED, NB, L)
+        at, touch, valid = entries(n, c, s, here, N, C, S, x_sample, x_step, UNIT, TOKENS, V)
+        x = tl.load(x_ptr + at, mask=touch, other=0.0).to(tl.float32)
+        dy = gradient(
+            dy_ptr, n, c, s, here, at, touch, N, C, dy_sample, dy_step, DY_UNIT, DY_INNER, TOKENS
+        )  # fmt: skip
+        if PIVOTS:
+            inside = (c < C) & (n < N)
+            pivot = tl.load(pivot_ptr + n * C + c, mask=inside, other=0.0)
+            if mask_ptr is not None:
+                other = tl.load(pivot_ptr + (n + N) * C + c, mask=inside, other=0.0)
+        dy = tl.where(valid, dy, 0.0)
+        if mask_ptr is not None:
+            region = region_of(mask_ptr, n, s, here, S)
+            dyx = tl.where(valid, dy * (x - tl.where(region, other, pivot)), 0.0)
+            s1 += tl.where(region, 0.0, dy)
+            s2 += tl.where(region, 0.0, dyx)
+            t1 += tl.where(region, dy, 0.0)
+            t2 += tl.where(region, dyx, 0.0)
+        else:
+            s1 += dy
+            s2 += tl.where(valid, dy * (x - pivot), 0.0)
+    size = tl.cast(groups, tl.int64) * C
+    at = group * C + c
+    regions = 1 if mask_ptr is None else 2
+    s1, s2 = sum_pair(s1, s2)
+    store_sums(dy_sum_ptr, dyx_sum_ptr, part_ptr, at, part, parts, regions * size, c < C, s1, s2)
+    if mask_ptr is not None:
+        t1, t2 = sum_pair(t1, t2)
+        store_sums(dy_sum_ptr, dyx_sum_ptr, part_ptr, size + at, part, parts, regions * size, c < C, t1, t2)
+
+
+@triton.jit
+def store_sums(dy_sum_ptr, dyx_sum_ptr, part_ptr, at, part, parts, size, inside, s1, s2):
+    """To the results where there is one share, else as two planes of shares."""
+    if part_ptr is None:
+        tl.store(dy_sum_ptr + at, s1, mask=inside)
+        tl.store(dyx_sum_ptr + at, s2, mask=inside)
+    else:
+        at += part * size
+        tl.store(part_ptr + at, s1, mask=inside)
+        tl.store(part_ptr + size * parts + at, s2, mask=inside)
