@@ -66,7 +66,8 @@ def normalize(
     if mask is not None:
         mask = _checked_mask(mask, x)
     y, aux = _normalize(x, combine, mask, per_sample)
-    return y.movedim(1, channel_dim), aux
+    # Not a view where there is nothing to move: FSDP2 loses its hooks when a view is changed in place.
+    return (y if channel_dim == 1 else y.movedim(1, channel_dim)), aux
 
 
 def _checked(x: Tensor, channel_dim: int) -> Tensor:
@@ -102,7 +103,7 @@ def _normalize(x: Tensor, combine: Combine, mask: Tensor | None, per_sample: boo
     seen_through = transformed()
     if seen_through or not needs_grad(x):
         pivot, delta, m2 = body.moments(x, mask, per_sample)
-        inputs = x, x, None
+        inputs = None, x, None  # Dynamo takes no tensor twice
     else:
         pivot, delta, m2, *inputs = _Moments.apply(x, mask, per_sample, body)
     m = Moments(passes.counts(x, mask, per_sample), pivot, delta, m2, regions=mask is not None)
