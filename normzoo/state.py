@@ -143,7 +143,7 @@ class Running(_NormBase):
             some = (count > 0).all()
             updates = [(old, torch.where(some, new, old)) for old, new in updates]
         elif count == 0:
-            updates = []
+            updates, good = [], None  # nothing to tell about, also where its mean is NaN
         commit([*updates, (tracked, number)], good)
         if self.batches_skipped is not None and good is not None:
             commit([(self.batches_skipped, self.batches_skipped + 1)], ~good)

@@ -1,0 +1,105 @@
+"""Stored state under torch.compile and activation checkpointing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from training import batches, close, compiled_is_eager, per_drop_in, per_dtype, per_layer, same, torchs, train
+
+from normzoo import state
+from normzoo.layers.batch import batch_norm
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@per_dtype
+@per_layer
+def test_compiled_is_eager(make, dtype):
+    compiled_is_eager(make().to(dtype), batches(5, dtype=dtype))
+
+
+class Twice(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(self.norm(x).sin() + x)
+
+
+@per_layer
+def test_a_module_used_twice(make):
+    compiled_is_eager(Twice(make()), batches(5))
+
+
+@per_drop_in
+def test_a_module_used_twice_is_torchs(make):
+    found, expected = train(Twice(make()), xs := batches(2)), train(Twice(torchs(make)), xs)
+    close({k: t for k, t in found.items() if "skipped" not in k}, expected)
+
+
+@per_layer
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant, make):
+    plain = nn.Sequential(nn.Conv2d(3, 3, 1), make(), nn.Tanh())
+    saving = copy.deepcopy(plain)
+    xs = batches(3)
+    found = train(saving, xs, lambda x: checkpoint(saving, x, use_reentrant=reentrant))
+    same(found, train(plain, xs))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_of_the_function(reentrant):
+    def trained(wrap):
+        mean, var, grads = torch.zeros(3), torch.ones(3), []
+        for x in xs:
+            x = x.detach().requires_grad_()
+            wrap(lambda x: batch_norm(x, mean, var, training=True), x).pow(3).sum().backward()
+            grads.append(x.grad)
+        return {"mean": mean, "var": var, "dx": torch.stack(grads)}
+
+    xs = batches(3)
+    found = trained(lambda call, x: checkpoint(call, x, use_reentrant=reentrant))
+    same(found, trained(lambda call, x: call(x)))
+
+
+class Follows(nn.Module):
+    """Divides by a stored scale that moves with every batch."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+        self.register_buffer("scale", torch.ones(3, 1, 1))
+        self.weight = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, x):
+        scale = self.read(self.scale)
+        y = self.weight * x / scale
+        power = x.square().mean((0, 2, 3)).view(3, 1, 1)
+        state.commit([(self.scale, state.average(scale, power, 0.5))])
+        return y
+
+
+def test_a_snapshot_keeps_the_gradients_of_a_graph_right():
+    compiled_is_eager(Follows(state.snapshot), batches(5))
+    compiled_is_eager(Twice(Follows(state.snapshot)), batches(5))
+    # A clone would not do: in the backward pass the graph reads the buffer again, after the update.
+    with pytest.raises(AssertionError, match=r"^0: d(x|weight): "):
+        compiled_is_eager(Follows(torch.clone), batches(5))
+
+
+def test_a_snapshot_is_an_operator():
+    x = torch.randn(3)
+    torch.library.opcheck(torch.ops.normzoo.snapshot.default, (x,))
+    taken = state.snapshot(x.requires_grad_())
+    assert torch.equal(taken, x) and taken.data_ptr() != x.data_ptr() and not taken.requires_grad
