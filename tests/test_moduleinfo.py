@@ -23,14 +23,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import normzoo
-from normzoo.layers import batch
 
 OURS = {
     "LayerNorm": normzoo.LayerNorm,
     "RMSNorm": normzoo.RMSNorm,
-    "BatchNorm1d": batch.BatchNorm1d,
-    "BatchNorm2d": batch.BatchNorm2d,
-    "BatchNorm3d": batch.BatchNorm3d,
+    "BatchNorm1d": normzoo.BatchNorm1d,
+    "BatchNorm2d": normzoo.BatchNorm2d,
+    "BatchNorm3d": normzoo.BatchNorm3d,
+    "GroupNorm": normzoo.GroupNorm,
+    "InstanceNorm1d": normzoo.InstanceNorm1d,
+    "InstanceNorm2d": normzoo.InstanceNorm2d,
+    "InstanceNorm3d": normzoo.InstanceNorm3d,
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -57,7 +60,7 @@ class Case:
     input: Any
     dtype: torch.dtype
     training: bool
-    error: type[Exception] | None = None
+    error: Any = None
 
     def __repr__(self) -> str:
         mode = "training" if self.training else "eval"
@@ -120,7 +123,7 @@ def error_cases(name: str, dtype: torch.dtype) -> list[Case]:
     if given.module_error_inputs_func is None:
         return []
     return [
-        Case(given, error.module_error_input, dtype, training, error.error_type)
+        Case(given, error.module_error_input, dtype, training, error)
         for training in modes(name)
         for error in given.module_error_inputs_func(given, **arguments(dtype, training))
     ]
@@ -213,13 +216,13 @@ def leaves(case: Case):
 @aspect((torch.float64,))
 def test_gradcheck(case):
     # Every entry on its own where that does not take long.
-    how = {"nondet_tol": case.info.gradcheck_nondet_tol, "fast_mode": case.x.numel() > 300}
+    how = {"nondet_tol": case.info.gradcheck_nondet_tol, "fast_mode": case.x.numel() > 100}
     assert torch.autograd.gradcheck(*leaves(case), **how), case
 
 
 @aspect((torch.float64,), lambda case: case.info.supports_gradgrad)
 def test_gradgradcheck(case):
-    how = {"nondet_tol": case.info.gradcheck_nondet_tol, "fast_mode": case.x.numel() > 50}
+    how = {"nondet_tol": case.info.gradcheck_nondet_tol, "fast_mode": case.x.numel() > 20}
     assert torch.autograd.gradgradcheck(*leaves(case), **how), case
 
 
@@ -267,13 +270,10 @@ def strided(t: Tensor) -> list[Tensor]:
 def test_strided(case):
     ours, torchs = case.pair()
     dy = slope(case.x)
-    plain, exact = results(torchs, case.x, dy), exactly(torchs, case.x, dy)
-    for x in strided(case.x):
-        assert_alike(case, results(ours, x, dy), plain, exact)
-    for there in strided(dy):
-        assert_alike(case, results(ours, case.x, there), plain, exact)
     one = torch.ones((), dtype=case.dtype).expand(case.x.shape)  # what sum().backward() sends
-    assert_alike(case, results(ours, case.x, one), results(torchs, case.x, one), exactly(torchs, case.x, one))
+    for x, there in ((case.x, one), *((x, dy) for x in strided(case.x)), *((case.x, g) for g in strided(dy))):
+        # torch gets the same strides: its own error in bfloat16 depends on them.
+        assert_alike(case, results(ours, x, there), results(torchs, x, there), exactly(torchs, x, there))
 
 
 @aspect(applies=lambda case: case.x.dim() in FORMATS)
@@ -285,8 +285,9 @@ def test_memory_format(case):
     for of_module, of_x in itertools.product(kinds, kinds):
         found = results(copy.deepcopy(ours).to(memory_format=of_module), case.x.contiguous(memory_format=of_x))
         assert_alike(case, found, plain, exact)
-        # On a CPU LayerNorm is torch's operator, whose rows come out in order.
-        if not isinstance(ours, nn.LayerNorm):
+        # On a CPU LayerNorm is torch's operator, whose rows come out in order. An image that is no batch has
+        # its channels first, where channels_last does not move them.
+        if not isinstance(ours, nn.LayerNorm) and "no_batch_dim" not in case.input.desc:
             assert found["output"].is_contiguous(memory_format=of_x), f"{case}, {of_x}"
 
 
@@ -335,8 +336,9 @@ def test_state_dict_of_version_1(case):
 
 @aspect(cases=error_cases)
 def test_error_inputs(case):
-    # Ours may refuse when the module is made, where torch waits for the call.
-    with pytest.raises(case.error, match=f"^{case.info.module_cls.__name__}: "):
+    # Ours may refuse when the module is made, where torch waits for the call, and in a sentence of its own.
+    sentence = f"^{case.info.module_cls.__name__}: |{case.error.error_regex}"
+    with pytest.raises(case.error.error_type, match=sentence):
         case.ours()(case.x)
 
 
@@ -347,7 +349,7 @@ def test_number_of_cases(capsys):
     ]
     with capsys.disabled():
         print(f"\n{sum(each)} cases of torch's ModuleInfo in {len(each)} aspects of {len(OURS)} classes")
-    assert min(each) > 0 and sum(each) > 1400
+    assert min(each) > 0 and sum(each) > 2500
 
 
 def test_import_leaves_the_process_alone():
