@@ -1,0 +1,567 @@
+"""Statistics across ranks, held to one process that has the whole batch."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from distributed_work import CHECKS, Collectives, check, of_ranks, parts_of_ranks
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from tolerance import assert_as_good
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
+
+import normzoo
+from normzoo.engine import normalize
+from normzoo.layers.batch import BatchNorm1d, BatchNorm2d
+from normzoo.layers.ghost import GhostBatchNorm
+from normzoo.layers.instance import InstanceNorm2d
+from normzoo.moments import Moments
+
+EPS = 1e-5
+
+
+def eager(layer):
+    return layer
+
+
+def compiled(layer):
+    return torch.compile(layer, fullgraph=True, backend=aot_eager)
+
+
+def aot_eager(graph, inputs):
+    """The backend of that name, which sees one collective in every graph."""
+
+    def run(graph, _):
+        called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        called = [f for f in called if getattr(f, "namespace", "") in ("c10d", "_c10d_functional")]
+        assert [f.__name__ for f in called] == ["all_gather_into_tensor.default", "wait_tensor.default"], called
+        return make_boxed_func(graph.forward)
+
+    partition = min_cut_rematerialization_partition
+    return aot_autograd(fw_compiler=run, partition_fn=partition, keep_inference_input_mutations=True)(
+        graph, inputs
+    )
+
+
+def by_kernels(layer):
+    from normzoo_kernels import _launch
+
+    def call(x):
+        before = _launch.launches.total()
+        with normzoo.backend("triton"):
+            y = layer(x)
+        assert _launch.launches.total() > before or not x.numel(), "no kernel ran"
+        return y
+
+    return call
+
+
+def recomputed(layer):
+    return lambda x: checkpoint(layer, x, use_reentrant=False)
+
+
+def reentrant(layer):
+    return lambda x: checkpoint(layer, x, use_reentrant=True)
+
+
+def step(call, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """Output and input gradient."""
+    x = x.clone().requires_grad_()
+    y = call(x)
+    y.backward(dy)
+    return [y.detach(), x.grad]
+
+
+def pair(*shape: int, **options):
+    """Our layer and torch's for x (N, *shape), with the same parameters."""
+    classes = (BatchNorm1d, nn.BatchNorm1d) if len(shape) == 1 else (BatchNorm2d, nn.BatchNorm2d)
+    usual = {name: options[name] for name in options if name == "momentum"}
+    ours, torchs = classes[0](shape[0], **options), classes[1](shape[0], **usual)
+    for p in torchs.parameters():
+        nn.init.uniform_(p, 0.5, 1.5)
+    ours.load_state_dict(torchs.state_dict())
+    return ours, torchs
+
+
+def compare(ours, torchs, rounds, shape, way, group=None):
+    """Trains `ours` on the parts of the ranks, `torchs` on the whole batch, and holds one to the other."""
+    rank, call, exact = dist.get_rank(group), way(ours), copy.deepcopy(torchs).double()
+    for sizes in rounds:
+        parts, dys = parts_of_ranks(sizes, *shape), [torch.randn(n, *shape) for n in sizes]
+        x, dy = torch.cat(parts), torch.cat(dys)
+        found = of_ranks(step(call, parts[rank], dys[rank]), group)
+        expected = step(torchs, x, dy), step(exact, x.double(), dy.double())
+        for name, ours_, *theirs in zip(("y", "dx"), zip(*found, strict=True), *expected, strict=True):
+            assert_as_good(f"{name} of {sizes}", torch.cat(ours_), *theirs)
+    grads = of_ranks([p.grad for p in ours.parameters()], group)
+    names = dict(torchs.named_parameters())
+    for name, found, a, b in zip(
+        names, zip(*grads, strict=True), torchs.parameters(), exact.parameters(), strict=True
+    ):
+        assert_as_good(f"gradient of {name}", torch.stack(found).sum(0), a.grad, b.grad)
+    for name, buffer in torchs.named_buffers():
+        assert_as_good(name, ours.get_buffer(name), buffer, exact.get_buffer(name)) if buffer.dim() else None
+    assert ours.num_batches_tracked == torchs.num_batches_tracked
+    assert_same_on_all_ranks(ours, group)
+
+
+def assert_same_on_all_ranks(layer, group=None):
+    for name, buffer in layer.named_buffers():
+        assert all(torch.equal(buffer, other) for other in of_ranks(buffer, group)), f"{name} differs"
+
+
+WAYS = {way.__name__: (way,) for way in (eager, compiled, by_kernels)}
+ROUNDS = {
+    "uneven": (3, [(3, 0, 4), (1, 2, 0)], (5, 2, 3)),
+    "1+7": (2, [(1, 7)], (5, 2, 3)),
+    "one_value": (2, [(1, 1), (1, 1)], (5,)),
+    "empty": (2, [(2, 1), (0, 0), (2, 2)], (5, 2, 3)),
+    "no_pixels": (2, [(2, 2)], (5, 0, 3)),
+}
+
+
+def one_process(rounds, shape, way, **options):
+    compare(*pair(*shape, sync=True, **options), rounds, shape, way)
+
+
+for (case, (ranks, *args)), way in itertools.product(
+    ROUNDS.items(), (eager, by_kernels, recomputed, reentrant)
+):
+    check(ranks, **{f"{case}-{way.__name__}": (*args, way)})(one_process)
+check(2, **{"uneven-compiled": ([(3, 0), (0, 0)], (5, 2, 3), compiled)})(one_process)
+check(2, **{"one_value-compiled": ([(1, 1)], (5,), compiled)})(one_process)
+
+
+@check(2, eager=(eager,), by_kernels=(by_kernels,))
+def plain_average(way):
+    one_process([(1, 7), (2, 2), (0, 3)], (5, 2, 3), way, momentum=None)
+
+
+@check(4)
+def groups_of_two():
+    ids = [0, 1] if dist.get_rank() < 2 else [2, 3]
+    group, _ = dist.new_subgroups_by_enumeration([[0, 1], [2, 3]])
+    torch.manual_seed(ids[0])
+    ours, torchs = pair(5, 2, 3, sync=True, process_group=group)
+    compare(ours, torchs, [(1, 3), (4, 2)], (5, 2, 3), eager, group)
+    means = of_ranks(ours.running_mean)
+    assert not torch.equal(means[0], means[2])
+
+
+@check(3)
+def ranks_beside_the_group():
+    group = dist.new_group([0, 1])
+    x = parts_of_ranks((3, 2, 4), 5)[dist.get_rank()]
+    layer, alone = BatchNorm1d(5, sync=True, process_group=group), BatchNorm1d(5)
+    if dist.get_rank() == 2:
+        assert torch.equal(layer(x), alone(x))
+    else:
+        layer(x)
+        assert all(torch.equal(layer.running_mean, mean) for mean in of_ranks(layer.running_mean, group))
+
+
+@check(3)
+def averages_of_ranks():
+    """Layers that normalize on their rank and share only what they store."""
+    sizes = (3, 0, 2)
+    parts = parts_of_ranks(sizes, 4, 2, 3)
+    x = parts[dist.get_rank()].requires_grad_()
+    instance, ghost = InstanceNorm2d(4, track_running_stats=True, sync=True), GhostBatchNorm(4, 2, sync=True)
+    with Collectives(2):
+        (instance(x).sum() + ghost(x).sum()).backward()
+    torchs, alone = nn.InstanceNorm2d(4, track_running_stats=True), [GhostBatchNorm(4, 2) for _ in sizes]
+    torchs(torch.cat(parts))
+    for layer, part in zip(alone, parts, strict=True):
+        layer(part)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(instance.get_buffer(name), torchs.get_buffer(name))
+        shares = [n / sum(sizes) * layer.get_buffer(name) for n, layer in zip(sizes, alone, strict=True)]
+        torch.testing.assert_close(ghost.get_buffer(name), sum(shares))
+    for layer in (instance, ghost):
+        assert_same_on_all_ranks(layer)
+
+
+# A batch that is not finite on one rank
+
+
+@check(2, **WAYS)
+def skips_alike(way):
+    rank = dist.get_rank()
+    ours, torchs = pair(5, 2, 3, sync=True, nonfinite="skip", momentum=None)
+    compare(ours, torchs, [(2, 2)], (5, 2, 3), way)
+    before, call = copy.deepcopy(ours.state_dict()), way(ours)
+    for value, number in ((float("nan"), 1), (float("inf"), 2)):
+        x = torch.randn(2, 5, 2, 3)
+        if rank == 1:
+            x[1, 3, 0, 0] = value
+        y = call(x)
+        assert y[:, 3].isnan().any() and y[:, :3].isfinite().all()
+        assert all(torch.equal(a, before[name]) for name, a in ours.state_dict().items())
+        assert ours.batches_skipped == number
+    ours.zero_grad()
+    torchs.zero_grad()
+    compare(ours, torchs, [(2, 2)], (5, 2, 3), way)
+    assert ours.num_batches_tracked == 2
+
+
+@check(2)
+def propagates_alike():
+    layer, x = BatchNorm1d(5, sync=True), torch.randn(4, 5)
+    x[0, 2] = float("nan") if dist.get_rank() else 0.0
+    layer(x)
+    nan = torch.arange(5) == 2
+    assert torch.equal(layer.running_mean.isnan(), nan) and torch.equal(layer.running_var.isnan(), nan)
+
+
+# Which collectives there are
+
+
+@check(2, eager=(eager,), by_kernels=(by_kernels,))
+def one_collective_each_way(way):
+    layers = nn.Sequential(BatchNorm2d(5, sync=True), nn.ReLU(), BatchNorm2d(5, sync=True))
+    x = torch.randn(3, 5, 2, 3, requires_grad=True)
+    with Collectives(2):
+        y = way(layers)(x)
+    with Collectives(2):
+        y.backward(torch.randn_like(y))
+    with Collectives(2), torch.no_grad():
+        way(layers)(x)
+
+
+@check(2)
+def checkpointing_gathers_again():
+    layer, x = BatchNorm2d(5, sync=True), torch.randn(3, 5, 2, 3, requires_grad=True)
+    with Collectives(1):
+        y = recomputed(layer)(x)
+    with Collectives(2):
+        y.sum().backward()
+    assert layer.num_batches_tracked == 1
+
+
+@check(2)
+def without_need_nothing_is_said():
+    rank, x = dist.get_rank(), torch.randn(3, 4, 2, 3, requires_grad=True)
+    if rank == 0:  # alone: a collective would wait for rank 1
+        with Collectives(0):
+            BatchNorm2d(4, sync=True).eval()(x).sum().backward()
+            layer, usual = BatchNorm2d(4), nn.BatchNorm2d(4)
+            assert torch.equal(layer(x), usual(x)) and torch.equal(layer.running_var, usual.running_var)
+            y, _ = normalize(x, lambda m: m.over_groups(2).standardize(), per_sample=True)
+            torch.testing.assert_close(y, F.group_norm(x, 2))
+            y, _ = normalize(x, lambda m: m.standardize(), per_sample=True)
+            torch.testing.assert_close(y, F.instance_norm(x))
+            y, _ = normalize(x, lambda m: m.over_batch().standardize(), per_sample=True)
+            torch.testing.assert_close(y, F.batch_norm(x, None, None, training=True))
+
+
+def assert_the_identity():
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 2, 3, requires_grad=True)
+    ours, alone = BatchNorm2d(4, sync=True), BatchNorm2d(4)
+    assert torch.equal(ours(x), alone(x))
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), alone.buffers(), strict=True))
+    found = []
+    normalize(x, lambda m: (found.extend((m, m.across_ranks())), m.standardize())[1])
+    assert found[0] is found[1]
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        BatchNorm1d(4, sync=True)(torch.randn(1, 4))
+
+
+@check(1)
+def one_rank():
+    with Collectives(0):
+        assert_the_identity()
+
+
+def test_without_ranks():
+    assert not dist.is_initialized()
+    assert_the_identity()
+
+
+# Combines of a user
+
+
+def mixed(share: Tensor, group):
+    def combine(m: Moments):
+        batch = m.over_batch(group=group)
+        a, b = share * (batch.var + EPS).rsqrt(), (1 - share) * (m.var + EPS).rsqrt()
+        return a + b, -a * batch.delta - b * m.delta
+
+    return combine
+
+
+@check(2, eager=(eager,), compiled=(compiled,))
+def a_learned_mixture(way):
+    parts, dys = (parts_of_ranks((2, 3), 4, 3, 2, dtype=torch.double) for _ in range(2))
+    share = torch.rand(4, dtype=torch.double)
+
+    def oracle(x, share):
+        share = share.view(1, 4, 1, 1)
+        return share * F.batch_norm(x, None, None, training=True) + (1 - share) * F.instance_norm(x)
+
+    def ours(x, share):
+        return normalize(x, mixed(share, dist.group.WORLD), per_sample=True)[0]
+
+    # aot_eager has no double backward, here as elsewhere
+    hold(way(ours), oracle, parts, dys, share, (False, True)[: 1 + (way is eager)])
+
+
+@check(2)
+def weighted_samples():
+    """The weights are learned too: their gradient crosses the ranks through the counts."""
+    parts, dys = (parts_of_ranks((2, 3), 4, 3, 2, dtype=torch.double) for _ in range(2))
+    weights = torch.rand(5, dtype=torch.double)
+    mine = slice(0, 2) if dist.get_rank() == 0 else slice(2, 5)
+
+    def oracle(x, weights):
+        w = weights.view(-1, 1, 1, 1) / (weights.sum() * x[0, 0].numel())
+        mean = (w * x).sum((0, 2, 3), keepdim=True)
+        var = (w * (x - mean).square()).sum((0, 2, 3), keepdim=True)
+        return (x - mean) / (var + EPS).sqrt()
+
+    def ours(x, weights):
+        def combine(m):
+            return m.over_batch(weights[mine], dist.group.WORLD).standardize()
+
+        return normalize(x, combine, per_sample=True)[0]
+
+    hold(ours, oracle, parts, dys, weights)
+
+
+@check(2)
+def masked_regions():
+    parts, dys = (parts_of_ranks((2, 3), 4, 3, 2, dtype=torch.double) for _ in range(2))
+    masks = [torch.rand(2, 3, 2) < 0.3, torch.zeros(3, 3, 2, dtype=torch.bool)]  # rank 1 has one region only
+    weight = torch.rand(4, dtype=torch.double)
+
+    def oracle(x, weight):
+        hole, y = torch.cat(masks).unsqueeze(1).double(), 0
+        for region in (hole, 1 - hole):
+            mean, var = x, None
+            n = region.sum()
+            mean = (region * x).sum((0, 2, 3), keepdim=True) / n
+            var = (region * (x - mean).square()).sum((0, 2, 3), keepdim=True) / n
+            y = y + region * (x - mean) / (var + EPS).sqrt()
+        return y * weight.view(1, 4, 1, 1)
+
+    def ours(x, weight):
+        return normalize(x, lambda m: m.across_ranks().standardize(weight), masks[dist.get_rank()])[0]
+
+    hold(ours, oracle, parts, dys, weight)
+
+
+def hold(ours, oracle, parts, dys, parameter, penalties=(False, True)):
+    """Output, input gradient, the sum of the parameter's gradients, and all of these for a gradient penalty."""
+    rank = dist.get_rank()
+    for penalty in penalties:
+        found = of_ranks(grads_of(ours, parts[rank], dys[rank], parameter, penalty))
+        y, dx, dp = grads_of(oracle, torch.cat(parts), torch.cat(dys), parameter, penalty)
+        torch.testing.assert_close(torch.cat([f[0] for f in found]), y)
+        torch.testing.assert_close(torch.cat([f[1] for f in found]), dx)
+        torch.testing.assert_close(sum(f[2] for f in found), dp)
+
+
+def grads_of(call, x, dy, parameter, penalty):
+    x, p = x.clone().requires_grad_(), parameter.clone().requires_grad_()
+    y = call(x, p)
+    if penalty:
+        (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+        dx.square().sum().backward()
+    else:
+        y.backward(dy)
+    return y.detach(), x.grad, p.grad
+
+
+@check(3, eager=(eager,), by_kernels=(by_kernels,))
+def gradient_penalty(way):
+    parts, dys = (parts_of_ranks((2, 0, 3), 4, 3, 2, dtype=torch.float32) for _ in range(2))
+    parts, dys = ([t if way is by_kernels else t.double() for t in ts] for ts in (parts, dys))
+    layer = BatchNorm2d(4, sync=True)
+
+    def ours(x, weight):
+        return way(lambda x: torch.func.functional_call(layer, {"weight": weight}, (x,)))(x)
+
+    def oracle(x, weight):
+        return F.batch_norm(x, None, None, weight, training=True)
+
+    hold(ours, oracle, parts, dys, torch.rand(4, dtype=parts[0].dtype))
+
+
+# A rank that fails
+
+
+def survivors(act, group=None, within: float = 20):
+    """Rank 1 acts; the others must get an error, and keep their state."""
+    layer = BatchNorm1d(4, sync=True, process_group=group)
+    layer(torch.randn(3, 4))
+    before = copy.deepcopy(layer.state_dict())
+    if dist.get_rank() == 1:
+        act()
+    start = time.monotonic()
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(3, 4))
+    assert time.monotonic() - start < within
+    assert all(torch.equal(a, before[name]) for name, a in layer.state_dict().items())
+    os._exit(0)  # nobody is left to say goodbye to
+
+
+@check(3)
+def a_rank_dies():
+    survivors(lambda: os._exit(0))
+
+
+@check(2)
+def a_rank_stays_away():
+    def stay_away():
+        time.sleep(2.5)
+        os._exit(0)
+
+    survivors(stay_away, dist.new_group(timeout=timedelta(seconds=1)))
+
+
+# Training
+
+
+def network(norm) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), norm, nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1)
+    ).double()
+
+
+def train(models, batches, weights, steps=3):
+    """SGD on one set of parameters, each model on a batch of its own; gradients are weighted sums."""
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in models]
+    for i in range(steps):
+        for model, batch, weight in zip(models, batches, weights, strict=True):
+            (model(batch + i).square().sum() * weight).backward()
+        for ps in zip(*(m.parameters() for m in models), strict=True) if len(models) > 1 else ():
+            total = torch.stack([p.grad for p in ps]).sum(0)
+            for p in ps:
+                p.grad.copy_(total)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def ddp(**options):
+    def wrap(model):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # torch 2.13
+            return nn.parallel.DistributedDataParallel(model, **options)
+
+    return wrap
+
+
+def fsdp(alone=True, **options):
+    def wrap(model):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        if alone:
+            fully_shard(model[1], mesh=mesh, **options)
+        return fully_shard(model, mesh=mesh, **options)
+
+    return wrap
+
+
+@check(
+    2,
+    ddp=(ddp(), True, (1, 3)),
+    ddp_own_buffers=(ddp(broadcast_buffers=False), True, (0, 4)),
+    ddp_without_sync=(ddp(broadcast_buffers=False), False, (2, 3)),
+    fsdp=(fsdp(), True, (1, 3)),
+    fsdp_empty=(fsdp(), True, (0, 4)),
+    fsdp_without_sync=(fsdp(), False, (2, 3)),
+    fsdp_whole=(fsdp(alone=False), True, (2, 2)),
+)
+def training(wrap, sync, sizes):
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    plain = network(nn.BatchNorm2d(4))
+    model = network(BatchNorm2d(4, sync=sync))
+    model.load_state_dict(plain.state_dict())
+    parts = parts_of_ranks(sizes, 3, 4, 4, dtype=torch.double)
+    if sync:
+        expected = plain
+        train([plain], [torch.cat(parts)], [1 / sum(sizes)])
+    else:
+        alone = [copy.deepcopy(plain) for _ in sizes]
+        train(alone, parts, [1 / sum(sizes)] * ranks)
+        expected = alone[rank]
+    model = wrap(model)
+    train([model], [parts[rank]], [ranks / sum(sizes)])  # wrappers take the mean over the ranks
+    found = {name.removeprefix("module."): whole(t) for name, t in model.state_dict().items()}
+    torch.testing.assert_close(found, dict(expected.state_dict()))
+
+
+@check(2)
+def from_the_meta_device():
+    """The way of FSDP2 to a model that no rank could hold: parameters come into being as shards."""
+    with torch.device("meta"):
+        layer = BatchNorm1d(6, sync=True, nonfinite="skip")
+    layer = fsdp(alone=False)(layer)
+    layer.to_empty(device="cpu").reset_parameters()
+    x = parts_of_ranks((1, 3), 6)
+    y = layer(x[dist.get_rank()])
+    expected = nn.BatchNorm1d(6)
+    expected(torch.cat(x))
+    torch.testing.assert_close(dict(layer.named_buffers())["running_var"], expected.running_var)
+    assert layer.num_batches_tracked == 1 and layer.batches_skipped == 0
+    y.square().sum().backward()
+    assert whole(layer.weight.grad).isfinite().all()
+
+
+@check(2)
+def mixed_precision():
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    layer, exact = BatchNorm1d(6, sync=True), nn.BatchNorm1d(6).double()
+    layer = fsdp(alone=False, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))(layer)
+    x = [t.bfloat16() for t in parts_of_ranks((2, 3), 6)]
+    y, expected = layer(x[dist.get_rank()].float()), exact(torch.cat(x).double())
+    assert y.dtype == torch.bfloat16 and layer.running_mean.dtype == torch.float32
+    torch.testing.assert_close(torch.cat(of_ranks(y.detach())).double(), expected, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(layer.running_var.double(), exact.running_var, rtol=1e-5, atol=0)
+    y.sum().backward()
+
+
+# The checks above run in processes of their own
+
+
+@pytest.fixture(scope="module")
+def server():
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join(map(str, (here, here.parent, here.parent / "kernels", here.parent / "bench")))
+    env = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = f"import distributed_work, {Path(__file__).stem}; distributed_work.serve()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", command], stdin=pipe, stdout=pipe, env=env, text=True) as run:
+        yield run
+        run.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked, which torch survives on Linux only")
+@pytest.mark.parametrize("name", CHECKS)
+def test_ranks(server, name, tmp_path):
+    print(json.dumps((name, str(tmp_path))), file=server.stdin, flush=True)
+    failures = json.loads(server.stdout.readline())
+    assert not failures, "\n".join(failures)
