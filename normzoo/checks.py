@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -67,6 +67,16 @@ def rows(
     if residual is not None:
         _beside(layer, "residual", residual, x, x.shape)
     return sizes
+
+
+def dimensions(layer: str, x: Tensor, check: Callable[[Tensor], None]) -> None:
+    """Runs `check`, torch's own of how many dimensions x has, with the layer in front of what it says."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{layer}: the input is a {type(x).__name__}; it must be a torch.Tensor")
+    try:
+        check(x)
+    except ValueError as error:
+        raise ValueError(f"{layer}: {error}, of shape {tuple(x.shape)}; reshape it") from None
 
 
 def channels(layer: str, x: Tensor, num_features: int | None, **tensors: Tensor | None) -> None:

@@ -9,6 +9,7 @@ and ``_Moments`` writes dx from both in one pass, together with what came throug
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -107,11 +108,17 @@ def _normalize(x: Tensor, combine: Combine, mask: Tensor | None, per_sample: boo
     else:
         pivot, delta, m2, *inputs = _Moments.apply(x, mask, per_sample, body)
     m = Moments(passes.counts(x, mask, per_sample), pivot, delta, m2, regions=mask is not None)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         scale, shift, aux = _made_by(combine, m)
     if not seen_through and needs_grad(inputs[0], scale, shift):
         return _Apply.apply(*inputs, pivot, scale, shift, mask, body), aux
     return body.apply(x, mask, pivot, scale, shift), aux
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    if not torch.amp.is_autocast_available(device):  # meta, whose context raises
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _made_by(combine: Combine, m: Moments) -> tuple[Tensor, Tensor, Any]:

@@ -130,7 +130,7 @@ class _BatchNorm(Running):
 
     def forward(self, input: Tensor) -> Tensor:
         layer = type(self).__name__
-        self._check_input_dim(input)
+        checks.dimensions(layer, input, self._check_input_dim)
         checks.channels(layer, input, self.num_features, weight=self.weight, running_mean=self.running_mean)
         if not self.training and self.running_mean is not None and self.running_var is not None:
             return with_stored(input, *self._stored(), self.weight, self.bias, self.eps)
@@ -141,11 +141,11 @@ class _BatchNorm(Running):
         return y
 
 
-class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
-    r"""y = weight · (x − mean) / sqrt(var + eps) + bias, a drop-in for :class:`torch.nn.BatchNorm1d`.
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    r"""y = weight · (x − mean) / sqrt(var + eps) + bias, a drop-in for :class:`torch.nn.BatchNorm2d`.
 
-    Same arguments, state and mathematics. Input (N, C) or (N, C, L), output alike in shape, dtype and memory
-    format. Parameters and buffers may be of another dtype than the input; statistics are float32 at least.
+    Same arguments, state and mathematics. Input (N, C, H, W), output alike in shape, dtype and memory format.
+    Parameters and buffers may be of another dtype than the input; statistics are float32 at least.
 
     Args:
         sync: in training, take the statistics over all ranks of `process_group`. Any backend, gloo on a CPU
@@ -163,15 +163,20 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         ValueError, TypeError: an argument, or the input of a call, does not fit.
 
     >>> import torch
+    >>> BatchNorm2d(1)(torch.tensor([[[[1.0, 3.0]]]])).detach()
+    tensor([[[[-1.0000,  1.0000]]]])
+    """
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """A drop-in for :class:`torch.nn.BatchNorm1d`: input (N, C) or (N, C, L), else as :class:`BatchNorm2d`.
+
+    >>> import torch
     >>> BatchNorm1d(1)(torch.tensor([[1.0], [3.0]])).detach()
     tensor([[-1.0000],
             [ 1.0000]])
     """
 
 
-class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
-    """A drop-in for :class:`torch.nn.BatchNorm2d`: input (N, C, H, W), else as :class:`BatchNorm1d`."""
-
-
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
-    """A drop-in for :class:`torch.nn.BatchNorm3d`: input (N, C, D, H, W), else as :class:`BatchNorm1d`."""
+    """A drop-in for :class:`torch.nn.BatchNorm3d`: input (N, C, D, H, W), else as :class:`BatchNorm2d`."""

@@ -109,7 +109,7 @@ class GhostBatchNorm(Running):
         stats: ``"sequential"`` moves the running statistics once for every ghost batch, in order; ``"scaled"``
             does so with momentum divided by the number of ghost batches (Composer).
         sync: average the running statistics over all ranks of `process_group`; ghost batches stay on theirs.
-        process_group, nonfinite: as in :class:`normzoo.BatchNorm1d`.
+        process_group, nonfinite: as in :class:`normzoo.BatchNorm2d`.
 
     Raises:
         ValueError, TypeError: an argument, or the input of a call, does not fit.
@@ -150,6 +150,10 @@ class GhostBatchNorm(Running):
         y, ghosts = _with_ghosts("GhostBatchNorm", x, *how)
         self._follow(ghosts, x.shape[0])
         return y
+
+    def extra_repr(self) -> str:
+        own = f"ghost_batch_size={self.ghost_batch_size}, split={self.split!r}, stats={self.stats!r}"
+        return f"{super().extra_repr()}, {own}"
 
     def _follow(self, ghosts: Sets, samples: Any) -> None:
         """Moves the running statistics by those of the ghost batches, one after the other."""

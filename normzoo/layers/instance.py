@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -87,6 +88,8 @@ def _with_own(
 
     mean, var = native.fresh_statistics(x)
     weight, bias = native.in_statistics_dtype(x, weight, bias)
+    if weight is None and x.dtype != mean.dtype:
+        weight = torch.ones_like(mean)  # without parameters torch rounds the statistics to the dtype of x
     y = F.instance_norm(x, mean, var, weight, bias, True, 1.0, eps)
     return native.like(x, y), (mean, var, x.shape[0] if x.numel() else 0)
 
@@ -115,7 +118,7 @@ class _InstanceNorm(Running):
 
     def forward(self, input: Tensor) -> Tensor:
         layer = type(self).__name__
-        self._check_input_dim(input)
+        checks.dimensions(layer, input, self._check_input_dim)
         if input.dim() == self._no_batch_dim:
             return self._forward(layer, input.unsqueeze(0)).squeeze(0)
         return self._forward(layer, input)
@@ -133,20 +136,31 @@ class _InstanceNorm(Running):
         return y
 
 
-class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
-    r"""y = weight · (x − mean) / sqrt(var + eps) + bias, a drop-in for :class:`torch.nn.InstanceNorm1d`.
+class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
+    r"""y = weight · (x − mean) / sqrt(var + eps) + bias, a drop-in for :class:`torch.nn.InstanceNorm2d`.
 
-    Same arguments, state and mathematics. Input (N, C, L) or (C, L), output alike in shape, dtype and memory
-    format. Parameters may be of another dtype than the input; statistics are float32 at least.
+    Same arguments, state and mathematics. Input (N, C, H, W) or (C, H, W), output alike in shape, dtype and
+    memory format. Parameters may be of another dtype than the input; statistics are float32 at least.
 
     Args:
         sync: with `track_running_stats`, make the running statistics those of all ranks of `process_group`.
         process_group: None means the world.
         nonfinite: what NaN or infinite statistics do to the running ones: ``"propagate"`` as in torch, or
-            ``"skip"``, see :class:`normzoo.BatchNorm1d`.
+            ``"skip"``, see :class:`normzoo.BatchNorm2d`.
 
     Raises:
         ValueError, TypeError: an argument, or the input of a call, does not fit.
+
+    >>> import torch
+    >>> InstanceNorm2d(1)(torch.tensor([[[[1.0, 3.0]]]]))
+    tensor([[[[-1.0000,  1.0000]]]])
+    """
+
+    _no_batch_dim = 3
+
+
+class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
+    """A drop-in for :class:`torch.nn.InstanceNorm1d`: input (N, C, L) or (C, L), else as in 2d.
 
     >>> import torch
     >>> InstanceNorm1d(2)(torch.tensor([[[1.0, 3.0], [0.0, 8.0]]]))
@@ -157,13 +171,7 @@ class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
     _no_batch_dim = 2
 
 
-class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
-    """A drop-in for :class:`torch.nn.InstanceNorm2d`: input (N, C, H, W) or (C, H, W), else as in 1d."""
-
-    _no_batch_dim = 3
-
-
 class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
-    """A drop-in for :class:`torch.nn.InstanceNorm3d`: input (N, C, D, H, W) or (C, D, H, W), else as in 1d."""
+    """A drop-in for :class:`torch.nn.InstanceNorm3d`: input (N, C, D, H, W) or (C, D, H, W), else as in 2d."""
 
     _no_batch_dim = 4
