@@ -24,13 +24,14 @@ def moments(x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[Tensor, T
     pivot = (_total(h, mask, per_sample) / n).detach()
     h = h - _spread(pivot, x, mask)
     delta = _total(h, mask, per_sample) / n
-    return pivot, delta, _total((h - _spread(delta, x, mask)).square(), mask, per_sample)
+    m2 = _total(h.square(), mask, per_sample) - n * delta.square()  # delta is tiny: nothing cancels
+    return pivot, delta, m2.clamp(min=0)
 
 
 def apply(x: Tensor, mask: Tensor | None, pivot: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x − pivot) · scale + shift, in the dtype of x."""
     pivot, scale, shift = (_spread(t, x, mask) for t in (pivot, scale, shift))
-    return ((at_least_float32(x) - pivot) * scale + shift).to(x.dtype)
+    return torch.addcmul(shift, at_least_float32(x) - pivot, scale).to(x.dtype)
 
 
 def sums(dy: Tensor, x: Tensor, mask: Tensor | None, pivot: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
@@ -51,8 +52,8 @@ def dx(
 ) -> Tensor:
     """scale · dy + slope · (x − pivot) + offset, in the dtype of x."""
     pivot, scale, slope, offset = (_spread(t, x, mask) for t in (pivot, scale, slope, offset))
-    away = at_least_float32(x) - pivot
-    return (scale * at_least_float32(dy) + slope * away + offset).to(x.dtype)
+    through_statistics = torch.addcmul(offset, at_least_float32(x) - pivot, slope)
+    return torch.addcmul(through_statistics, at_least_float32(dy), scale).to(x.dtype)
 
 
 def counts(x: Tensor, mask: Tensor | None, per_sample: bool) -> int | Tensor:

@@ -122,12 +122,12 @@ def _ghost_plain(x, w, b, a):
 
 
 def _weighted(m, w, b, a):
-    weights = torch.linspace(0.5, 2, m.pivot.shape[0], dtype=m.pivot.dtype) + a
+    weights = torch.linspace(0.5, 2, m.pivot.shape[0], dtype=m.pivot.dtype)
     return m.over_batch(weights).standardize(w, b, EPS)
 
 
 def _weighted_plain(x, w, b, a):
-    weights = torch.linspace(0.5, 2, len(x), dtype=x.dtype).reshape(-1, *(1,) * (x.dim() - 1)) + a
+    weights = torch.linspace(0.5, 2, len(x), dtype=x.dtype).reshape(-1, *(1,) * (x.dim() - 1))
     pivot = x.mean((0, *spatial(x)), keepdim=True).detach()
     share = (weights / weights.sum()).expand(len(x), 1, *x.shape[2:]) / x[0, 0].numel()
     away = (x - pivot) - (share * (x - pivot)).sum((0, *spatial(x)), keepdim=True)
