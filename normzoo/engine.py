@@ -40,8 +40,8 @@ def normalize(
         combine: takes a :class:`normzoo.moments.Moments` and returns ``(scale, shift)`` or ``(scale, shift,
             aux)``, tensors that broadcast with ``m.pivot``. Differentiable PyTorch; parameters come in by
             closure. It runs in float32 at least (float64 for float64), with autocast off.
-        mask: (N, \*) of bool or uint8, x without its channels: every pixel belongs to one of two regions with
-            statistics of their own, and those have a leading axis of size 2 (0: where the mask is 0).
+        mask: (N, \*) or (N, 1, \*) of bool or uint8: every pixel belongs to one of two regions with statistics
+            of their own, and those have a leading axis of size 2 (0: where the mask is 0).
         per_sample: whether statistics are (N, C), of each sample, rather than (C,), of the batch.
         channel_dim: where the channels are; -1 for tokens (N, \*, C), with one sample a sequence. Tokens of
             which each is a sample of its own are (M, C).
@@ -63,7 +63,7 @@ def normalize(
     tensor([[-1.0000],
             [ 1.0000]])
     """
-    x = _checked(x, channel_dim)
+    x = _channels_second(x, channel_dim)
     if mask is not None:
         mask = _checked_mask(mask, x)
     y, aux = _normalize(x, combine, mask, per_sample)
@@ -71,7 +71,7 @@ def normalize(
     return (y if channel_dim == 1 else y.movedim(1, channel_dim)), aux
 
 
-def _checked(x: Tensor, channel_dim: int) -> Tensor:
+def _channels_second(x: Tensor, channel_dim: int) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"normalize: x is a {type(x).__name__}; it must be a torch.Tensor")
     if not x.is_floating_point():
@@ -82,13 +82,15 @@ def _checked(x: Tensor, channel_dim: int) -> Tensor:
         raise ValueError(
             f"normalize: channel_dim is {channel_dim}; x has {x.dim()} dimensions, the first for samples"
         )
-    return x.movedim(channel_dim, 1)
+    return x if channel_dim == 1 else x.movedim(channel_dim, 1)
 
 
 def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.uint8):
         what = mask.dtype if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise TypeError(f"normalize: mask is {what}; it must be a tensor of bool or uint8")
+    if mask.dim() == x.dim() and mask.shape[1] == 1:
+        mask = mask.squeeze(1)
     wanted = (x.shape[0], *x.shape[2:])
     if mask.shape != wanted:
         raise ValueError(
@@ -96,7 +98,7 @@ def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:
         )
     if mask.device != x.device:
         raise ValueError(f"normalize: mask is on {mask.device} but x is on {x.device}; move one to the other")
-    return mask.to(torch.uint8)
+    return (mask != 0).to(torch.uint8)
 
 
 def _normalize(x: Tensor, combine: Combine, mask: Tensor | None, per_sample: bool) -> tuple[Tensor, Any]:
@@ -214,12 +216,15 @@ def _slope_and_offset(x, mask, pivot, delta, d_delta, d_m2) -> tuple[Tensor | No
         return None, None
     slope, offset = torch.zeros_like(pivot), torch.zeros_like(pivot)
     if d_delta is not None:
-        n = passes.counts(x, mask, per_sample=pivot.dim() - (mask is not None) == 2)
-        offset = d_delta / passes.at_least_one(n)
+        offset = d_delta / passes.at_least_one(passes.counts(x, mask, _of_samples(pivot, mask)))
     if d_m2 is not None:
         slope = 2 * d_m2
         offset = offset - slope * delta
     return slope, offset
+
+
+def _of_samples(pivot: Tensor, mask: Tensor | None) -> bool:
+    return pivot.dim() == (2 if mask is None else 3)
 
 
 class _Apply(Function):
@@ -240,8 +245,7 @@ class _Apply(Function):
         wants_x, _, wants_carrier, _, wants_scale, wants_shift, *_ = ctx.needs_input_grad
         d_scale = d_shift = None
         if wants_scale or wants_shift:
-            per_sample = pivot.dim() - (mask is not None) == 2
-            d_shift, d_scale = body.sums(dy, x, mask, pivot, per_sample)
+            d_shift, d_scale = body.sums(dy, x, mask, pivot, _of_samples(pivot, mask))
         return (
             dy if wants_x else None,
             None,

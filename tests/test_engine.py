@@ -108,6 +108,14 @@ def test_regions(per_sample):
         torch.testing.assert_close(found, expected)
 
 
+def test_a_mask_may_have_a_channel_axis_and_any_number_for_true():
+    x, mask = torch.randn(2, 3, 8), torch.rand(2, 8) > 0.5
+    w = torch.rand(2, 3)
+    expected = masked(False)(x, mask, w)
+    assert torch.equal(masked(False)(x, mask.unsqueeze(1), w), expected)
+    assert torch.equal(masked(False)(x, 255 * mask.to(torch.uint8), w), expected)
+
+
 def test_what_is_in_one_region_does_not_reach_the_other():
     x, mask = torch.randn(2, 3, 8), torch.zeros(2, 8, dtype=torch.uint8)
     mask[:, 5:] = 1
