@@ -95,6 +95,10 @@ class GroupNorm(nn.GroupNorm):
         checks.positive("GroupNorm", "num_groups", num_groups)
         checks.positive("GroupNorm", "num_channels", num_channels)
         checks.eps("GroupNorm", eps)
+        if num_channels % num_groups:
+            raise ValueError(
+                f"GroupNorm: num_groups is {num_groups}; it must divide num_channels = {num_channels}"
+            )
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         if not bias:  # torch 2.11 has no such argument
             self.register_parameter("bias", None)
