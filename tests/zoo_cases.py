@@ -1,0 +1,95 @@
+"""What the tests over ZOO share: cases, trained layers, and functions called with what a layer holds."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from normzoo.state import Running
+from normzoo.zoo import ZOO, Entry
+
+
+def named(entries) -> list:
+    return [pytest.param(entry, id=entry.name) for entry in entries]
+
+
+ENTRIES = named(ZOO)
+CHANNELS = named(entry for entry in ZOO if entry.family == "channels")
+ROWS = named(entry for entry in ZOO if entry.family == "rows")
+CASES = [
+    pytest.param(entry, kwargs, id=f"{entry.name}-{'-'.join(map(str, kwargs)) or 'default'}")
+    for entry in ZOO
+    for kwargs in entry.variants
+]
+CLASSES = [pytest.param(entry, cls, id=cls.__name__) for entry in ZOO for cls in entry.classes]
+_SPACES = {"1d": (6,), "2d": (3, 2), "3d": (2, 3, 2)}
+
+
+def trained(entry: Entry, kwargs: dict | None = None, cls: type[nn.Module] | None = None, **where) -> nn.Module:
+    """A layer whose parameters and floating-point buffers are not at their initial values."""
+    layer = (cls or entry.cls)(*entry.arguments, **(kwargs or {}), **where)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p) / 2)
+        for b in layer.buffers():
+            if b.is_floating_point():
+                b.add_(torch.rand_like(b) / 2)  # a variance stays positive
+    return layer
+
+
+def sample_for(entry: Entry, cls: type[nn.Module], batch: int = 4, **kwargs) -> Tensor:
+    """An input with as many dimensions as `cls` takes."""
+    return entry.sample(batch, *_SPACES.get(cls.__name__[-2:], ()), **kwargs)
+
+
+def small(entry: Entry) -> Tensor:
+    """An input in float64 whose every entry can be moved."""
+    lead = (3,) if entry.family == "rows" else (4, 1, 2)
+    return entry.sample(*lead, dtype=torch.float64)
+
+
+def torchs(entry: Entry, cls: type[nn.Module]) -> type[nn.Module]:
+    """torch's class for `cls`, which has the same name."""
+    assert entry.torch_class is not None
+    return getattr(nn, cls.__name__)
+
+
+def function_of(layer: nn.Module, entry: Entry, **changed):
+    """The function of an entry with the arguments that `layer` holds under their names; a function of x."""
+    held = {"use_input_stats": layer.training} | changed
+    _, *parameters = inspect.signature(entry.function).parameters.values()
+    arguments = {p.name: held.get(p.name, getattr(layer, p.name, None)) for p in parameters}
+    omitted = {p.name for p in parameters if arguments[p.name] is None and p.default is not p.empty}
+    return lambda x: entry.function(x, **{n: v for n, v in arguments.items() if n not in omitted})
+
+
+def state_of(layer: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those outside of the state dict too, as they are now."""
+    return {name: t.detach().clone() for name, t in (*layer.named_parameters(), *layer.named_buffers())}
+
+
+def assert_state(layer: nn.Module, before: dict[str, Tensor]) -> None:
+    """Bit for bit."""
+    now = state_of(layer)
+    assert now.keys() == before.keys()
+    changed = [name for name, t in now.items() if not torch.equal(t, before[name])]
+    assert not changed, f"{type(layer).__name__}: changed {changed}"
+
+
+def moves_state(layer: nn.Module) -> bool:
+    """Whether a forward pass writes buffers, which function transforms refuse; those of torch's layers too."""
+    return isinstance(layer, Running) and layer.training and layer.running_mean is not None
+
+
+def step(layer: nn.Module, x: Tensor, dy: Tensor | None = None) -> dict[str, Tensor]:
+    """Output and gradients of one forward and backward pass, by name."""
+    x = x.detach().requires_grad_()
+    layer.zero_grad()
+    y = layer(x)
+    y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).to(y) if dy is None else dy)
+    assert x.grad is not None
+    grads = {f"d{name}": p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "dx": x.grad, **grads}
