@@ -1,16 +1,23 @@
-"""Trajectories recorded from the authors' own code, replayed through the public classes.
+"""Trajectories of the official code, replayed through the public classes.
 
-One test a file of the folder NORMZOO_GOLDEN. A file names its layer; an unknown layer is a failure.
+One test a file of the folder NORMZOO_GOLDEN. A file names its layer; an unknown layer is a failure, and so is
+a recorded tensor that nothing replays.
 """
+
+from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import normzoo
@@ -25,6 +32,27 @@ class Adapter:
     build: Callable[[dict], nn.Module]
     relative: float = 1e-5
     """Allowed error of a tensor as a share of its own largest entry."""
+    absolute: float = 0.0
+    """Allowed on top of that."""
+    name: Callable[[str], str | None] = lambda name: name
+    """Our name of an official parameter or buffer; None for one that we do not have."""
+    call: Callable[..., Tensor] = lambda layer, x, **others: layer(x, **others)
+    """Calls the layer with x and, by name, the other recorded inputs, such as ``mask``."""
+
+
+def _ghost(config: dict, **options: Any) -> nn.Module:
+    """The loop of bigBatch, Composer's class, or TabNet's, which has other names and another momentum."""
+    if "input_dim" in config:
+        size, usual = (config["input_dim"], config["virtual_batch_size"]), 0.01
+    else:
+        size, usual = (config["num_features"], config["ghost_batch_size"]), 0.1
+    given = {"momentum": usual} | {name: config[name] for name in ("momentum", "eps") if name in config}
+    split = "floor" if "floor" in config.get("split", "ceil") else "ceil"
+    return normzoo.GhostBatchNorm(*size, **given, split=split, **options)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 ADAPTERS = {
@@ -32,32 +60,148 @@ ADAPTERS = {
         lambda config: normzoo.RMSNorm(config["last_dim"], config["eps"], elementwise_affine=False)
     ),
     "crmsnorm": Adapter(lambda config: normzoo.CRMSNorm(config["last_dim"], config["eps"])),
+    "ghostbn-sequential": Adapter(_ghost, relative=2e-5, absolute=1e-6, name=_last),
+    "ghostbn-scaledmomentum": Adapter(
+        partial(_ghost, stats="scaled"), relative=2e-5, absolute=1e-6, name=_last
+    ),
 }
+
+
+class Recording:
+    """The tensors of a file, which know whether they were asked for."""
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            self.about: dict[str, str] = file.metadata()
+            self.tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}
+        self.unread = {key for key in self.tensors if not key.startswith("aux.")}
+
+    def read(self, key: str) -> Tensor:
+        self.unread.discard(key)
+        return self.tensors[key]
+
+    def names(self, kind: str, at: Any) -> list[str]:
+        """Of what is recorded as ``<kind>.<name>.<at>``."""
+        start, end = f"{kind}.", f".{at}"
+        return [
+            key[len(start) : -len(end)] for key in self.tensors if key.startswith(start) and key.endswith(end)
+        ]
+
+    def others(self, at: Any) -> dict[str, Tensor]:
+        """Inputs beside x: of a step ``<name>.<at>``, of eval mode ``eval.<name>``."""
+        split = [(key, *key.split(".")) for key in self.tensors if key.count(".") == 1]
+        own = {"x", "y", "gy", "gx", "aux"}
+        if at == "eval":
+            return {b: self.read(key) for key, a, b in split if a == "eval" and b not in own}
+        return {a: self.read(key) for key, a, b in split if b == str(at) and a not in own}
+
+
+def replay(path: Path, adapter: Adapter) -> None:
+    """Runs the recorded steps, each with its SGD step, and eval mode after them, and compares everything."""
+    recording = Recording(path)
+    layer = adapter.build(json.loads(recording.about["config"]))
+    held = dict(layer.named_parameters()) | dict(layer.named_buffers())
+
+    def ours(kind: str, at: Any) -> list[tuple[str, Tensor]]:
+        """(key, our tensor) of all of a kind."""
+        found = []
+        for name in recording.names(kind, at):
+            key, own = f"{kind}.{name}.{at}", adapter.name(name)
+            if own is None:
+                recording.read(key)
+                continue
+            assert own in held, f"{key}: {type(layer).__name__} has no {own!r}"
+            found.append((key, held[own]))
+        return found
+
+    def close(key: str, found: Tensor) -> None:
+        recorded = recording.read(key)
+        assert found.shape == recorded.shape, f"{key}: {tuple(found.shape)}, recorded {tuple(recorded.shape)}"
+        allowed = adapter.relative * recorded.abs().max().item() + adapter.absolute
+        error = (found.detach().double() - recorded.double()).abs().max().item()
+        assert error <= allowed, f"{key}: off by {error:.3e}, allowed {allowed:.3e}"
+
+    with torch.no_grad():
+        for key, t in (*ours("param", "init"), *ours("buffer", "init")):
+            t.copy_(recording.read(key))
+    for step in range(int(recording.about["steps"])):
+        x = recording.read(f"x.{step}").requires_grad_()
+        layer.zero_grad()
+        y = adapter.call(layer, x, **recording.others(step))
+        y.backward(recording.read(f"gy.{step}"))
+        close(f"y.{step}", y)
+        assert x.grad is not None
+        close(f"gx.{step}", x.grad)
+        for key, p in ours("grad", step):
+            assert p.grad is not None, f"{key}: there is no gradient"
+            close(key, p.grad)
+        with torch.no_grad():
+            for p in layer.parameters():
+                if p.grad is not None:
+                    p -= float(recording.about["lr"]) * p.grad
+        for key, t in (*ours("param", step), *ours("buffer", step)):
+            close(key, t)
+    x = recording.read("eval.x")
+    close("eval.y", adapter.call(layer.eval(), x, **recording.others("eval")))
+    assert not recording.unread, f"nothing replays {sorted(recording.unread)}"
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.safetensors")), ids=lambda path: path.stem)
 def test_replays(path):
-    with safe_open(path, framework="pt") as file:
-        about = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-    assert about["layer"] in ADAPTERS, f"{path.name}: no adapter for the layer {about['layer']!r}"
-    adapter = ADAPTERS[about["layer"]]
-    layer = adapter.build(json.loads(about["config"]))
-    for step in range(int(about["steps"])):
-        x = tensors[f"x.{step}"].requires_grad_()
-        y = layer(x)
-        y.backward(tensors[f"gy.{step}"])
-        _close(adapter, f"y.{step}", y, tensors)
-        _close(adapter, f"gx.{step}", x.grad, tensors)
-    _close(adapter, "eval.y", layer.eval()(tensors["eval.x"]), tensors)
-
-
-def _close(adapter: Adapter, key: str, ours: Tensor, tensors: dict[str, Tensor]) -> None:
-    recorded = tensors[key]
-    allowed = adapter.relative * recorded.abs().max().item()
-    error = (ours.detach() - recorded).abs().max().item()
-    assert error <= allowed, f"{key}: off by {error:.3e}, allowed {allowed:.3e}"
+    layer = Recording(path).about["layer"]
+    assert layer in ADAPTERS, f"{path.name}: no adapter for the layer {layer!r}"
+    replay(path, ADAPTERS[layer])
 
 
 def test_the_folder_is_not_empty():
     assert list(FOLDER.glob("*.safetensors")), f"no golden files in {FOLDER}"
+
+
+class Masked(nn.Module):
+    """y = w x where the mask is set, and a count of steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x, mask):
+        self.steps += self.training
+        return x * self.weight * mask
+
+
+def recorded():
+    """One step of Masked by hand."""
+    x, w, mask = torch.tensor([[1.0, 2.0]]), torch.tensor([3.0, 5.0]), torch.tensor([[1.0, 0.0]])
+    return {
+        "param.a.w.init": w, "buffer.a.n.init": torch.tensor(4.0), "buffer.other.init": torch.zeros(1),
+        "x.0": x, "mask.0": mask, "gy.0": torch.ones(1, 2), "y.0": x * w * mask, "gx.0": w * mask,
+        "grad.a.w.0": (x * mask)[0], "param.a.w.0": w - 0.5 * (x * mask)[0], "buffer.a.n.0": torch.tensor(5.0),
+        "aux.anything": x + 1, "eval.x": x + 0, "eval.mask": 1 - mask, "eval.y": torch.tensor([[0.0, 10.0]]),
+    }  # fmt: skip
+
+
+MASKED = Adapter(lambda config: Masked(), name={"a.w": "weight", "a.n": "steps", "other": None}.__getitem__)
+ABOUT = {"layer": "masked", "config": "{}", "lr": "0.5", "steps": "1"}
+
+
+def test_the_replay_passes_what_is_right(tmp_path):
+    save_file(recorded(), tmp_path / "a", ABOUT)
+    replay(tmp_path / "a", MASKED)
+
+
+@pytest.mark.parametrize(
+    "key", [key for key in recorded() if key.startswith(("y", "gx", "grad", "eval.y")) or key.endswith(".0")]
+)
+def test_the_replay_finds_what_is_wrong(tmp_path, key):
+    """Every recorded tensor counts, inputs included."""
+    tensors = recorded()
+    save_file(tensors | {key: tensors[key] + 0.01}, tmp_path / "a", ABOUT)
+    with pytest.raises(AssertionError, match="off by"):
+        replay(tmp_path / "a", MASKED)
+
+
+def test_the_replay_leaves_nothing_out(tmp_path):
+    save_file(recorded() | {"param.late.7": torch.ones(1)}, tmp_path / "a", ABOUT)
+    with pytest.raises(AssertionError, match=r"nothing replays \['param.late.7'\]"):
+        replay(tmp_path / "a", MASKED)

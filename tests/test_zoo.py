@@ -52,6 +52,7 @@ def test_torchs_layer_in_values_and_state(entry, cls, kwargs):
         torch.testing.assert_close(step(ours, x), step(theirs, x), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(state_of(ours), state_of(theirs), rtol=1e-6, atol=1e-7)
     ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = sample_for(entry, cls)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-6, atol=1e-6)
 
 
