@@ -162,10 +162,12 @@ class GhostBatchNorm(Running):
         # What is left of each after those that follow it: the moves in a closed form.
         momentum = self.momentum or 0.0
         step = momentum / batches if self.stats == "scaled" and batches else momentum
-        left = [(1 - step) ** (batches - 1 - i) for i in range(batches)]
-        weights = means.new_tensor(left).unsqueeze(1) / max(sum(left), 1.0)
+        after = torch.arange(batches, device=means.device, dtype=means.dtype).flip(0)
+        left = torch.pow(1 - step, after)
+        total = left.sum()
+        weights = (left / total.clamp(min=1)).unsqueeze(1)
         mean, var = (weights * means).sum(0), (weights * variances).sum(0)
-        factor: Any = step * sum(left)
+        factor: Any = step * total
         if self.momentum is None:
             factor = batches / (self.num_batches_tracked + batches).clamp(min=1).to(mean.dtype)
         if self.sync and ranks.size(self.process_group) > 1:
