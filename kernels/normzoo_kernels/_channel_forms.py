@@ -68,22 +68,33 @@ def _chunk(count: int, most: int) -> int:
     return min(widths, key=lambda width: -(-count // width) * width)
 
 
-def _tile(problem: Problem, elements: int, *, vectors: bool) -> dict[str, Any]:
-    """Channels, samples and positions of a tile of about `elements`."""
+def _tile(problem: Problem, elements: int, *, vectors: bool = False, spread: int = 0) -> dict[str, Any]:
+    """Channels, samples and positions of a tile of `elements`; `spread`: programs that should have one."""
     p = problem
     if p.tokens:
         channels = min(_power(p.channels), 64 if p.itemsize == 2 else 32)
-        rows = elements // channels
-        chunk = min(_power(p.count), rows)
+        chunk = elements // channels
+        if p.samples > 1:
+            chunk = min(chunk, _power(p.count))
+        elif p.count <= chunk // 4:
+            chunk //= 4  # few rows: wider ones
         if p.per_sample or p.samples == 1:
             channels = min(_power(p.channels), elements // chunk)
+        chunked = p.samples == 1 or p.count > chunk
     else:
-        pad = p.vector - 1 if vectors else 0
-        chunk = _power(p.count + pad) if p.count + pad <= elements else _chunk(p.count, elements)
+        whole = _power(p.count + (p.vector - 1 if vectors else 0))
+        chunked = whole > elements or (whole > 512 and 3 * p.count < 2 * whole and not vectors)
+        chunk = _chunk(p.count, min(elements, whole // 2)) if chunked else whole
         channels = min(_power(p.channels), elements // chunk)
-    samples = 1 if p.per_sample else min(_power(p.samples), max(1, elements // (channels * chunk)))
-    chunked = p.count > chunk
-    return {"CB": channels, "NB": 1 if chunked else samples, "L": chunk, "CHUNKED": chunked}
+    samples = 1
+    if not (chunked or p.per_sample) and p.samples > 3:
+        # Fewer channels and more samples a tile, if that brings a program to every multiprocessor.
+        while (
+            channels > 1 and triton.cdiv(p.channels, channels) < spread and elements // (channels * chunk) < 16
+        ):
+            channels //= 2
+        samples = elements // (channels * chunk)
+    return {"CB": channels, "NB": samples, "L": chunk, "CHUNKED": chunked}
 
 
 def _tiles(p: Problem, tile: dict[str, Any]) -> int:
@@ -109,14 +120,12 @@ def sums_form(problem: Problem, vectors: bool) -> Form:
 
 def _statistics_form(kernel: Any, problem: Problem, vectors: bool) -> Form:
     p, sms = problem, sm_count(problem.device)
-    tile = _tile(p, 2048, vectors=vectors)
-    if not (p.tokens or p.per_sample or tile["CHUNKED"]):
-        # Fewer channels and more samples a tile, if that brings a program to every multiprocessor.
-        while tile["CB"] > 1 and triton.cdiv(p.channels, tile["CB"]) < sms and tile["NB"] < p.samples:
-            tile |= {"CB": tile["CB"] // 2, "NB": tile["NB"] * 2}
+    tile = _tile(p, 2048, vectors=vectors, spread=sms)
+    if p.per_sample and not (p.masked or tile["CHUNKED"]):
+        tile = _tile(p, 4096, vectors=vectors)  # a tile is all there is to a program
     blocks = triton.cdiv(p.channels, tile["CB"]) * (p.samples if p.per_sample else 1)
     parts = _shares(_tiles(p, tile), blocks, _LEAST, 4 * sms)
-    constants = tile | {"STAGES": 1, "V": p.vector if vectors else 0, "num_warps": 4}
+    constants = tile | {"STAGES": 3, "V": p.vector if vectors else 0, "num_warps": 4}
     return Form(kernel, blocks * parts, parts, constants)
 
 
@@ -128,7 +137,7 @@ def may_read_vectors(problem: Problem) -> bool:
 
 def map_form(problem: Problem, backward: bool) -> Form:
     p, sms = problem, sm_count(problem.device)
-    tile = _tile(p, 2048 if backward else 4096, vectors=False)
+    tile = _tile(p, 2048 if backward else 4096)
     blocks = triton.cdiv(p.channels, tile["CB"]) * (p.samples if p.per_sample else 1)
     parts = _shares(_tiles(p, tile), blocks, 1, _PROGRAMS * sms)
     constants = tile | {"STAGES": 1, "num_warps": 4}
@@ -149,5 +158,5 @@ def flat_form(problem: Problem) -> Form | None:
 
 def merge_tile(parts: int) -> dict[str, int]:
     """Shares and entries of a tile of the kernels that merge."""
-    shares = _power(parts)
-    return {"P": shares, "E": max(1, 2048 // shares)}
+    shares = 32 if parts <= 32 else _SHARES
+    return {"P": shares, "E": 2048 // shares}

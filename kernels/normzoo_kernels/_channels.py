@@ -48,12 +48,20 @@ def job_of(parts, blocks):
 
 
 @triton.jit
-def entries_before(i, N, S, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr, NB: tl.constexpr, L: tl.constexpr):
+def span_of(S, UNIT: tl.constexpr, L: tl.constexpr):
+    """Positions of a chunk: all chunks are about as wide, whole units each."""
+    return tl.cdiv(tl.cdiv(S, UNIT), tl.cdiv(S, L)) * UNIT
+
+
+@triton.jit
+def entries_before(
+    i, N, S, span, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr, NB: tl.constexpr, L: tl.constexpr
+):
     """Entries of one channel in the tiles of a group before tile i."""
     i = tl.cast(i, tl.int64)
     if CHUNKED:
         chunks = tl.cdiv(S, L)
-        return i // chunks * S + tl.minimum(i % chunks * L, S)
+        return i // chunks * S + tl.minimum(i % chunks * span, S)
     elif PER_SAMPLE:
         return i * S
     else:
@@ -62,7 +70,7 @@ def entries_before(i, N, S, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr, NB:
 
 @triton.jit
 def columns(
-    i, group, N, S,
+    i, group, N, S, span,
     PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr, NB: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """(n, s, here) of the columns of tile i: sample, position, and whether there is such a column."""
@@ -81,8 +89,8 @@ def columns(
         n += q // L
         q = q % L
     if CHUNKED:
-        here = q < S - chunk * L
-        s = tl.cast(chunk, tl.int64) * L + q
+        here = (q < span) & (q < S - chunk * span)
+        s = tl.cast(chunk, tl.int64) * span + q
     else:
         here = q < S
         s = q
@@ -107,7 +115,10 @@ def offsets(n, c, s, sample, step, UNIT: tl.constexpr, INNER: tl.constexpr, TOKE
 
 
 @triton.jit
-def entries(n, c, s, here, N, C, S, sample, step, UNIT: tl.constexpr, TOKENS: tl.constexpr, V: tl.constexpr):
+def entries(
+    n, c, s, here, N, C, S, sample, step,
+    UNIT: tl.constexpr, TOKENS: tl.constexpr, V: tl.constexpr, NB: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
     """(offsets, touch, valid) of a tile of x.
 
     V > 0: planes start anywhere and yet are read in whole vectors of V entries, from the vector in which they
@@ -117,9 +128,11 @@ def entries(n, c, s, here, N, C, S, sample, step, UNIT: tl.constexpr, TOKENS: tl
         start = (n * sample + c * step) * UNIT
         base = start // V * V
         first = (start - base).to(tl.int32)
-        inside = (c < C) & (n < N)
-        touch = (s // V * V < first + S) & inside
-        valid = (s >= first) & (s < first + S) & inside
+        end = tl.where((c < C) & (n < N), first + S, 0)
+        # Where the vector of a column begins, written so that the compiler sees one answer for all its entries.
+        front = tl.arange(0, NB * L)[None, :] // V % (L // V) * V
+        touch = front < end
+        valid = (s >= first) & (s < end)
         return base + s, touch, valid
     else:
         valid = here & (c < C)
@@ -191,6 +204,18 @@ def store_moments(
         tl.store(part_ptr + 3 * plane + at, m2, mask=inside)
 
 
+@triton.jit
+def _read(
+    x_ptr, i, group, c, N, C, S, span, x_sample, x_step,
+    TOKENS: tl.constexpr, UNIT: tl.constexpr, V: tl.constexpr, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr,
+    NB: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Tile i of x as float32, and which of it counts."""
+    n, s, here = columns(i, group, N, S, span, PER_SAMPLE, CHUNKED, NB, L)
+    at, touch, valid = entries(n, c, s, here, N, C, S, x_sample, x_step, UNIT, TOKENS, V, NB, L)
+    return tl.load(x_ptr + at, mask=touch, other=0.0).to(tl.float32), valid
+
+
 @triton.jit(do_not_specialize=["N", "C", "S", "x_sample", "x_step", "parts"])
 def channel_moments(
     x_ptr, pivot_ptr, delta_ptr, m2_ptr, part_ptr, N, C, S, x_sample, x_step, parts,
@@ -203,22 +228,26 @@ def channel_moments(
     tiles = tiles_of(N, S, PER_SAMPLE, CHUNKED, NB, L)
     per, blocks = tl.cdiv(tiles, parts), tl.cdiv(C, CB)
     groups = N if PER_SAMPLE else 1
+    span = span_of(S, 1 if TOKENS else UNIT, L)
     part, group, block = job_of(parts, blocks)
     c = block * CB + tl.arange(0, CB)[:, None]
     low = part * per
     high = tl.minimum(low + per, tiles)
-    before = entries_before(low, N, S, PER_SAMPLE, CHUNKED, NB, L)
-    slab = entries_before(low + 1, N, S, PER_SAMPLE, CHUNKED, NB, L) - before
-    count = entries_before(high, N, S, PER_SAMPLE, CHUNKED, NB, L) - before
-    pivot = tl.zeros([CB, 1], tl.float32)
-    s1 = tl.zeros([CB, NB * L], tl.float32)
-    s2 = tl.zeros([CB, NB * L], tl.float32)
-    for i in tl.range(low, high, num_stages=STAGES):
-        n, s, here = columns(i, group, N, S, PER_SAMPLE, CHUNKED, NB, L)
-        at, touch, valid = entries(n, c, s, here, N, C, S, x_sample, x_step, UNIT, TOKENS, V)
-        x = tl.load(x_ptr + at, mask=touch, other=0.0).to(tl.float32)
-        if i == low:
-            pivot = tl.sum(tl.where(valid, x, 0.0), axis=1)[:, None] / tl.cast(slab, tl.float32)
+    before = entries_before(low, N, S, span, PER_SAMPLE, CHUNKED, NB, L)
+    slab = entries_before(low + 1, N, S, span, PER_SAMPLE, CHUNKED, NB, L) - before
+    count = entries_before(high, N, S, span, PER_SAMPLE, CHUNKED, NB, L) - before
+    x, valid = _read(
+        x_ptr, low, group, c, N, C, S, span, x_sample, x_step,
+        TOKENS, UNIT, V, PER_SAMPLE, CHUNKED, NB, L,
+    )  # fmt: skip
+    pivot = tl.sum(tl.where(valid, x, 0.0), axis=1)[:, None] / tl.cast(slab, tl.float32)
+    s1 = tl.where(valid, x - pivot, 0.0)
+    s2 = s1 * s1
+    for i in tl.range(low + 1, high, num_stages=STAGES):
+        x, valid = _read(
+            x_ptr, i, group, c, N, C, S, span, x_sample, x_step,
+            TOKENS, UNIT, V, PER_SAMPLE, CHUNKED, NB, L,
+        )  # fmt: skip
         x = tl.where(valid, x - pivot, 0.0)
         s1 += x
         s2 += x * x
@@ -253,6 +282,7 @@ def channel_sums(
     tiles = tiles_of(N, S, PER_SAMPLE, CHUNKED, NB, L)
     per, blocks = tl.cdiv(tiles, parts), tl.cdiv(C, CB)
     groups = N if PER_SAMPLE else 1
+    span = span_of(S, 1 if TOKENS else UNIT, L)
     part, group, block = job_of(parts, blocks)
     c = block * CB + tl.arange(0, CB)[:, None]
     low = part * per
@@ -267,8 +297,8 @@ def channel_sums(
         t1 = tl.zeros([CB, NB * L], tl.float32)
         t2 = tl.zeros([CB, NB * L], tl.float32)
     for i in tl.range(low, high, num_stages=STAGES):
-        n, s, here = columns(i, group, N, S, PER_SAMPLE, CHUNKED, NB, L)
-        at, touch, valid = entries(n, c, s, here, N, C, S, x_sample, x_step, UNIT, TOKENS, V)
+        n, s, here = columns(i, group, N, S, span, PER_SAMPLE, CHUNKED, NB, L)
+        at, touch, valid = entries(n, c, s, here, N, C, S, x_sample, x_step, UNIT, TOKENS, V, NB, L)
         x = tl.load(x_ptr + at, mask=touch, other=0.0).to(tl.float32)
         dy = gradient(
             dy_ptr, n, c, s, here, at, touch, N, C, dy_sample, dy_step, DY_UNIT, DY_INNER, TOKENS
@@ -278,17 +308,19 @@ def channel_sums(
             pivot = tl.load(pivot_ptr + n * C + c, mask=inside, other=0.0)
             if mask_ptr is not None:
                 other = tl.load(pivot_ptr + (n + N) * C + c, mask=inside, other=0.0)
-        dy = tl.where(valid, dy, 0.0)
+        if V or dy_sample is not None:  # else all that is not valid was loaded as zero
+            dy = tl.where(valid, dy, 0.0)
+            x = tl.where(valid, x, 0.0)
         if mask_ptr is not None:
             region = region_of(mask_ptr, n, s, here, S)
-            dyx = tl.where(valid, dy * (x - tl.where(region, other, pivot)), 0.0)
+            dyx = dy * (x - tl.where(region, other, pivot))
             s1 += tl.where(region, 0.0, dy)
             s2 += tl.where(region, 0.0, dyx)
             t1 += tl.where(region, dy, 0.0)
             t2 += tl.where(region, dyx, 0.0)
         else:
             s1 += dy
-            s2 += tl.where(valid, dy * (x - pivot), 0.0)
+            s2 += dy * (x - pivot)
     size = tl.cast(groups, tl.int64) * C
     at = group * C + c
     regions = 1 if mask_ptr is None else 2

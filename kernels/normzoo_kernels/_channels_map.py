@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._channels import columns, entries, gradient, job_of, offsets, region_of, sizes, tiles_of
+from ._channels import columns, entries, gradient, job_of, offsets, region_of, sizes, span_of, tiles_of
 
 
 @triton.jit
@@ -34,6 +34,7 @@ def channel_map(
     C, S = sizes(C, S, UNIT, TOKENS)
     tiles = tiles_of(N, S, PER_SAMPLE, CHUNKED, NB, L)
     per, blocks = tl.cdiv(tiles, parts), tl.cdiv(C, CB)
+    span = span_of(S, 1 if TOKENS else UNIT, L)
     part, group, block = job_of(parts, blocks)
     c = block * CB + tl.arange(0, CB)[:, None]
     pivot = _parameter(pivot_ptr, group, c, N, C, PIVOTS, 0, c < C)
@@ -49,8 +50,8 @@ def channel_map(
             gain1 = _parameter(gain_ptr, group, c, N, C, GAINS, 1, c < C)
     low = part * per
     for i in tl.range(low, tl.minimum(low + per, tiles), num_stages=STAGES):
-        n, s, here = columns(i, group, N, S, PER_SAMPLE, CHUNKED, NB, L)
-        at, valid, _ = entries(n, c, s, here, N, C, S, x_sample, x_step, UNIT, TOKENS, 0)
+        n, s, here = columns(i, group, N, S, span, PER_SAMPLE, CHUNKED, NB, L)
+        at, valid, _ = entries(n, c, s, here, N, C, S, x_sample, x_step, UNIT, TOKENS, 0, NB, L)
         x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
         if dy_ptr is not None:
             dy = gradient(
@@ -70,10 +71,10 @@ def channel_map(
         tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["N", "C", "S", "x_sample", "dy_sample", "parts"])
+@triton.jit(do_not_specialize=["N", "S", "total", "x_sample", "dy_sample", "parts"])
 def channel_map_flat(
     x_ptr, dy_ptr, pivot_ptr, gain_ptr, slope_ptr, offset_ptr, out_ptr,
-    N, C, S, total, x_sample, dy_sample, parts,
+    N, S, total, x_sample, dy_sample, parts,
     UNIT: tl.constexpr, DY_UNIT: tl.constexpr, DY_INNER: tl.constexpr,
     PER_SAMPLE: tl.constexpr, PIVOTS: tl.constexpr, GAINS: tl.constexpr, SLOPES: tl.constexpr, B: tl.constexpr,
     STAGES: tl.constexpr,
@@ -81,17 +82,19 @@ def channel_map_flat(
     """The same for samples whose planes lie side by side but start on no vector: tiles of B entries anywhere in
     a sample of `total`, whatever channels they belong to."""
     total = tl.cast(total, tl.int64) * UNIT
+    C = total // S
     blocks = tl.cdiv(total, B)
+    span = tl.cdiv(total // UNIT, blocks) * UNIT  # all tiles about as wide
     tiles = 1 if PER_SAMPLE else N
     per = tl.cdiv(tiles, parts)
     part, group, block = job_of(parts, blocks)
-    first = block * B
+    first = block * span
     channel = first // S
     q = tl.arange(0, B)
     # Half an entry from the nearest border of two channels, so that rounding the quotient does no harm.
     c = ((q + (first - channel * S).to(tl.int32)).to(tl.float32) + 0.5) / S
     c = c.to(tl.int32) + channel
-    inside = q < total - first
+    inside = (q < span) & (q < total - first)
     pivot = _parameter(pivot_ptr, group, c, N, C, PIVOTS, 0, inside)
     slope = _parameter(slope_ptr, group, c, N, C, SLOPES, 0, inside)
     offset = _parameter(offset_ptr, group, c, N, C, SLOPES, 0, inside)
@@ -103,9 +106,11 @@ def channel_map_flat(
         x = tl.load(x_ptr + n * x_sample * UNIT + first + q, mask=inside, other=0.0).to(tl.float32)
         out = slope * (x - pivot) + offset
         if dy_ptr is not None:
-            at = dy_ptr + n * dy_sample * DY_UNIT
-            if DY_INNER:
-                out += gain * tl.load(at + first + q, mask=inside, other=0.0).to(tl.float32)
+            if dy_sample is None:
+                dy = tl.load(dy_ptr + n * x_sample * UNIT + first + q, mask=inside, other=0.0)
+            elif DY_INNER:
+                dy = tl.load(dy_ptr + n * dy_sample * DY_UNIT + first + q, mask=inside, other=0.0)
             else:
-                out += gain * tl.load(at).to(tl.float32)
+                dy = tl.load(dy_ptr + n * dy_sample * DY_UNIT)
+            out += gain * dy.to(tl.float32)
         tl.store(out_ptr + n * total + first + q, out.to(out_ptr.dtype.element_ty), mask=inside)

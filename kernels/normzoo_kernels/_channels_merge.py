@@ -6,7 +6,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._channels import columns, entries, job_of, rebased, region_of, sizes, store_moments, sum_pair, tiles_of
+from ._channels import (
+    columns,
+    entries,
+    job_of,
+    rebased,
+    region_of,
+    sizes,
+    span_of,
+    store_moments,
+    sum_pair,
+    tiles_of,
+)
 
 
 @triton.jit
@@ -48,6 +59,7 @@ def channel_moments_masked(
     tiles = tiles_of(N, S, PER_SAMPLE, CHUNKED, NB, L)
     per, blocks = tl.cdiv(tiles, parts), tl.cdiv(C, CB)
     groups = N if PER_SAMPLE else 1
+    span = span_of(S, 1 if TOKENS else UNIT, L)
     part, group, block = job_of(parts, blocks)
     c = block * CB + tl.arange(0, CB)[:, None]
     low = part * per
@@ -55,8 +67,8 @@ def channel_moments_masked(
     count0, pivot0, delta0, square0 = zero, zero, zero, zero
     count1, pivot1, delta1, square1 = zero, zero, zero, zero
     for i in tl.range(low, tl.minimum(low + per, tiles), num_stages=STAGES):
-        n, s, here = columns(i, group, N, S, PER_SAMPLE, CHUNKED, NB, L)
-        at, touch, valid = entries(n, c, s, here, N, C, S, x_sample, x_step, UNIT, TOKENS, V)
+        n, s, here = columns(i, group, N, S, span, PER_SAMPLE, CHUNKED, NB, L)
+        at, touch, valid = entries(n, c, s, here, N, C, S, x_sample, x_step, UNIT, TOKENS, V, NB, L)
         x = tl.load(x_ptr + at, mask=touch, other=0.0).to(tl.float32)
         region = region_of(mask_ptr, n, s, here, S)
         count0, pivot0, delta0, square0 = _with(count0, pivot0, delta0, square0, x, valid & (region == 0))

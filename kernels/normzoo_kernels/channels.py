@@ -186,9 +186,12 @@ def _flat(problem: Problem, view: View, dy: View) -> tuple[tuple, dict]:
     """The same for the flat kernel: samples of `total` entries, counted in units."""
     p, total = problem, problem.channels * problem.count
     x_unit = unit(View(False, view.sample, 0), p.itemsize, total)
+    numbers = (p.samples, p.count, total // x_unit, view.sample // x_unit)
+    constants = {"UNIT": x_unit, "PER_SAMPLE": p.per_sample}
+    if dy == view:
+        return (*numbers, None), constants | {"DY_UNIT": 1, "DY_INNER": 1}
     own = unit(View(False, dy.sample, 0), p.itemsize, 0)
-    numbers = (p.samples, p.channels, p.count, total // x_unit, view.sample // x_unit, dy.sample // own)
-    return numbers, {"UNIT": x_unit, "DY_UNIT": own, "DY_INNER": dy.inner, "PER_SAMPLE": p.per_sample}
+    return (*numbers, dy.sample // own), constants | {"DY_UNIT": own, "DY_INNER": dy.inner}
 
 
 def _apply_like(x, mask, pivot, scale, shift):

@@ -10,7 +10,7 @@ import torch
 from normzoo_kernels import channels
 
 from . import fake
-from .cases import DTYPES, EVERYWHERE, Bound, Call, Case, Plan, launcher
+from .cases import DTYPES, EVERYWHERE, ON_SM90, SWEPT, Bound, Call, Case, Plan, launcher
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,48 @@ class ChannelNorm:
 
         return (backward if self.backward else forward), x
 
-    def bounds(self) -> Iterator[Bound]:
+    def bounds(self, plan: Plan) -> Iterator[Bound]:
         """What the channel engine must reach in this call."""
-        yield Bound("launches", most=3)
+        bf16, small = ("bf16",), self.size == (7, 7)
+        planes = self.layout == "planes"
+        reads = 1 if not self.backward or self.expanded else 2
+        # Planes of 49 start anywhere: the statistics read the vectors in which one ends and the next starts
+        # for both, one right after the other.
+        edges = 0.15 * reads if small and planes else 0
+        yield Bound("x_passes", most=2 * reads + 1 + edges + 0.03)
+        yield Bound("launches", most=2 if planes and (small or self.per_sample) else 3)
         yield Bound("copies", most=0)
+        yield Bound("arguments", most=13 + self.masked + 2 * self.expanded)
+        if plan != EVERYWHERE and not self.expanded:  # on gfx942 the widest store of statistics is one number
+            yield Bound("x_width", least=16)
+        if not (self.masked or self.expanded):
+            # One share or several; planes of a single sample, and few rows of tokens, have tiles of their own.
+            yield Bound("variants", most=2 if planes and not small and self.size else 3)
+        if planes and not self.masked and not (small and self.per_sample):
+            yield Bound("instructions", most=20, dtypes=bf16)
+        if self.size == (56, 56) and not self.masked:
+            yield Bound("kb_in_flight", least=32, dtypes=bf16)
 
     def case(self, plan: Plan) -> Case:
-        return Case(self.name, self.build, self.samples, tuple(self.bounds()), plan)
+        return Case(self.name, self.build, self.samples, tuple(self.bounds(plan)), plan)
 
 
 def channel_cases() -> Iterator[Case]:
     for backward in (False, True):
         large, small = ChannelNorm(backward, 256, (56, 56)), ChannelNorm(backward, 512, (7, 7))
-        yield large.case(EVERYWHERE)
-        yield small.case(EVERYWHERE)
-        yield replace(large, masked=True).case(EVERYWHERE)
+        middle = ChannelNorm(backward, 512, (32, 32), per_sample=True)
+        for case in (large, small):
+            yield case.case(SWEPT)
+            yield replace(case, layout="last").case(SWEPT)
+        yield middle.case(SWEPT)
+        yield replace(small, per_sample=True).case(SWEPT)
+        yield replace(middle, layout="last").case(ON_SM90)
+        yield ChannelNorm(backward, 768, (), samples=32 * 197).case(ON_SM90)
+        yield replace(large, masked=True).case(ON_SM90)
+        yield replace(middle, masked=True).case(ON_SM90)
+        # Every function for every target.
+        yield replace(large, samples=8).case(EVERYWHERE)
+        yield replace(small, samples=8).case(EVERYWHERE)
+        yield replace(large, samples=8, masked=True).case(EVERYWHERE)
+        if backward:
+            yield replace(large, expanded=True).case(ON_SM90)
