@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 CHECKS: dict[str, tuple[int, Callable[[], None]]] = {}
 """By name: how many ranks, and what each of them runs."""
 
-WAIT, HANGS = 30, 60
+WAIT, HANGS = 120, 240
 """Seconds after which a collective gives up, and after which a rank is ended."""
 
 
