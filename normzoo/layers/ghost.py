@@ -176,7 +176,7 @@ class GhostBatchNorm(Running):
 
     def _of_all_ranks(self, mean: Tensor, var: Tensor, factor: Any, batches: int, samples: int) -> tuple:
         """What moves the running statistics to the mean of where the ranks would move theirs."""
-        told = torch.stack([mean.new_ones(()) * factor, mean.new_tensor(float(batches))])
+        told = torch.stack([mean.new_ones(()) * factor, mean.new_full((), batches)])
         moved = torch.cat((mean * factor, told))
         moved, var, samples_of_all = ranks.average(moved, var * factor, samples, self.process_group)
         factor, batches_of_all = moved[-2], moved[-1].round().long()
