@@ -46,8 +46,9 @@ def commit(updates: Iterable[tuple[Tensor, Tensor]], when: Tensor | None = None)
 
 
 def average(old: Tensor, new: Tensor, factor: float | Tensor) -> Tensor:
-    """(1 − factor) · old + factor · new."""
-    return (1 - factor) * old + factor * new.detach()
+    """(1 − factor) · old + factor · new, in the wider of their dtypes."""
+    wide = torch.promote_types(old.dtype, new.dtype)
+    return (1 - factor) * old.to(wide) + factor * new.detach()
 
 
 def finite(*statistics: Tensor) -> Tensor:

@@ -336,9 +336,8 @@ def test_state_dict_of_version_1(case):
 
 @aspect(cases=error_cases)
 def test_error_inputs(case):
-    # Ours may refuse when the module is made, where torch waits for the call, and in a sentence of its own.
-    sentence = f"^{case.info.module_cls.__name__}: |{case.error.error_regex}"
-    with pytest.raises(case.error.error_type, match=sentence):
+    # Ours may refuse when the module is made, where torch waits for the call, and says which layer it is.
+    with pytest.raises(case.error.error_type, match=f"^{case.info.module_cls.__name__}: "):
         case.ours()(case.x)
 
 

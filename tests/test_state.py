@@ -234,6 +234,18 @@ def test_commit_writes_all_or_nothing():
     assert state.finite(b.float(), torch.ones(2)) and not state.finite(b.float(), a)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_averages_round_once(momentum):
+    layer, x = BatchNorm2d(500, momentum=momentum).bfloat16(), torch.randn(4, 500, 1, 3).bfloat16()
+    layer.running_mean.normal_()
+    layer.num_batches_tracked += 9
+    mean = x.double().mean((0, 2, 3))
+    expected = 0.9 * layer.running_mean.double() + 0.1 * mean
+    layer(x)
+    # All but those that float32 has a hair's breadth on the other side of the middle.
+    assert (layer.running_mean == expected.bfloat16()).sum() >= 498
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 2, 2), (4, 3, 0, 2), (0, 3, 0, 0)])
 @per_batch_norm
 def test_an_empty_batch(shape, make):
