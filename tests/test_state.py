@@ -183,6 +183,21 @@ def test_only_tensors_change(make):
     same(tensors(layer), kept)
 
 
+class NoWaiting(TorchDispatchMode):
+    """Refuses to bring a number to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "this waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@per_layer
+def test_nothing_waits_for_the_device(make):
+    layer, x = make(), batches(1)[0].requires_grad_()
+    with NoWaiting():
+        layer(x).sum().backward()
+
+
 BAD = {"nan": float("nan"), "infinity": float("inf"), "too large to square": 3e38}
 
 
