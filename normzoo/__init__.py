@@ -4,9 +4,12 @@ from . import engine as engine
 from . import functional as functional
 from . import moments as moments
 from .conversion import convert as convert
+from .conversion import freeze_batch_norm as freeze_batch_norm
 from .conversion import inspect as inspect
 from .conversion import plan as plan
+from .conversion import recalibrate as recalibrate
 from .conversion import register_adapter as register_adapter
+from .conversion import unfreeze_batch_norm as unfreeze_batch_norm
 from .dispatch import backend as backend
 from .layers.batch import BatchNorm1d as BatchNorm1d
 from .layers.batch import BatchNorm2d as BatchNorm2d

@@ -69,3 +69,25 @@ class FloatNorm(nn.Module):
     def forward(self, x):
         h = x.float()
         return self.weight * (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+class ConvNet(nn.Module):
+    """A batch norm between convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 8, 1, bias=False)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)).relu())
+
+
+def stirred(model):
+    """`model` with tensors that are none of their first values, and variances above zero."""
+    with torch.no_grad():
+        for t in (*model.parameters(), *model.buffers()):
+            if t.is_floating_point() and t.dim() == 1:
+                t.uniform_(0.5, 1.5)
+    return model

@@ -155,11 +155,11 @@ def test_bad_arguments_leave_the_model(arguments, error, words):
 def test_strict():
     model = nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(4))
     with pytest.raises(
-        ValueError, match=r"strict=True, .*\n  1: normzoo has no layer yet that computes a batch n"
+        ValueError, match=r"strict=True, .*\n  1: no rule takes a batch norm to layer_norm, only to batch_norm"
     ):
-        normzoo.convert(model, strict=True)
+        normzoo.convert(model, "layer_norm", strict=True)
     assert type(model[0]) is nn.LayerNorm
-    normzoo.convert(model, strict=True, exclude="1")
+    normzoo.convert(model, "layer_norm", strict=True, exclude="1")
     assert type(model[0]) is normzoo.LayerNorm
 
 
@@ -206,6 +206,15 @@ def test_the_table():
     ]
 
 
+def test_a_family_that_is_none_of_ours():
+    handle = normzoo.register_adapter(nn.RMSNorm, lambda module: Norm("odd", (8,), 1e-5))
+    try:
+        step, _ = normzoo.plan(nn.Sequential(nn.RMSNorm(8), nn.LayerNorm(8))).steps
+    finally:
+        handle.remove()
+    assert step.action == "refuse" and step.reason == "normzoo has no layer yet that computes a odd norm"
+
+
 def test_meta_models_are_planned_with_stand_ins():
     with torch.device("meta"):
         model = Net()
@@ -230,27 +239,39 @@ def test_claims_hold_in_every_dtype(dtype):
 SOURCES = {
     "layer": [nn.LayerNorm(12), nn.LayerNorm(12, bias=False), nn.LayerNorm((3, 4)), OnePlusNorm(12)],
     "rms": [nn.RMSNorm(12), nn.RMSNorm((3, 4), eps=1e-3), nn.RMSNorm(12, elementwise_affine=False)],
+    "batch": [nn.BatchNorm2d(12), nn.BatchNorm1d(12, eps=1e-2, momentum=None), nn.SyncBatchNorm(12)],
+    "frozen_batch": [normzoo.FrozenBatchNorm(12), normzoo.FrozenBatchNorm(12, eps=1e-2)],
+    "ghost_batch": [normzoo.GhostBatchNorm(12, 2), normzoo.GhostBatchNorm(12, 2, affine=False)],
+    "group": [nn.GroupNorm(12, 12), nn.GroupNorm(12, 12, eps=1e-2, affine=False)],
+    "instance": [nn.InstanceNorm2d(12), nn.InstanceNorm1d(12, affine=True)],
 }
+OPTIONS = {"ghost_batch_norm": {"ghost_batch_size": 2}, "group_norm": {"num_groups": 12}}
 
 
 @pytest.mark.parametrize("rule", TRANSFERS.values(), ids=lambda rule: f"{rule.family} to {rule.target}")
 def test_every_rule_keeps_its_claim(rule):
+    options = {} if rule.same else OPTIONS.get(rule.target, {})
     for source in copy.deepcopy(SOURCES[rule.family]):
-        for parameter in source.parameters():
-            nn.init.normal_(parameter)
-        made = normzoo.plan(nn.Sequential(source), rule.target)
+        if rule.same and type(source).__module__.startswith("normzoo"):
+            source.__class__ = type("Marked", (type(source),), {})  # the very class would stay
+        for tensor in (*source.parameters(), *source.buffers()):
+            if tensor.is_floating_point():
+                nn.init.uniform_(tensor, 0.5, 1.5)
+        made = normzoo.plan(nn.Sequential(source), rule.target, **options)
         assert made.exactness in (rule.exactness, Exactness.EVAL_EXACT)
-        same = made.verify(torch.randn(5, *source.normalized_shape)).same
-        assert same == (rule.exactness is Exactness.EXACT), source
+        shape = getattr(source, "normalized_shape", (12, 4) if "1d" in str(source) else (12, 2, 3))
+        proof = made.verify(torch.randn(5, *shape))
+        assert proof.same == (made.exactness in ("exact", "eval-exact")), source
+        assert proof.trained == (rule.family in ("batch", "ghost_batch") and rule.exactness == "exact")
 
 
 def test_the_log(caplog):
     with caplog.at_level(logging.INFO, logger="normzoo"):
-        normzoo.convert(nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(4)))
+        normzoo.convert(nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(4)), "layer_norm")
     info, warning = caplog.records
     assert info.levelname == "INFO" and "2 norms: 1 converted, 1 refused" in info.getMessage()
     assert warning.levelname == "WARNING"
-    assert warning.getMessage().startswith("convert: 1 norm left as they are:\n  1: normzoo has no layer yet")
+    assert warning.getMessage().startswith("convert: 1 norm left as they are:\n  1: no rule takes a batch norm")
 
 
 def test_a_norm_that_needs_a_side_input_is_not_measured(monkeypatch):

@@ -152,6 +152,9 @@ class GatedNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:]) * gate
 
 
+STORED = ("running_mean", "running_var", "num_batches_tracked")
+
+
 def look(module):
     """The one site of a model that holds `module`."""
     (site,) = normzoo.inspect(nn.Sequential(module)).sites
@@ -172,13 +175,11 @@ def look(module):
         (IgnoredWeightNorm(), Norm("rms", (16,), 1e-5, cast=None)),
         (
             FrozenNorm(),
-            Norm("frozen_batch", (9,), 1e-5, "weight", "bias", ("running_mean", "running_var"), axis=1),
+            Norm("frozen_batch", (9,), 1e-5, "weight", "bias", STORED[:2], axis=1, dims=2),
         ),
         (
             BatchNormAct(),
-            Norm(
-                "batch", (8,), 1e-5, "weight", "bias", ("running_mean", "running_var"), axis=1, after=("act",)
-            ),
+            Norm("batch", (8,), 1e-5, "weight", "bias", STORED, axis=1, after=("act",), dims=2),
         ),
         (nn.GroupNorm(2, 8), Norm("group", (8,), 1e-5, "weight", "bias", axis=1, groups=2)),
         (nn.RMSNorm((2, 3)), Norm("rms", (2, 3), None, "weight")),
@@ -188,7 +189,14 @@ def look(module):
             normzoo.RMSNorm(8, offset=1.0, cast="gemma"),
             Norm("rms", (8,), None, "weight", offset=1.0, cast="gemma"),
         ),
-        (nn.InstanceNorm2d(4), Norm("instance", (4,), 1e-5, axis=1)),
+        (nn.InstanceNorm2d(4), Norm("instance", (4,), 1e-5, axis=1, dims=2)),
+        (
+            nn.BatchNorm1d(4, momentum=None),
+            Norm("batch", (4,), 1e-5, "weight", "bias", STORED, axis=1, dims=1, momentum=None),
+        ),
+        (nn.SyncBatchNorm(4, affine=False), Norm("batch", (4,), 1e-5, None, None, STORED, axis=1)),
+        (normzoo.BatchNorm3d(4, bias=False), Norm("batch", (4,), 1e-5, "weight", None, STORED, axis=1, dims=3)),
+        (normzoo.GhostBatchNorm(4, 2), Norm("ghost_batch", (4,), 1e-5, "weight", "bias", STORED, axis=1)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )

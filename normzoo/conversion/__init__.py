@@ -1,10 +1,14 @@
 """Converting the norms of an existing model, and knowing what that did to it."""
 
-from . import rows as rows  # the rules for norms of rows
+from . import channels as channels  # the rules for norms of channels
+from . import rows as rows  # and for norms of rows
+from .calibration import recalibrate as recalibrate
 from .change import Plan as Plan
 from .change import Step as Step
 from .examine import Inspection as Inspection
 from .examine import inspect as inspect
+from .freezing import freeze_batch_norm as freeze_batch_norm
+from .freezing import unfreeze_batch_norm as unfreeze_batch_norm
 from .norm import Norm as Norm
 from .planning import convert as convert
 from .planning import plan as plan

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..terminal import plain
 from . import bypass, report
-from .proof import Proof, compare, nudged, outputs
+from .proof import Proof, Trained, prove, trains_by_itself
 from .recognise import Site, recognise
 from .surgery import Exchange, Swap, edit
 from .transfer import UNCHANGED, Choice, Exactness, Refused, Replacement, replacement
@@ -36,6 +36,8 @@ class Step:
     """Measured difference of old and new norm on one input, of the largest entry sharing statistics."""
     tensors: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Names of the tensors that are ``kept`` (the same objects), ``converted``, ``new`` and ``lost``."""
+    parameters_change: bool = False
+    """Whether the parameters are other objects afterwards, so that an optimizer has to follow."""
 
     @property
     def target(self) -> str | None:
@@ -108,7 +110,7 @@ class Plan:
             f"conversions: {report.tally(step.exactness.value for step in self.changes if step.exactness)}",
             f"tensors: {', '.join(f'{number} {kind}' for kind, number in totals.items())}",
         ]
-        if totals["converted"] or totals["new"] or totals["lost"]:
+        if any(step.parameters_change for step in self.changes):
             lines.append("parameters change: pass optimizer= to keep an optimizer in step, or make a new one")
         for name, functions in self.functional.items():
             lines.append(f"{name} calls {', '.join(functions)} as a function, out of reach of a conversion")
@@ -160,6 +162,10 @@ class Plan:
         self._swap, self._made = swap, made
         return swap.root
 
+    def replaced(self) -> list[tuple[nn.Module, nn.Module, dict[str, str]]]:
+        """Of an applied plan: the old norms, the new ones, and from which tensors of the old theirs come."""
+        return [(old, made.module, made.kept | made.converted) for old, made in self._made.items()]
+
     def revert(self) -> nn.Module:
         """Put the old norms back, and the optimizer's groups.
 
@@ -189,6 +195,10 @@ class Plan:
         converted norm is off at random, by a last bit or, where the conversions claim to be exact, by the error
         of that norm if this is more. A fourth tells whether the model repeats itself.
 
+        Where conversions of norms with batch statistics claim to be exact, all of it is done again with these
+        norms in training mode and the rest in eval mode, on this rank alone; their running statistics are
+        compared too.
+
         Args:
             sample: the input; a tuple is taken as positional, a mapping as keyword arguments. Or a function
                 that calls the model it is given and returns what is to be compared.
@@ -200,23 +210,27 @@ class Plan:
         swap = self._swap or self._exchange(self._make())
         exact = self.exactness in UNCHANGED
         sites = [(step.site.module, step.error or 0.0 if exact else 0.0) for step in self.changes]
+        old, new = self._in_training(swap) if exact else ([], [])
         if self.applied:
             swap.undo()
             self._catch_up()
         try:
-            before = outputs(self.model, sample)
-            with nudged(sites) as ran:
-                rounded = outputs(self.model, sample)
-            again = outputs(self.model, sample)
-            swap.do()
-            try:
-                after = outputs(swap.root, sample)
-            finally:
-                swap.undo()
+            return prove(self.model, swap, sample, sites, exact, old, new)
         finally:
             if self.applied:
                 swap.do()
-        return compare(before, rounded, again, after, exact, idle=len(sites) - len(ran))
+
+    def _in_training(self, swap: Swap) -> tuple[list[Trained], list[Trained]]:
+        """The norms to be compared in training mode, before and after."""
+        old, new = [], []
+        for step in self.changes:
+            norm, module = step.site.norm, step.site.module
+            if step.exactness is not Exactness.EXACT or norm is None or not trains_by_itself(norm):
+                continue
+            ours = ("running_mean", "running_var", "num_batches_tracked")[: len(norm.statistics)]
+            old.append(Trained(step.site.name, module, norm.statistics))
+            new.append(Trained(step.site.name, swap.new_of[module], ours))
+        return old, new
 
     def _catch_up(self) -> None:
         """Gives the old norms the mode and the tensors that the new ones have by now."""
@@ -269,6 +283,13 @@ class Plan:
                 for name, source in each.converted.items()
                 if source in before and name in now
             ]
-            added = {f"{step.site.name}.{name}".lstrip("."): now[name] for name in each.new if name in now}
+            # A buffer that became a parameter is new to an optimizer, if it trains.
+            raised = [
+                name
+                for name, source in (each.kept | each.converted).items()
+                if name in now and source not in before and now[name].requires_grad
+            ]
+            new = [name for name in each.new if name in now]
+            added = {f"{step.site.name}.{name}".lstrip("."): now[name] for name in (*new, *raised)}
             found.append(Exchange(pairs, added, list(before.values())))
         return found

@@ -11,7 +11,7 @@ from .. import functional
 from ..checks import at_least_float32
 from ..dispatch import backend
 
-FAMILIES = ("layer", "rms", "crms", "batch", "frozen_batch", "group", "instance")
+FAMILIES = ("layer", "rms", "crms", "batch", "frozen_batch", "ghost_batch", "group", "instance")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class Norm:
     """Into how many groups the row or the channels fall, each with statistics of its own."""
     after: tuple[str, ...] = ()
     """Children that forward applies to the normalized values, such as an activation."""
+    momentum: float | None = 0.1
+    """Weight of a new batch in running statistics; None averages all batches."""
+    dims: int | None = None
+    """1, 2 or 3 where it takes images of that many dimensions alone, as BatchNorm2d does; None: any."""
     arguments: tuple[str, ...] = ()
     """What forward takes beside the input: a module that takes the input alone cannot stand in its place."""
 
@@ -55,6 +59,8 @@ class Norm:
             parts.append(f"cast={self.cast or 'unknown'}")
         if self.groups != 1:
             parts.append(f"groups={self.groups}")
+        if self.momentum != 0.1 and self.statistics:
+            parts.append(f"momentum={self.momentum}")
         if self.after:
             parts.append(f"then {', '.join(self.after)}")
         if self.axis != -1 and self.family in ("layer", "rms"):

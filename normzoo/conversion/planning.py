@@ -16,7 +16,7 @@ from . import bypass, report
 from .change import Plan, Step
 from .examine import examine
 from .norm import Norm
-from .proof import site_error
+from .proof import site_error, trained_error, trains_by_itself
 from .recognise import Site
 from .rules import SAME, Chooser, Kinds, Names, Target, chooser, seen, selector
 from .surgery import refuse_wrapped
@@ -128,11 +128,11 @@ def convert(
     if verify is not None and not (proof := made.verify(verify)).passed:
         raise ValueError(f"convert: {proof}; the model is left as it was")
     root = made.apply(optimizer)
-    _report(made)
+    tell(made)
     return root
 
 
-def _report(made: Plan) -> None:
+def tell(made: Plan) -> None:
     """Tells the log what came of a plan, as a warning where it is not all that a user may take it for."""
     changed = [step for step in made.changes if step.exactness not in UNCHANGED]
     left = [step for step in made.steps if step.action in ("refuse", "unknown")]
@@ -215,8 +215,14 @@ def _refuse(site: Site, made: Replacement) -> None:
 def _measured(site: Site, norm: Norm, choice: Choice | nn.Module, made: Replacement) -> Step:
     """The step that converts, with what test runs of both norms show."""
     error, close, notes = None, True, [made.note]
+    trained: list[tuple[float, bool]] = []
+    if isinstance(choice, Choice) and choice.cls is not None:  # it takes inputs of one rank, the norm any
+        norm = dataclasses.replace(norm, dims=int(choice.cls.__name__[-2]))
     try:
-        errors = [site_error(old, new, norm) for old, new in _pairs(site, choice, made.module)]
+        pairs = _pairs(site, choice, made.module)
+        errors = [site_error(old, new, norm) for old, new in pairs]
+        if made.exactness is Exactness.EXACT and trains_by_itself(norm):
+            trained = [trained_error(old, new, norm) for old, new in pairs]
     except Exception as failure:  # both may be code of the caller
         called = type(made.module).__name__
         if not (needed := getattr(made.module, "side_inputs", ())):
@@ -226,17 +232,25 @@ def _measured(site: Site, norm: Norm, choice: Choice | nn.Module, made: Replacem
         close = bool(errors) and all(agrees for _, agrees in errors)
         # That of today's parameters, unless they hide what others show.
         error = next((error for error, agrees in errors if agrees is close), None)
+        if error is not None and trained:
+            error = max(error, trained[0][0])
     exactness = made.exactness
     if exactness in UNCHANGED and not close:
         exactness = Exactness.APPROXIMATE
         notes.append("a test run shows another function" if error else "not measured, as it is on meta")
+    elif not all(agrees for _, agrees in trained):
+        exactness = Exactness.EVAL_EXACT
+        notes.append("a test run in training mode shows another function")
     tensors = {
         "kept": tuple(made.kept),
         "converted": tuple(made.converted),
         "new": made.new,
         "lost": made.lost,
     }
-    return Step(site, "convert", "; ".join(filter(None, notes)), choice, exactness, error, tensors)
+    reason = "; ".join(filter(None, notes))
+    parameters = [{id(p) for p in module.parameters()} for module in (site.module, made.module)]
+    change = parameters[0] != parameters[1]
+    return Step(site, "convert", reason, choice, exactness, error, tensors, parameters_change=change)
 
 
 def _pairs(site: Site, choice: Choice | nn.Module, new: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

@@ -10,31 +10,27 @@ import copy
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .norm import Norm, tensor
-from .trial import (
-    chance,
-    channel_inputs,
-    distance,
-    noise,
-    other_inputs,
-    own_tensors,
-    row_inputs,
-    shifts,
-    short,
-    stand_in,
-    undisturbed,
+from .batch_probe import identify_batch
+from .candidates import (
+    AGREES,
+    Unrecognised,
+    affine,
+    device_of,
+    gradients_agree,
+    held_by,
+    numbers,
+    only,
+    statistics,
 )
-
-AGREES = 3e-6
-"""Largest difference from a candidate, relative to the largest entry of a row."""
+from .norm import Norm, tensor
+from .trial import channel_inputs, distance, other_inputs, own_tensors, row_inputs, short, stand_in, undisturbed
 
 _SAME_ENTRIES = 0.98
 """Share of bfloat16 entries that the right order of rounding reproduces; a wrong one misses a quarter."""
@@ -43,15 +39,7 @@ _ROUNDING = 0.1
 """What the roundings to bfloat16 may add up to."""
 
 _MOST_ENTRIES = 1 << 22
-_GRADIENTS_AGREE = 1e-4
-"""Largest difference of two gradients, times the size of the input; another function is off by 1e-2."""
-
-_USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
 _WIDTHS = ("normalized_shape", "num_features", "hidden_size", "dim")
-
-
-class Unrecognised(Exception):
-    """Why a module is no norm that this library knows."""
 
 
 def identify(module: nn.Module) -> Norm:
@@ -123,41 +111,12 @@ def _with(twin: nn.Module, children: Mapping[str, nn.Module]) -> nn.Module:
 
 def _alone(twin: nn.Module) -> tuple[Norm, Tensor]:
     stored = statistics(twin)
-    return _batch(twin, stored) if stored else _rows(twin)
-
-
-def statistics(module: nn.Module) -> tuple[str, str] | None:
-    """The names of the buffers that hold a mean and a variance for each channel."""
-    buffers = [name for name, b in module.named_buffers(recurse=False) if b.dim() == 1]
-    means, variances = ([name for name in buffers if word in name] for word in ("mean", "var"))
-    return (means[0], variances[0]) if len(means) == len(variances) == 1 else None
-
-
-def _affine(module: nn.Module, besides: Sequence[str] = ()) -> tuple[str | None, str | None]:
-    """The names of the weight and of the bias."""
-    # A number on its own counts calls, or the like.
-    names = [name for name, t in own_tensors(module).items() if name not in besides and t.dim()]
-    weights, biases = [n for n in names if not shifts(n)], [n for n in names if shifts(n)]
-    if len(weights) > 1 or len(biases) > 1:
-        raise Unrecognised(f"it holds {', '.join(names)}, more than a weight and a bias")
-    return next(iter(weights), None), next(iter(biases), None)
-
-
-def _numbers(module: nn.Module) -> tuple[list[float | None], list[int]]:
-    """Values that eps and the number of groups may have, from the attributes of the module."""
-    eps: list[float | None] = []
-    groups = []
-    for name, value in vars(module).items():
-        if (isinstance(value, float) and 0 < value < 0.05) or (value is None and "eps" in name):
-            eps.append(value)
-        elif isinstance(value, int) and "group" in name and value > 0:
-            groups.append(value)
-    return list(dict.fromkeys((*eps, *_USUAL_EPS))), groups
+    return identify_batch(twin, stored) if stored else _rows(twin)
 
 
 def _rows(twin: nn.Module) -> tuple[Norm, Tensor]:
     """The layer or RMS norm that `twin` computes, and an input that shows it."""
-    weight, bias = _affine(twin)
+    weight, bias = affine(twin)
     held = tensor(twin, weight or bias)
     known = tuple(held.shape) if held is not None else _declared(twin)
     # A weight of shape (C, 1, 1) belongs to channels, one of (1, 1, d) to the last dimension.
@@ -167,7 +126,7 @@ def _rows(twin: nn.Module) -> tuple[Norm, Tensor]:
     failure: Exception = Unrecognised("its output has another shape than its input")
     unlike: Unrecognised | None = None
     for axis in (1,) if known and known[-1] == 1 else (-1, 1):
-        x = row_inputs(shape, _device(twin)) if axis == -1 else channel_inputs(shape[0], _device(twin))
+        x = row_inputs(shape, device_of(twin)) if axis == -1 else channel_inputs(shape[0], device_of(twin))
         try:
             y = twin(x)
         except Exception as error:  # another layout may suit it
@@ -176,7 +135,7 @@ def _rows(twin: nn.Module) -> tuple[Norm, Tensor]:
         if isinstance(y, Tensor) and y.shape == x.shape:
             candidates = _row_candidates(twin, axis, shape, weight, bias)
             try:
-                found = _only(candidates, y, lambda norm, x=x: norm.compute(x, *_held(twin, norm)))
+                found = only(candidates, y, lambda norm, x=x: norm.compute(x, *held_by(twin, norm)))
             except Unrecognised as error:
                 unlike = unlike or error
                 continue
@@ -194,7 +153,7 @@ def _confirm(twin: nn.Module, found: Norm, x: Tensor) -> None:
     """Raises Unrecognised where `twin` has other gradients than `found`, or is another norm on other inputs."""
 
     def compute(x: Tensor) -> Tensor:
-        return found.compute(x, *_held(twin, found))
+        return found.compute(x, *held_by(twin, found))
 
     for other in other_inputs(found, x.device):
         try:
@@ -207,23 +166,8 @@ def _confirm(twin: nn.Module, found: Norm, x: Tensor) -> None:
                 f"for one of shape {tuple(other.shape)}"
             )
     twin.requires_grad_()
-    theirs, ours = (_gradients(each, x, list(twin.parameters())) for each in (twin, compute))
-    size = x.abs().amax(found.span(x), keepdim=True)  # the gradient of a small row is large
-    apart = [((theirs[0] - ours[0]) * size).abs().max().item()]
-    apart += [distance(b, a, tuple(range(a.dim()))) for a, b in zip(theirs[1:], ours[1:], strict=True)]
-    if not max(apart) <= _GRADIENTS_AGREE:
+    if not gradients_agree(twin, compute, x, found.span(x), list(twin.parameters())):
         raise Unrecognised(f"it computes a {found.describe()}, but its gradients are not those")
-
-
-@torch.enable_grad()
-def _gradients(run: Callable[[Tensor], Tensor], x: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Those of a random sum of ``run(x)``, for x and for `parameters`."""
-    leaves = [x.detach().clone().requires_grad_(), *parameters]
-    y = run(leaves[0])
-    if not y.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    weights = noise(y.shape, chance()).to(y)
-    return list(torch.autograd.grad(y, leaves, weights, allow_unused=True, materialize_grads=True))
 
 
 def _declared(module: nn.Module) -> tuple[int, ...]:
@@ -236,19 +180,10 @@ def _declared(module: nn.Module) -> tuple[int, ...]:
     return ()
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next((t.device for t in own_tensors(module).values()), torch.device("cpu"))
-
-
-def _held(module: nn.Module, norm: Norm) -> tuple[Tensor | None, Tensor | None]:
-    weight, bias = (tensor(module, name) for name in (norm.weight, norm.bias))
-    return (None if weight is None else weight.squeeze(), None if bias is None else bias.squeeze())
-
-
 def _row_candidates(
     module: nn.Module, axis: int, shape: tuple[int, ...], weight: str | None, bias: str | None
 ) -> Iterator[Norm]:
-    eps, sizes = _numbers(module)
+    eps, sizes = numbers(module)
     width = shape[0] if axis == 1 else shape[-1]
     spans = [(width,)] if axis == 1 or len(shape) == 1 else [shape, (width,)]
     groups = {1} | {g for size in sizes if width % size == 0 for g in (size, width // size)} - {width}
@@ -265,20 +200,6 @@ def _row_candidates(
             yield Norm("group", (width,), e, weight=w, bias=b, axis=axis, groups=g)
 
 
-def _only(candidates: Iterator[Norm], y: Tensor, compute: Callable[[Norm], Tensor]) -> Norm:
-    """The one candidate that computes y."""
-    errors = {norm: distance(compute(norm), y, norm.span(y)) for norm in candidates}
-    fitting = [norm for norm, error in errors.items() if error <= AGREES]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise Unrecognised(f"it fits several norms: {'; '.join(norm.describe() for norm in fitting[:3])}")
-    nearest = min(errors, key=errors.__getitem__)
-    raise Unrecognised(
-        f"it agrees with no norm known here; the nearest, {nearest.describe()}, is off by {errors[nearest]:.1e}"
-    )
-
-
 def _cast(twin: nn.Module, norm: Norm, x: Tensor) -> str | None:
     """The order of rounding that reproduces the module in bfloat16."""
     twin.bfloat16()
@@ -286,40 +207,10 @@ def _cast(twin: nn.Module, norm: Norm, x: Tensor) -> str | None:
     y = twin(x)
     if y.dtype != x.dtype:
         return None
-    held = _held(twin, norm)
+    held = held_by(twin, norm)
     for cast in ("torch", "llama"):
         if (replace(norm, cast=cast).compute(x, *held) == y).float().mean() >= _SAME_ENTRIES:
             return "gemma" if norm.offset and norm.family == "rms" and cast == "torch" else cast
     if distance(norm.compute(x, *held).float(), y.float(), norm.span(y)) > _ROUNDING:
         raise Unrecognised(f"it computes a {norm.describe()} in float32 and something else in bfloat16")
     return None
-
-
-def _batch(twin: nn.Module, stored: tuple[str, str]) -> tuple[Norm, Tensor]:
-    """The batch norm that `twin` computes, which may be frozen, and an input that shows it."""
-    mean, variance = (twin.get_buffer(name) for name in stored)
-    weight, bias = _affine(twin, stored)
-    x = channel_inputs(len(mean), mean.device)
-    y = twin(x)
-    held = itertools.product({weight, None}, {bias, None})
-    candidates = (
-        Norm("batch", tuple(mean.shape), e, weight=w, bias=b, statistics=stored, axis=1)
-        for (w, b), e in itertools.product(held, filter(None, _numbers(twin)[0]))
-    )
-
-    def compute(norm: Norm, training: bool = False) -> Tensor:
-        known = (None, None) if training else (mean, variance)
-        return F.batch_norm(x, *known, *_held(twin, norm), training, eps=norm.eps or 0.0)
-
-    found = _only(candidates, y, compute)
-    before = mean.clone(), variance.clone()
-    trained = twin.train()(x)
-    unmoved = torch.equal(mean, before[0]) and torch.equal(variance, before[1])
-    mean.copy_(before[0])
-    variance.copy_(before[1])
-    twin.eval()
-    if unmoved and torch.equal(trained, y):
-        return replace(found, family="frozen_batch"), x
-    if distance(trained, compute(found, training=True), found.span(x)) <= AGREES:
-        return found, x
-    raise Unrecognised(f"it computes a {found.describe()} in eval mode and something else in training")

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from .norm import Norm
+from .norm import Norm, tensor
 from .report import count
-from .trial import bare, distance, inputs_for, undisturbed
+from .surgery import Swap
+from .trial import alone, bare, distance, inputs_for, short, undisturbed
 
 
 def site_error(old: nn.Module, new: nn.Module, norm: Norm) -> tuple[float, bool]:
@@ -39,6 +40,29 @@ def site_error(old: nn.Module, new: nn.Module, norm: Norm) -> tuple[float, bool]
     return error, error <= 8 * max(torch.finfo(like.dtype).eps, torch.finfo(torch.float32).eps)
 
 
+def trains_by_itself(norm: Norm) -> bool:
+    """Whether it does in training what it does not do in eval mode."""
+    return norm.family in ("batch", "ghost_batch") or (norm.family == "instance" and bool(norm.statistics))
+
+
+def trained_error(old: nn.Module, new: nn.Module, norm: Norm) -> tuple[float, bool]:
+    """As :func:`site_error`, of the outputs in training mode and of the running statistics afterwards."""
+    like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), torch.empty(0))
+    x = inputs_for(norm, like.device).to(like.dtype)
+    copies = [copy.deepcopy(bare(module)).train() for module in (old, new)]
+    for each in (*copies[0].children(), *copies[1].children()):
+        each.eval()  # an activation or a dropout after the norm
+    with undisturbed():
+        theirs, ours = (each(x).double() for each in copies)
+    error = distance(ours, theirs, norm.span(x))
+    names = dict(zip(norm.statistics, ("running_mean", "running_var", "num_batches_tracked"), strict=False))
+    for name, by_us in names.items():
+        pair = (tensor(each, called) for each, called in zip(copies, (name, by_us), strict=True))
+        was, becomes = (torch.zeros(0) if t is None else t.double() for t in pair)
+        error = max(error, distance(becomes, was, ()))
+    return error, error <= 8 * max(torch.finfo(like.dtype).eps, torch.finfo(torch.float32).eps)
+
+
 @dataclass(frozen=True)
 class Difference:
     """How one output of a model changed."""
@@ -56,6 +80,8 @@ class Difference:
 class Proof:
     """What a conversion did to the outputs of a model on a sample, in eval mode.
 
+    Norms with batch statistics whose conversion claims to be exact are compared in training mode too.
+
     ``str()`` of it is a sentence.
     """
 
@@ -64,6 +90,10 @@ class Proof:
     """Whether every converted norm claims to compute the same in eval mode."""
     idle: int = 0
     """How many of the converted norms did not run, so that nothing is known of them."""
+    trained: int = 0
+    """How many of them were compared in training mode too."""
+    untrained: str = ""
+    """Why there is no comparison in training mode, where there should be one."""
 
     @property
     def error(self) -> float:
@@ -93,7 +123,7 @@ class Proof:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         outputs = [vars(each) for each in self.outputs]
-        keys = ("passed", "same", "exact", "error", "rounding", "cosine", "idle")
+        keys = ("passed", "same", "exact", "error", "rounding", "cosine", "idle", "trained", "untrained")
         return {key: getattr(self, key) for key in keys} | {"outputs": outputs}
 
     def __str__(self) -> str:
@@ -104,6 +134,9 @@ class Proof:
             if self.exact:
                 found = f"FAILED: {found}, although every conversion claims to be exact"
         unseen = f"; {count(self.idle, 'converted norm')} did not run on this sample" if self.idle else ""
+        unseen += f"; not compared in training mode ({self.untrained})" if self.untrained else ""
+        if self.trained:
+            found += f", with {count(self.trained, 'norm')} in training mode too"
         if self.error == 0:
             return f"{found}: outputs are equal to the last bit{unseen}"
         return (
@@ -155,21 +188,94 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return F.cosine_similarity(a[finite], b[finite], dim=0).item()
 
 
-def outputs(model: nn.Module, sample: Any) -> Outputs:
+@dataclass(frozen=True)
+class Trained:
+    """A norm that runs in training mode."""
+
+    name: str
+    module: nn.Module
+    statistics: tuple[str, ...]
+    """Buffers to look at afterwards: mean, variance and the number of batches, or none."""
+
+
+def prove(
+    model: nn.Module,
+    swap: Swap,
+    sample: Any,
+    sites: Sequence[tuple[nn.Module, float]],
+    exact: bool,
+    old: Sequence[Trained],
+    new: Sequence[Trained],
+) -> Proof:
+    """The proof of a conversion that is not in place.
+
+    Args:
+        sites: the converted norms, and how far their outputs are off where rounding is tried.
+        old, new: the norms to be compared in training mode too, before and after.
+
+    Raises:
+        ValueError: as in :func:`compare`.
+    """
+
+    def after(*trained: Trained) -> Outputs:
+        swap.do()
+        try:
+            return outputs(swap.root, sample, trained)
+        finally:
+            swap.undo()
+
+    before = outputs(model, sample)
+    with nudged(sites) as ran:
+        rounded = outputs(model, sample)
+    proof = compare(before, rounded, outputs(model, sample), after(), exact, idle=len(sites) - len(ran))
+    live = [i for i, each in enumerate(old) if each.module in ran]
+    if not live:
+        return proof
+    old, new = [old[i] for i in live], [new[i] for i in live]
+    with alone():
+        try:
+            before = outputs(model, sample, old)
+        except Exception as error:  # such as a batch that is too small for training
+            return dataclasses.replace(proof, untrained=short(error))
+        with nudged(sites):
+            rounded = outputs(model, sample, old)
+        trained = compare(before, rounded, outputs(model, sample, old), after(*new), exact, idle=0)
+    both = (
+        *proof.outputs,
+        *(dataclasses.replace(o, output=f"{o.output} in training") for o in trained.outputs),
+    )
+    return dataclasses.replace(proof, outputs=both, trained=len(live))
+
+
+def outputs(model: nn.Module, sample: Any, trained: Sequence[Trained] = ()) -> Outputs:
     """The floating-point tensors that `model` returns for `sample` in eval mode, by their place in it.
 
     The next run finds `sample`, the buffers of the model and torch's random numbers as this one did.
+
+    Args:
+        trained: norms that are in training mode, whose statistics after the run are among the outputs.
     """
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(sorted(devices)), torch.no_grad(), _eval(model):
+        for each in trained:
+            each.module.training = True
         returned = _call(model, pytree.tree_map(_fresh, sample))
+        moved = {name: t for each in trained if each.statistics for name, t in _moved(each).items()}
         leaves, _ = pytree.tree_flatten_with_path(pytree.tree_map(_fields, returned))
         tensors = {
             pytree.keystr(path) or "output": _numbers(leaf) for path, leaf in leaves if isinstance(leaf, Tensor)
         }
         if any(t.is_meta for t in tensors.values()):
             raise ValueError("verify: the model is on the meta device, where there are no numbers to compare")
-        return {name: t.clone() for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+        tensors = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+        return {name: t.clone() for name, t in (tensors | moved).items()}
+
+
+def _moved(norm: Trained) -> Outputs:
+    """The statistics of a norm: mean and deviation in one tensor, for a mean alone may be mere rounding."""
+    mean, var, *counts = (norm.module.get_buffer(name) for name in norm.statistics)
+    found = {f"{norm.name}: statistics": torch.cat((mean, var.clamp(min=0).sqrt()))}
+    return found | {f"{norm.name}: batches": count.double() for count in counts}
 
 
 def _numbers(t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -18,8 +18,14 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from ..layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from ..layers.frozen import FrozenBatchNorm
+from ..layers.ghost import GhostBatchNorm
+from ..layers.group import GroupNorm
+from ..layers.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from ..layers.layer import LayerNorm
 from ..layers.rms import CRMSNorm, RMSNorm
+from .adapted import bare_class, manner
 from .norm import Norm
 from .probe import Unrecognised, identify
 from .surgery import places
@@ -145,7 +151,7 @@ def _looks_like_a_norm(module: nn.Module) -> bool:
     cls = parametrize.type_before_parametrizations(module)
     if cls.__module__.startswith("torch.nn.utils"):  # weight norm as a parametrization
         return False
-    if cls in KNOWN or _adapter(module) or isinstance(module, _BASES):
+    if bare_class(cls) in KNOWN or _adapter(module) or isinstance(module, _BASES):
         return True
     tag = getattr(cls, "kernel_layer_name", None)  # Hugging Face kernels
     named = any(_NAMED_NORM.search(base.__name__) for base in cls.__mro__) or "Norm" in str(tag)
@@ -193,8 +199,8 @@ def _recognise(module: nn.Module) -> tuple[Norm | None, str, str]:
             raise Unrecognised("its forward was replaced on the instance")
         if isinstance(module, _LazyNormBase) or any(map(is_lazy, module.parameters())):
             raise Unrecognised("it has no shape yet; run the model once")
-        if cls in KNOWN:
-            return KNOWN[cls](module), "class", ""
+        if bare_class(cls) in KNOWN:
+            return replace(KNOWN[bare_class(cls)](module), **manner(module)), "class", ""
         for base in cls.__mro__:
             if base in KNOWN and cls.forward is base.forward:
                 return KNOWN[base](module), "subclass", ""
@@ -236,12 +242,14 @@ def _group(module: Any) -> Norm:
     return Norm("group", (int(module.num_channels),), _eps(module), **held, axis=1, groups=module.num_groups)
 
 
-def _stored(family: str) -> Callable[[Any], Norm]:
+def _stored(family: str, dims: int | None = None) -> Callable[[Any], Norm]:
     def describe(module: Any) -> Norm:
         names = ("running_mean", "running_var", "num_batches_tracked")
         stored = tuple(name for name in names if getattr(module, name, None) is not None)
-        held = _held(module, "weight", "bias")
-        return Norm(family, (int(module.num_features),), _eps(module), **held, statistics=stored, axis=1)
+        how: dict[str, Any] = _held(module, "weight", "bias") | {"statistics": stored, "axis": 1, "dims": dims}
+        if family != "frozen_batch":
+            how["momentum"] = None if module.momentum is None else float(module.momentum)
+        return Norm(family, (int(module.num_features),), _eps(module), **how)
 
     return describe
 
@@ -250,8 +258,22 @@ KNOWN: dict[type[nn.Module], Callable[[Any], Norm]] = {
     nn.LayerNorm: _layer,
     nn.RMSNorm: _rms,
     nn.GroupNorm: _group,
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _stored("batch")),
-    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _stored("instance")),
+    nn.BatchNorm1d: _stored("batch", 1),
+    nn.BatchNorm2d: _stored("batch", 2),
+    nn.BatchNorm3d: _stored("batch", 3),
+    nn.SyncBatchNorm: _stored("batch"),
+    nn.InstanceNorm1d: _stored("instance", 1),
+    nn.InstanceNorm2d: _stored("instance", 2),
+    nn.InstanceNorm3d: _stored("instance", 3),
+    BatchNorm1d: _stored("batch", 1),
+    BatchNorm2d: _stored("batch", 2),
+    BatchNorm3d: _stored("batch", 3),
+    InstanceNorm1d: _stored("instance", 1),
+    InstanceNorm2d: _stored("instance", 2),
+    InstanceNorm3d: _stored("instance", 3),
+    GroupNorm: _group,
+    FrozenBatchNorm: _stored("frozen_batch"),
+    GhostBatchNorm: _stored("ghost_batch"),
     LayerNorm: _layer,
     RMSNorm: _rms,
     CRMSNorm: _crms,

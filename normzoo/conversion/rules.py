@@ -86,7 +86,7 @@ def _one(to: Any, options: Mapping[str, Any]) -> Chooser:
     if to == SAME:
         return lambda site: _same(site, options)
     if isinstance(to, (str, type)):
-        choice = _choice(_entry(to), options)
+        choice = _choice(to, options)
         return lambda site: choice
     if callable(to) and not isinstance(to, nn.Module):
         return lambda site: _answer(to, site, options)
@@ -116,20 +116,26 @@ def _answer(to: Callable[[Site], Any], site: Site, options: Mapping[str, Any]) -
 def _same(site: Site, options: Mapping[str, Any]) -> Choice:
     for rule in TRANSFERS.values():
         if rule.same and rule.family == site.family:
-            return _choice(_entry(rule.target), options)
+            return _choice(rule.target, options)
     raise Refused(f"normzoo has no layer yet that computes a {site.family} norm")
 
 
-def _choice(entry: Entry, options: Mapping[str, Any]) -> Choice:
+def _choice(to: str | type[nn.Module], options: Mapping[str, Any]) -> Choice:
+    entry = _entry(to)
     known = [name for name in inspect.signature(entry.cls).parameters if name not in ("device", "dtype")]
     for option in options:
         if option not in known:
             raise TypeError(f"convert: {entry.cls.__name__} takes no {option!r}; it takes {', '.join(known)}")
-    return Choice(entry, options)
+    named = next((cls for cls in entry.classes if to in (cls, cls.__name__)), None)
+    return Choice(entry, options, named if entry.others else None)
+
+
+def _classes(entry: Entry) -> tuple[str | type[nn.Module], ...]:
+    return (*entry.classes, *(cls.__name__ for cls in entry.classes))
 
 
 def _entry(to: str | type[nn.Module]) -> Entry:
-    entry = next((entry for entry in ZOO if to in (entry.name, entry.cls.__name__, entry.cls)), None)
+    entry = next((entry for entry in ZOO if to in (entry.name, *_classes(entry))), None)
     if entry is not None:
         return entry
     possible = ", ".join(entry.name for entry in ZOO)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +50,14 @@ class Carried:
     """Attributes of the new layer that hold the very tensors of the old one, by its names."""
     converted: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
     """Attributes of the new layer that were computed: the name of the old tensor, and the value."""
+    dropped: tuple[str, ...] = ()
+    """Tensors and attributes of the old norm that mean nothing to the new layer."""
+    attributes: dict[str, Any] = field(default_factory=dict)
+    """What to set on the new layer, which its constructor has no argument for."""
+    trains: bool = False
+    """Buffers that become parameters are trained."""
+    in_training: tuple[str, ...] = ()
+    """Constructor arguments that make no difference in eval mode."""
     over_channels: bool = False
     """The layer takes rows, and the norm the channels of (N, C, \\*)."""
     exactness: Exactness | None = None
@@ -97,6 +106,8 @@ class Choice:
     entry: Entry
     options: Mapping[str, Any] = field(default_factory=dict)
     """Constructor arguments that overrule those of the norm."""
+    cls: type[nn.Module] | None = None
+    """The class that was asked for, where the entry has several."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,8 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
     rule = TRANSFERS.get((norm.family, choice.entry.name))
     if rule is None:
         known = [target for family, target in TRANSFERS if family == norm.family]
-        only = f", only to {' and '.join(known)}" if known else ""
+        several = f"{', '.join(known[:-1])} and {known[-1]}" if known[1:] else "".join(known)
+        only = f", only to {several}" if known else ""
         raise Refused(f"no rule takes a {norm.family} norm to {choice.entry.name}{only}")
     carried = rule.carry(norm, old)
     sources = {**carried.kept, **{name: source for name, (source, _) in carried.converted.items()}}
@@ -149,6 +161,8 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
     converted: dict[str, str] = {}
     lost: tuple[str, ...] = ()
     notes = [carried.note or rule.note]
+    for name, value in carried.attributes.items():
+        setattr(new, name, value)
     for name, source in sources.items():
         if getattr(new, name) is None:  # the options want no weight, or no bias
             lost += (source,)
@@ -156,32 +170,52 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
         value = getattr(old, source)
         if name in carried.converted:
             converted[name] = source
-            _put(new, name, carried.converted[name][1], value.requires_grad)
+            trained = value.requires_grad or (carried.trains and source in old._buffers)
+            _put(new, name, carried.converted[name][1], trained)
         else:
             kept[name] = source
             _put(new, name, value, value.requires_grad)
         if name != source:
             notes.append(f"{source} is called {name} from now on, in the state dict too")
     fresh = tuple(name for name in _own(new) if name not in sources)
-    lost += bring_along(old, new, leave=set(sources.values()))
+    lost += tuple(name for name in carried.dropped if name in _own(old))
+    lost += bring_along(old, new, leave={*sources.values(), *carried.dropped})
     exactness = carried.exactness or rule.exactness
-    if exactness in UNCHANGED and any(carried.arguments.get(k, v) != v for k, v in choice.options.items()):
-        exactness = Exactness.APPROXIMATE
+    changed = {k for k, v in choice.options.items() if carried.arguments.get(k, v) != v}
+    if exactness in UNCHANGED and changed:
+        exactness = Exactness.EVAL_EXACT if changed <= {*carried.in_training} else Exactness.APPROXIMATE
     return Replacement(new, kept, converted, fresh, lost, exactness, "; ".join(filter(None, notes)))
 
 
 def _construct(old: nn.Module, norm: Norm, carried: Carried, choice: Choice) -> nn.Module:
-    cls = adapted(choice.entry.cls, carried.over_channels, norm.after)
+    cls = _class(norm, carried, choice)
     like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), None)
     place = {} if like is None else {"device": like.device, "dtype": like.dtype}
+    arguments = {**carried.arguments, **choice.options}
+    parameters = inspect.signature(cls).parameters.values()
+    if needed := [p.name for p in parameters if p.default is p.empty and p.name not in arguments]:
+        raise Refused(f"{choice.entry.name} needs {' and '.join(needed)}; pass {needed[0]}=")
     try:
-        new = cls(**{**carried.arguments, **choice.options, **place})
+        new = cls(**arguments, **place)
     except ValueError as error:
         raise Refused(str(error)) from error
     trained = [p.requires_grad for p in old.parameters()]
     if trained and not any(trained):
         new.requires_grad_(False)
     return new
+
+
+def _class(norm: Norm, carried: Carried, choice: Choice) -> type[nn.Module]:
+    """The class of the layer that takes the inputs of the norm."""
+    entry = choice.entry
+    if not entry.others:
+        return adapted(choice.cls or entry.cls, carried.over_channels, norm.after)
+    for cls in entry.classes:
+        if norm.dims is not None and cls.__name__.endswith(f"{norm.dims}d"):
+            if choice.cls not in (None, cls):
+                raise Refused(f"it takes the inputs of a {cls.__name__}, not those of a {choice.cls.__name__}")
+            return adapted(cls, carried.over_channels, norm.after)
+    return adapted(choice.cls or entry.cls, carried.over_channels, norm.after, choice.cls is None)
 
 
 def _ready_made(old: nn.Module, new: nn.Module) -> Replacement:

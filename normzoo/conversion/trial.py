@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .norm import Norm
@@ -27,14 +28,17 @@ def row_inputs(shape: Sequence[int], device: torch.device) -> Tensor:
 
 
 def inputs_for(norm: Norm, device: torch.device) -> Tensor:
-    """What shows a norm: rows, or (N, C, H, W)."""
+    """What shows a norm: rows, or (N, C, H, W) and the like."""
     shape = norm.shape or (48,)
-    return row_inputs(shape, device) if norm.axis == -1 else channel_inputs(shape[0], device)
+    return row_inputs(shape, device) if norm.axis == -1 else channel_inputs(shape[0], device, norm.dims or 2)
 
 
-def channel_inputs(channels: int, device: torch.device) -> Tensor:
-    """(3, channels, 2, 2) in float32, every pixel of another size."""
-    return row_inputs((2, channels), device).permute(1, 3, 0, 2).contiguous()
+def channel_inputs(channels: int, device: torch.device, dims: int = 2) -> Tensor:
+    """(3, channels, 2, 2) in float32, every pixel of another size; with other `dims` the same pixels."""
+    x = row_inputs((2, channels), device).permute(1, 3, 0, 2).contiguous()
+    if dims == 0:
+        return x.movedim(1, -1).flatten(0, 2)
+    return x.reshape(3, channels, *{1: (4,), 2: (2, 2), 3: (2, 2, 1)}[dims])
 
 
 def other_inputs(norm: Norm, device: torch.device) -> Iterator[Tensor]:
@@ -50,6 +54,15 @@ def other_inputs(norm: Norm, device: torch.device) -> Iterator[Tensor]:
         yield (20 + 50 * noise(size, chance())).to(device)
 
 
+def channel_batches(channels: int, device: torch.device) -> Iterator[Tensor]:
+    """Large inputs of every rank, with a last dimension as wide as the channels where that is not too much, and
+    of many samples: forward may look at the shape."""
+    side = channels if 2 < channels <= 256 else 3
+    many = max(4, min(520, _MOST_AT_ONCE // channels))  # more than a ghost batch has
+    for size in ((many,), (2, side), (2, 2, side), (2, 1, 2, side)):
+        yield (20 + 50 * noise((size[0], channels, *size[1:]), chance())).to(device)
+
+
 def chance() -> torch.Generator:
     return torch.Generator("cpu").manual_seed(0)
 
@@ -60,9 +73,24 @@ def noise(shape: Sequence[int], numbers: torch.Generator) -> Tensor:
 
 
 @contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Batch norms find no other ranks: a test run on one of them must not wait for the others."""
+    if not dist.is_available():
+        yield
+        return
+    before = dist.is_initialized
+    dist.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        dist.is_initialized = before
+
+
+@contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """The code under test leaves no gradients, warnings or drawn random numbers behind."""
     with (
+        alone(),
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
         torch.no_grad(),
@@ -89,6 +117,8 @@ def bare(module: nn.Module) -> nn.Module:
             vars(made)[key] = type(value)()
         elif isinstance(value, Tensor):  # an output of an earlier run, which deepcopy refuses
             vars(made)[key] = value.detach()
+        elif type(value).__name__ == "ProcessGroup":  # which deepcopy refuses too
+            vars(made)[key] = None
     vars(made)["_modules"] = {
         name: None if child is None else bare(child) for name, child in module._modules.items()
     }
@@ -100,6 +130,8 @@ def stand_in(module: nn.Module) -> nn.Module:
     twin = copy.deepcopy(bare(module))
     if any(t.is_meta for t in own_tensors(twin).values()):
         twin = twin.to_empty(device="cpu")
+        for counter in twin.buffers():
+            counter.zero_()
     twin = twin.float().eval()
     numbers = chance()
     for name, t in own_tensors(twin).items():

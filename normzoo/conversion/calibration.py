@@ -1,0 +1,181 @@
+"""Running statistics, estimated anew from data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from .candidates import statistics
+from .examine import examine
+from .rules import seen
+
+
+@torch.no_grad()
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    device: torch.device | str | int | None = None,
+) -> nn.Module:
+    """Estimate the running statistics of a model anew: the plain average over `batches`, in one pass.
+
+    After a conversion that needs it, after averaging weights, or for data of another kind. All layers with
+    running statistics take part: batch and instance norms of torch and of this library, their subclasses, and
+    whatever has `momentum`, the weight of a batch, and ``reset_running_stats`` or buffers for a mean and a
+    variance.
+
+    During the pass these layers alone are in training mode. All else, dropout above all, is in eval mode, so
+    that the statistics are of what the layers see in eval mode. (:func:`torch.optim.swa_utils.update_bn` leaves
+    dropout on.) Afterwards modes and momenta are as before; parameters do not change, and num_batches_tracked
+    says how many batches there were. A layer that no batch reached keeps what it had.
+
+    Args:
+        model: any module.
+        batches: an iterable of inputs, such as a list or a DataLoader. A tensor is passed as it is, a tuple or
+            a list as positional arguments, a mapping as keyword arguments.
+        forward: called as ``forward(model, batch)`` instead; where batches hold labels too, for example
+            ``lambda model, batch: model(batch[0])``.
+        device: where the tensors of a batch go first; None leaves them where they are.
+
+    Returns:
+        The model. With layers that have ``sync=True`` all ranks must call it, with as many batches each.
+
+    Raises:
+        TypeError: `model` is no module, `batches` is a tensor or cannot be iterated.
+        ValueError: no layer has running statistics, one is lazy and has not run yet, or there is no batch.
+            Whatever is raised, by the model too, statistics and modes are as before.
+
+    >>> model = nn.BatchNorm1d(1)
+    >>> recalibrate(model, [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0]])]).running_mean
+    tensor([4.])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"recalibrate: model is a {type(model).__name__}; it must be a torch.nn.Module")
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"recalibrate: batches is a {type(batches).__name__}; it must be an iterable of batches, such as "
+            "[x] for one of them"
+        )
+    if forward is not None and not callable(forward):
+        raise TypeError(f"recalibrate: forward is a {type(forward).__name__}; it must be callable")
+    norms = [module for module in model.modules() if _has_running_statistics(module)]
+    if not norms:
+        raise ValueError(
+            "recalibrate: the model has no layer with running statistics; "
+            f"{seen(examine(model, 'recalibrate'))}"
+        )
+    if any(is_lazy(buffer) for module in norms for buffer in module.buffers(recurse=False)):
+        raise ValueError("recalibrate: a lazy norm has no statistics yet; run the model once")
+    with _averaging(model, norms):
+        count = 0
+        for batch in batches:
+            count += 1
+            _run(model, _to(batch, device), forward)
+        if not count:
+            raise ValueError("recalibrate: there is no batch; batches is empty, or an iterator that is used up")
+    return model
+
+
+_OF_CLASS = object()
+"""Stands for a momentum that is an attribute of the class."""
+
+
+def _has_running_statistics(module: nn.Module) -> bool:
+    if not hasattr(module, "momentum") or getattr(module, "track_running_stats", True) is False:
+        return False
+    own = [buffer for buffer in module.buffers(recurse=False) if is_lazy(buffer) or buffer.is_floating_point()]
+    return bool(own) and (callable(getattr(module, "reset_running_stats", None)) or bool(statistics(module)))
+
+
+@contextlib.contextmanager
+def _averaging(model: nn.Module, norms: list[nn.Module]) -> Iterator[None]:
+    """The `norms` average what they see; an exception puts back what they had."""
+    modes = {module: module.training for module in model.modules()}
+    before = {module: _state(module) for module in norms}
+    momenta: dict[Any, Any] = {module: vars(module).get("momentum", _OF_CLASS) for module in norms}
+    runs = dict.fromkeys(norms, 0)
+    handles = []
+
+    def about_to_run(module: Any, args: Any) -> None:
+        runs[module] += 1
+        if not _averages_by_itself(module):
+            module.momentum = 1 / runs[module]  # that of the plain average
+
+    try:
+        model.eval()
+        for module in momenta:
+            module.training = True
+            if _averages_by_itself(module):
+                module.momentum = None
+            _reset(module)
+            handles.append(module.register_forward_pre_hook(about_to_run))
+        yield
+    except BaseException:
+        for state in before.values():
+            _restore(state)
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+        for module, momentum in momenta.items():
+            if momentum is _OF_CLASS:
+                vars(module).pop("momentum", None)
+            else:
+                module.momentum = momentum
+    for module, number in runs.items():
+        if not number:
+            _restore(before[module])
+
+
+def _averages_by_itself(module: nn.Module) -> bool:
+    """Whether momentum=None means a plain average; to an instance norm it means none at all."""
+    return isinstance(module, _NormBase) and not isinstance(module, _InstanceNorm)
+
+
+def _state(module: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+    own = module._buffers.items()
+    return [(module, name, buffer, buffer.clone()) for name, buffer in own if buffer is not None]
+
+
+def _restore(state: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
+    for module, name, buffer, value in state:
+        module._buffers[name] = buffer
+        buffer.copy_(value)
+
+
+def _reset(module: nn.Module) -> None:
+    reset = getattr(module, "reset_running_stats", None)
+    if callable(reset):
+        reset()
+        return
+    for name, start in zip((*(statistics(module) or ()), "num_batches_tracked"), (0, 1, 0), strict=False):
+        if (buffer := module._buffers.get(name)) is not None:
+            buffer.fill_(start)
+
+
+def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> None:
+    if forward is not None:
+        forward(model, batch)
+    elif isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+    else:
+        model(batch)
+
+
+def _to(batch: Any, device: Any) -> Any:
+    if device is None:
+        return batch
+    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)

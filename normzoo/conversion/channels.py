@@ -1,0 +1,272 @@
+"""Rules for norms of channels: batch, frozen, ghost, group and instance norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..layers.ghost import GhostBatchNorm
+from ..state import Running
+from .norm import Norm, tensor
+from .transfer import Carried, Exactness, Refused, transfer
+
+_OF_STATISTICS = (
+    *("running_mean", "running_var", "num_batches_tracked", "momentum", "track_running_stats"),
+    *("sync", "process_group", "nonfinite", "batches_skipped", "num_features"),
+)
+"""Attributes of a norm with running statistics that mean nothing to one without."""
+
+_OF_GROUPS = ("num_groups", "num_channels")
+
+_IN_TRAINING = ("momentum", "sync", "process_group", "nonfinite")
+
+
+def _channels(norm: Norm, module: nn.Module) -> Carried:
+    """eps, weight and bias, as every norm of channels has them."""
+    if norm.arguments:
+        raise Refused(f"its callers may pass {', '.join(norm.arguments)}, and the layer takes the input alone")
+    if norm.shape is None:
+        raise Refused("it does not say how many channels it has, and the layer has to know")
+    held = {name: tensor(module, name) for name in (norm.weight, norm.bias, *norm.statistics[:2]) if name}
+    for name, value in held.items():
+        if value is None:
+            raise Refused(f"it has no tensor called {name}")
+        if tuple(value.shape) != norm.shape:
+            raise Refused(f"it normalises {norm.shape} channels with a {name} of shape {tuple(value.shape)}")
+    if norm.bias and not norm.weight:
+        raise Refused("it has a bias and no weight")
+    kept = {"weight": norm.weight, "bias": norm.bias}
+    return Carried({"eps": norm.eps}, {name: source for name, source in kept.items() if source})
+
+
+def _affine(carried: Carried, norm: Norm) -> None:
+    carried.arguments |= {"affine": norm.weight is not None, "bias": norm.bias is not None}
+
+
+def _statistics(carried: Carried, norm: Norm) -> None:
+    carried.kept |= dict(
+        zip(("running_mean", "running_var", "num_batches_tracked"), norm.statistics, strict=False)
+    )
+
+
+def _running(norm: Norm, module: nn.Module) -> Carried:
+    """What a norm with running statistics has, or may have."""
+    carried = _channels(norm, module)
+    _statistics(carried, norm)
+    stored = len(norm.statistics) >= 2
+    carried.arguments |= {"num_features": norm.shape[0] if norm.shape else 0, "momentum": norm.momentum}
+    carried.arguments |= {"track_running_stats": stored, "sync": False, "process_group": None}
+    carried.arguments["nonfinite"] = "propagate"
+    carried.in_training = _IN_TRAINING
+    if isinstance(module, (Running, nn.SyncBatchNorm)):
+        carried.arguments["process_group"] = module.process_group
+        carried.arguments["sync"] = getattr(module, "sync", True)  # torch's class has no such switch
+        carried.arguments["nonfinite"] = getattr(module, "nonfinite", "propagate")
+    # Switched off after the fact, the statistics rest and are used all the same.
+    if stored and getattr(module, "track_running_stats", True) is False:
+        carried.attributes["track_running_stats"] = False
+    return carried
+
+
+def _normalized(norm: Norm, module: nn.Module) -> Carried:
+    """What a norm of samples keeps of any norm of channels."""
+    carried = _channels(norm, module)
+    _affine(carried, norm)
+    carried.dropped = _OF_STATISTICS
+    return carried
+
+
+@transfer("batch", "batch_norm", Exactness.EXACT, same=True)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _running(norm, module)
+    _affine(carried, norm)
+    return carried
+
+
+@transfer("group", "group_norm", Exactness.EXACT, same=True)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _channels(norm, module)
+    _affine(carried, norm)
+    carried.arguments |= {"num_groups": norm.groups, "num_channels": norm.shape and norm.shape[0]}
+    return carried
+
+
+@transfer("instance", "instance_norm", Exactness.EXACT, same=True)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _running(norm, module)
+    _affine(carried, norm)
+    return carried
+
+
+@transfer("frozen_batch", "frozen_batch_norm", Exactness.EXACT, same=True)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _frozen(norm, module)
+    if carried.converted:  # statistics were frozen and the weights were not
+        carried.exactness = Exactness.EVAL_EXACT
+        carried.note = _NO_TRAINING
+    return carried
+
+
+_NO_TRAINING = "weight and bias are constants from now on, in training too"
+
+
+@transfer(
+    "batch", "frozen_batch_norm", Exactness.EVAL_EXACT, "weight, bias and statistics are constants, always"
+)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    return _frozen(norm, module)
+
+
+def _frozen(norm: Norm, module: nn.Module) -> Carried:
+    if len(norm.statistics) < 2:
+        raise Refused("it has no running statistics, by which a frozen batch norm normalises")
+    carried = _channels(norm, module)
+    _statistics(carried, norm)
+    carried.arguments["num_features"] = norm.shape and norm.shape[0]
+    carried.dropped = tuple(name for name in _OF_STATISTICS if name not in norm.statistics)
+    for name in ("weight", "bias"):
+        source = carried.kept.get(name)
+        if source is None:
+            carried.attributes[name] = None
+        elif source in module._parameters:
+            # A copy: a parameter that somebody else trains must not move a constant.
+            carried.converted[name] = source, getattr(module, source).detach().clone()
+            del carried.kept[name]
+    return carried
+
+
+@transfer(
+    "frozen_batch",
+    "batch_norm",
+    Exactness.EVAL_EXACT,
+    "in training it takes statistics of the batch; weight and bias become parameters that train",
+)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _running(norm, module)
+    _affine(carried, norm)
+    for name in ("weight", "bias"):
+        source = carried.kept.get(name)
+        if source in module._buffers:
+            carried.converted[name] = source, nn.Parameter(getattr(module, source).detach().clone())
+            del carried.kept[name]
+    carried.trains = True
+    return carried
+
+
+@transfer(
+    "batch", "ghost_batch_norm", Exactness.EVAL_EXACT, "needs ghost_batch_size; in training small batches"
+)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    return _ghost(norm, module)
+
+
+@transfer("ghost_batch", "ghost_batch_norm", Exactness.EXACT, same=True)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _ghost(norm, module)
+    if isinstance(module, GhostBatchNorm):
+        names = ("ghost_batch_size", "split", "stats")
+        carried.arguments |= {name: getattr(module, name) for name in names}
+        carried.in_training += names
+    return carried
+
+
+def _ghost(norm: Norm, module: nn.Module) -> Carried:
+    if len(norm.statistics) < 2:
+        raise Refused("it has no running statistics, by which a ghost batch norm normalises in eval mode")
+    carried = _running(norm, module)
+    if "track_running_stats" in carried.attributes:
+        raise Refused("its running statistics rest, and those of a ghost batch norm always move")
+    del carried.arguments["track_running_stats"]
+    carried.arguments["affine"] = norm.weight is not None
+    if norm.weight and not norm.bias:
+        carried.attributes["bias"] = None
+    return carried
+
+
+@transfer("ghost_batch", "batch_norm", Exactness.EVAL_EXACT, "in training one batch, not small ones")
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _running(norm, module)
+    _affine(carried, norm)
+    carried.dropped = ("ghost_batch_size", "split", "stats")
+    return carried
+
+
+@transfer(
+    "ghost_batch",
+    "frozen_batch_norm",
+    Exactness.EVAL_EXACT,
+    "weight, bias and statistics are constants, always",
+)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _frozen(norm, module)
+    carried.dropped += ("ghost_batch_size", "split", "stats")
+    return carried
+
+
+@transfer("batch", "group_norm", Exactness.APPROXIMATE, "needs num_groups; running statistics are dropped")
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _normalized(norm, module)
+    carried.arguments["num_channels"] = norm.shape and norm.shape[0]
+    return carried
+
+
+@transfer("batch", "instance_norm", Exactness.APPROXIMATE, "running statistics are dropped")
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _normalized(norm, module)
+    carried.arguments["num_features"] = norm.shape and norm.shape[0]
+    return carried
+
+
+@transfer(
+    "group", "instance_norm", Exactness.EXACT, "for groups of one channel; one value a channel is an error"
+)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _channels(norm, module)
+    channels = norm.shape[0] if norm.shape else 0
+    if norm.groups != channels:
+        raise Refused(
+            f"its groups have {channels // norm.groups} channels, and an instance norm takes each channel "
+            "alone; make it a group_norm"
+        )
+    _affine(carried, norm)
+    carried.dropped = _OF_GROUPS
+    carried.arguments["num_features"] = channels
+    return carried
+
+
+@transfer("instance", "group_norm", Exactness.EXACT, "in groups of one channel; inputs need a batch dimension")
+def _(norm: Norm, module: nn.Module) -> Carried:
+    if norm.statistics:
+        raise Refused("it normalises by running statistics in eval mode, and a group norm has none")
+    carried = _normalized(norm, module)
+    channels = norm.shape and norm.shape[0]
+    carried.arguments |= {"num_groups": channels, "num_channels": channels}
+    return carried
+
+
+_CALIBRATE = "running statistics start at 0 and 1: normzoo.recalibrate(model, batches) before eval mode"
+
+
+@transfer("group", "batch_norm", Exactness.CALIBRATE, _CALIBRATE)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _channels(norm, module)
+    _affine(carried, norm)
+    carried.dropped = _OF_GROUPS
+    carried.arguments["num_features"] = norm.shape and norm.shape[0]
+    return carried
+
+
+@transfer("instance", "batch_norm", Exactness.CALIBRATE, _CALIBRATE)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    if norm.statistics:
+        carried = _running(norm, module)
+        carried.exactness = Exactness.EVAL_EXACT
+        carried.note = "its running statistics go on; in training it takes those of the batch"
+    else:
+        carried = _channels(norm, module)
+        carried.dropped = ("track_running_stats",)
+        arguments: dict[str, Any] = {"num_features": norm.shape and norm.shape[0], "momentum": norm.momentum}
+        carried.arguments |= arguments
+    _affine(carried, norm)
+    return carried
