@@ -35,6 +35,8 @@ class Entry:
     """Whether the output of one sample depends on the others in the batch."""
     paper: str
     """arXiv identifier."""
+    stored: bool = False
+    """Whether it takes stored statistics in training too, and has nothing to train."""
     official: str = ""
     """The authors' code, where there is any."""
     added: Callable | None = None
@@ -175,6 +177,7 @@ ZOO: tuple[Entry, ...] = (
         layout="(N, C, *)",
         kernel=False,
         couples_samples=False,
+        stored=True,
         paper="1506.01497",
         official="facebookresearch/detectron2",
         sample=_images,

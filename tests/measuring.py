@@ -1,28 +1,15 @@
 """What the tests of the benchmark share."""
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from normzoo.zoo import Entry
+from normzoo.zoo import find
 from normzoo_bench import clocks, measure, peers, results, run
 from normzoo_bench.cases import Case
 from normzoo_bench.clocks import Prepared
 from normzoo_bench.workloads import DIRECTIONS, Workload
 
 CPU = torch.device("cpu")
-BATCH_NORM = Entry(
-    cls=nn.BatchNorm2d,
-    function=F.batch_norm,
-    title="Batch normalization",
-    family="channels",
-    layout="(n, c, *)",
-    kernel=False,
-    couples_samples=True,
-    paper="1502.03167",
-    torch_class=nn.BatchNorm2d,
-    sample=lambda *lead, **kwargs: torch.randn(*(lead or (4,)), 16, 6, 6, **kwargs),
-)
+BATCH_NORM = find("batch_norm")
 
 
 def quicken(monkeypatch):

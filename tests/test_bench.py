@@ -66,8 +66,8 @@ def test_channels_are_planned_in_all_forms():
     cases = plan([BATCH_NORM], "cpu", "smoke")
     forms = {(case.memory_format, case.mode) for case in cases}
     assert forms == set(itertools.product(("contiguous", "channels_last"), ("training", "eval")))
-    assert {case.workload.use for case in cases} == {"resnet"}
-    assert "unet" in {case.workload.use for case in plan([BATCH_NORM], "cuda")}
+    assert {case.workload.use for case in cases} == {"resnet", "unet", "small"}
+    assert "resnet-32x64x56x56" in {case.workload.name for case in plan([BATCH_NORM], "cpu")}
 
 
 def test_a_check_leaves_no_trace_in_the_statistics():
@@ -115,7 +115,9 @@ def test_parameters_are_off_their_initial_values():
 
 
 def test_passes_of_each_family():
-    assert [passes("rows", "any", d) for d in DIRECTIONS] == [2, 2, 3, 5]
+    counts = {"rms_norm": [2, 2, 3, 5], "group_norm": [3, 3, 5, 8], "frozen_batch_norm": [2, 2, 2, 4]}
+    for name, count in counts.items():
+        assert [passes(find(name), "any", d) for d in DIRECTIONS] == count
 
 
 def test_a_sweep_has_no_size_twice():
@@ -244,10 +246,12 @@ def test_compiled_contenders_are_whole_and_static(monkeypatch):
         return compiler(call, backend="aot_eager", **options)
 
     monkeypatch.setattr(torch, "compile", quick)
-    for entry in (find("layer_norm"), find("crms_norm")):
-        document = measured(case_of(entry), ("torch.compile",))
+    cases = [case_of(find("layer_norm")), case_of(find("crms_norm"))]
+    cases.append(case_of(find("batch_norm"), (4, 3, 2, 2), mode="training"))
+    for case in cases:
+        document = measured(case, ("torch.compile",))
         assert not document.failed and {row["direction"] for row in document.rows} == set(DIRECTIONS)
-    assert asked == [{"mode": None, "dynamic": False, "fullgraph": True}] * 2
+    assert asked == [{"mode": None, "dynamic": False, "fullgraph": True}] * len(cases)
     assert torch._functorch.config.donated_buffer
 
 
@@ -263,6 +267,11 @@ class FakeLiger:
         ):
             super().__init__(hidden_size, eps)
             assert casting_mode == "gemma" and not in_place
+
+    class LigerGroupNorm(nn.GroupNorm):
+        def __init__(self, num_channels, num_groups, eps=1e-6, bias=False, init_fn="ones"):
+            super().__init__(num_groups, num_channels, eps)
+            assert bias
 
 
 class FakeQuack:
@@ -285,10 +294,11 @@ class FakeQuack:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peers_are_set_up_to_compute_the_same(monkeypatch, name, fake, dtype):
     monkeypatch.setattr(peers, "_imported", lambda *_: fake)
-    for layer in ("layer_norm", "rms_norm", "crms_norm"):
-        document = measured(case_of(find(layer), (2, 3, 64), dtype), (name,))
+    for layer in ("layer_norm", "rms_norm", "crms_norm", "group_norm", "batch_norm"):
+        shape = (2, 3, 64) if find(layer).family == "rows" else (2, 8, 3, 5)
+        document = measured(case_of(find(layer), shape, dtype), (name,))
         assert not document.failed
-        if layer == "crms_norm":
+        if layer in ("crms_norm", "batch_norm") or (name, layer) == ("quack", "group_norm"):
             assert "no such layer" in document.absent[0]["reason"]
         else:
             assert {row["direction"] for row in document.rows} == set(DIRECTIONS)
@@ -307,6 +317,24 @@ def test_what_runs(monkeypatch):
     assert check.runs(ours) == "kernel"
     monkeypatch.setattr("normzoo_kernels.rows.launch", raises)
     assert check.runs(ours) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("batch_norm", "training"), ("batch_norm", "eval"), ("ghost_batch_norm", "training")]
+)
+def test_what_runs_for_channels(name, mode):
+    """Stored statistics need no kernel; finding out leaves no trace in the statistics."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is on")
+    case = case_of(find(name), (4, 3, 2, 2), mode=mode)
+    layer = case.layer(CPU)
+    check = checks.Check(case, layer, case.buffers(CPU, 1)[0])
+    check.may_run_kernels = True
+    assert check.runs(peers.contender("normzoo", case, layer, CPU)) == (
+        "kernel" if mode == "training" else "eager"
+    )
+    assert torch.equal(layer.running_mean, torch.zeros(3)) and layer.num_batches_tracked == 0
 
 
 # Memory

@@ -33,7 +33,7 @@ def test_the_gpu_plan_rehearsed(tmp_path, capsys):
     assert found["extra"]["tests"]["passed"] > 0 and not found["extra"]["tests"]["failed"]
     assert not found["not_run"] and {row["layer"] for row in found["rows"]} == {entry.name for entry in ZOO}
     uses = {row["workload"].partition("-")[0] for row in found["rows"]}
-    assert uses == {"llm", "wide", "qk", "odd", "small", "gpt", "rows", "width"}
+    assert uses == {"llm", "wide", "qk", "odd", "small", "gpt", "rows", "width", "resnet", "unet", "channels"}
     assert found["copy_bandwidth"]["after"] > 0
     names = [path.name for path in folder.iterdir()]
     assert len(names) <= 8 and all(re.fullmatch(r"[\w.-]+", name) for name in names)
@@ -71,11 +71,12 @@ def test_the_gpu_plan_goes_by_worth_and_ends_in_time(clockwork, monkeypatch):
     status, cases, end, document = clockwork(10.0, 8.0, tests=168.0)
     assert status == 0 and 8 * 60 - 40 < end <= 8 * 60 - 10
     uses = [case.key["workload"].partition("-")[0] for case, _ in cases]
-    order = ["llm", "wide", "qk", "odd", "small", "llm", "gpt", "rows", "width"]
+    order = ["llm", "resnet", "unet", "wide", "qk", "odd", "resnet", "small", "llm", "gpt", "rows", "width"]
+    order.append("channels")
     assert [
         use for use, before in zip(uses, ["", *uses], strict=False) if use != before
     ] == order  # none starves
-    assert uses[:7] == ["llm"] * 7 and uses.count("gpt") == 2 and document["not_run"]
+    assert uses[:5] == ["llm"] * 5 and uses.count("gpt") == 2 and document["not_run"]
     assert all(settings.deadline <= 8 * 60 - 20 for _, settings in cases)
 
 

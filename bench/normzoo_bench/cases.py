@@ -77,7 +77,7 @@ class Case:
 
     def bytes(self, direction: str) -> int:
         """The fewest that a call can move."""
-        count = passes(self.entry.family, self.mode, direction)
+        count = passes(self.entry, self.mode, direction)
         return count * math.prod(self.shape) * DTYPES[self.dtype][0].itemsize
 
     def module(self, cls: type[nn.Module], device: torch.device) -> nn.Module:

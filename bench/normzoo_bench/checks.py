@@ -64,17 +64,21 @@ class Check:
         return self._examined(contender, lambda: _results(contender.call, contender.parameters, self.buffers))
 
     def runs(self, contender: Contender) -> str:
-        """Of normzoo ``kernel`` or ``eager``: kernels that cannot run here raise if one insists on them."""
+        """Of normzoo ``kernel`` or ``eager``: where kernels cannot run they raise if one insists on them, and
+        what has none, such as batch norm by stored statistics, launches none."""
         if contender.name != "normzoo":
             return ""
         if self.may_run_kernels:
             with (
-                contextlib.suppress(RuntimeError),
+                contextlib.suppress(ImportError, RuntimeError),
                 unchanged_state(contender.module),
                 normzoo.backend("triton"),
             ):
+                from normzoo_kernels._launch import launches
+
+                before = launches.total()
                 _results(contender.call, contender.parameters, self.buffers)
-                return "kernel"
+                return "kernel" if launches.total() > before else "eager"
         return "eager"
 
     def _examined(self, contender: Contender, call: Callable[[], dict[str, Tensor]]) -> dict[str, float]:

@@ -35,12 +35,12 @@ from .tables import show
 from .workloads import DIRECTIONS
 
 _ROOT = Path(__file__).resolve().parents[2]
-_TESTS = "tests/test_kernels.py"
+_TESTS = ("tests/test_kernels.py", "tests/test_channel_kernels.py")
 _RESERVE = 20.0
 """Seconds before the limit in which nothing is begun: compiling one contender may take so long."""
 _TEST_SHARE = 0.35
 _MEMORY_ERROR = 9
-_SMALLEST = "test_values_and_gradients and float16 and 33"
+_SMALLEST = "test_values_and_gradients and float16 and 33 or test_values and float16 and masked"
 """The tests that a memory checker, which is slow, gets through."""
 
 
@@ -63,19 +63,25 @@ class Part:
 
 
 _PAIR = ("rms_norm", "layer_norm")
+_OTHERS = ("instance_norm", "ghost_batch_norm", "frozen_batch_norm")
 _ALL = tuple(entry.name for entry in ZOO)
 _QUICK = ("normzoo", "torch", "liger", "quack")
+_COMPILED = ("normzoo", "torch", "torch.compile")
 _FULL = usual("cuda")
 PARTS = (
     Part("row norms at LLM widths", 4.0, _PAIR, ("llm",)),
+    Part("batch norm of a ResNet", 2.5, ("batch_norm",), ("resnet",), contenders=_COMPILED),
+    Part("group norm of a U-Net", 1.5, ("group_norm",), ("unet",), contenders=(*_COMPILED, "liger")),
     Part("wide rows", 1.2, _PAIR, ("wide",), size="full", contenders=_QUICK),
     Part("QK-norm", 1.2, _PAIR, ("qk",)),
     Part("odd widths, contiguous and padded", 1.5, ("crms_norm", "rms_norm"), ("odd",), contenders=_FULL),
-    Part("host time and launches", 1.2, _ALL, ("small",), directions=DIRECTIONS, host=True),
+    Part("the other channel norms", 1.5, _OTHERS, ("resnet",), contenders=_FULL),
+    Part("host time and launches", 1.5, _ALL, ("small",), directions=DIRECTIONS, host=True),
     Part("mixed dtypes", 1.0, _PAIR, ("llm", "odd"), dtype="mixed", contenders=("reference", *_QUICK)),
     Part("training step", 1.5, _PAIR, contenders=CONTENDERS, host=True, step=True),
     Part("against rows", 0.8, _PAIR, scaling="rows", contenders=_QUICK),
     Part("against width", 0.8, _PAIR, scaling="width", contenders=_QUICK),
+    Part("against channels", 0.8, ("batch_norm", "group_norm"), scaling="channels", contenders=_QUICK),
 )
 
 
@@ -195,14 +201,14 @@ def cases_of(part: Part, device: str) -> tuple[list, Callable[..., None] | None]
 def kernel_tests(folder: Path, seconds: float, rehearse: bool) -> dict:
     """Runs the kernel tests for at most `seconds`, into ``tests.log``: what passed and what did not."""
     found = {"passed": 0, "failed": [], "seconds": 0.0, "note": ""}
-    if not (_ROOT / _TESTS).exists():
-        return found | {"note": f"There is no {_TESTS} beside the package: run from a checkout."}
+    if not _in_a_checkout():
+        return found | {"note": f"There is no {_TESTS[0]} beside the package: run from a checkout."}
     if importlib.util.find_spec("pytest") is None:
         return found | {"note": "pytest is not installed."}
-    command = [sys.executable, "-m", "pytest", _TESTS, "-v", "-rN", "--tb=short", "--color=no"]
+    command = [sys.executable, "-m", "pytest", *_TESTS, "-v", "-rN", "--tb=short", "--color=no"]
     command += ["-p", "no:cacheprovider"]
     if rehearse:
-        command += ["-k", "test_no_rows"]
+        command += ["-k", "test_no_rows or test_negated_views"]
     elif importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     log = folder / "tests.log"
@@ -229,9 +235,13 @@ def outcomes(log: str) -> dict:
     return {"passed": sum(outcome == "PASSED" for _, outcome in ended), "failed": failed}
 
 
+def _in_a_checkout() -> bool:
+    return all((_ROOT / name).exists() for name in _TESTS)
+
+
 def memory_check(folder: Path, seconds: float) -> dict:
     """Runs the smallest kernel tests under compute-sanitizer, where there is one."""
-    if shutil.which("compute-sanitizer") is None or not (_ROOT / _TESTS).exists():
+    if shutil.which("compute-sanitizer") is None or not _in_a_checkout():
         return {"ran": False}
     command = [
         "compute-sanitizer",
@@ -243,7 +253,7 @@ def memory_check(folder: Path, seconds: float) -> dict:
         "-m",
         "pytest",
     ]
-    command += [_TESTS, "-q", "-x", "--color=no", "-p", "no:cacheprovider", "-k", _SMALLEST]
+    command += [*_TESTS, "-q", "-x", "--color=no", "-p", "no:cacheprovider", "-k", _SMALLEST]
     log = folder / "memory_check.log"
     # Without the cache every tensor is an allocation of its own, whose ends can be checked.
     status = _run(command, log, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")

@@ -102,9 +102,14 @@ def _compiled(mode: str | None) -> Callable:
 
 
 def _liger(case: Case, layer: nn.Module, device: torch.device) -> tuple[Call, nn.Module]:
-    transformers = _imported("liger_kernel", "liger_kernel.transformers", device)
+    of_groups = case.entry.name == "group_norm"
+    place = "liger_kernel.transformers" + (".group_norm" if of_groups else "")
+    transformers = _imported("liger_kernel", place, device)
     width = case.shape[-1]
-    if case.entry.name == "layer_norm":
+    if of_groups:
+        groups, channels = case.arguments
+        module = transformers.LigerGroupNorm(channels, groups, eps=layer.eps, bias=True)
+    elif case.entry.name == "layer_norm":
         module = transformers.LigerLayerNorm(width, eps=layer.eps, bias=True)
     elif case.entry.name == "rms_norm":
         # By default it overwrites the upstream gradient and rounds before the weight.

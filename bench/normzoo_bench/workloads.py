@@ -65,16 +65,17 @@ _ROWS = Family(
 _CHANNELS = Family(
     axis=1,
     shapes=(
-        ("smoke", "resnet", (64, 256, 56, 56)),
+        ("default", "resnet", (64, 256, 56, 56)),
         ("default", "resnet", (64, 64, 112, 112)),
         ("smoke", "resnet", (64, 2048, 7, 7)),
         ("default", "resnet", (64, 512, 28, 28)),
         ("default", "resnet", (64, 1024, 14, 14)),
         ("default", "unet", (16, 320, 64, 64)),
         ("default", "unet", (16, 1280, 16, 16)),
-        ("full", "resnet", (256, 64, 56, 56)),
+        ("default", "resnet", (256, 64, 56, 56)),
+        ("smoke", "small", (16, 64, 8, 8)),
         ("full", "unet", (16, 640, 32, 32)),
-        ("full", "unet", (16, 1280, 8, 8)),
+        ("smoke", "unet", (16, 1280, 8, 8)),
     ),
     scaling={
         "rows": tuple((2**k, 256, 28, 28) for k in range(1, 9)),
@@ -133,11 +134,15 @@ def fitted(entry: Entry, workload: Workload) -> tuple[tuple, tuple[int, ...]]:
     return arguments, shape
 
 
-def passes(family: str, mode: str, direction: str) -> int:
+def passes(entry: Entry, mode: str, direction: str) -> int:
     """How often a tensor of the size of x has to cross the memory bus at least, reads and writes.
 
     Rows: x and y forward; dy, x and dx backward. Channels need the whole of x before the first output, so
-    they read it twice, and in the backward pass dy and x twice; with stored statistics once.
+    they read it twice, and in the backward pass dy and x twice; with stored statistics once, and x not at all
+    where there is nothing to train.
     """
-    forward, backward = (2, 3) if family == "rows" or mode == "eval" else (3, 5)
+    if entry.stored:
+        forward, backward = 2, 2
+    else:
+        forward, backward = (2, 3) if entry.family == "rows" or mode == "eval" else (3, 5)
     return {"forward": forward, "saving": forward, "backward": backward, "both": forward + backward}[direction]
