@@ -65,6 +65,7 @@ def page(entry: Entry) -> str:
     sizes = ", ".join(str(size) for size in entry.sample().shape)
     functions = [entry.function, *([entry.added] if entry.added else [])]
     rows = {
+        "classes": ", ".join(f"`{cls.__name__}`" for cls in entry.classes),
         "paper": paper(entry),
         "official code": official(entry),
         "input": f"`{entry.layout}`",
@@ -73,8 +74,11 @@ def page(entry: Entry) -> str:
     }
     if entry.torch_class:
         rows["same mathematics in torch"] = f"`torch.nn.{entry.torch_class.__name__}`"
+    if entry.stored:
+        rows["statistics"] = "stored ones, in training too"
     facts = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    api = "\n".join(f".. autofunction:: normzoo.functional.{f.__name__}" for f in functions)
+    made = [f".. autoclass:: normzoo.{cls.__name__}\n   :members:\n" for cls in entry.classes]
+    api = "\n".join((*made, *(f".. autofunction:: normzoo.functional.{f.__name__}" for f in functions)))
     return f"""# {name}
 
 {entry.title}.
@@ -94,9 +98,6 @@ assert y.shape == x.shape and y.dtype == x.dtype
 ```
 
 ```{{eval-rst}}
-.. autoclass:: normzoo.{name}
-   :members:
-
 {api}
 ```
 """
