@@ -38,7 +38,6 @@ def _only(kind: Callable[[type], bool]) -> dict:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 per_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-per_batch_norm = pytest.mark.parametrize("make", **_only(lambda cls: cls is BatchNorm2d))
 per_drop_in = pytest.mark.parametrize("make", **_only(lambda cls: hasattr(nn, cls.__name__)))
 per_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 

@@ -148,7 +148,7 @@ class GhostBatchNorm(Running):
             return with_stored(x, *self._stored(), self.weight, self.bias, self.eps)
         how = (self.ghost_batch_size, self.weight, self.bias, self.eps, self.split)
         y, ghosts = _with_ghosts("GhostBatchNorm", x, *how)
-        self._follow(ghosts, x.shape[0])
+        self._follow(ghosts, x.shape[0] if x.numel() else 0)
         return y
 
     def extra_repr(self) -> str:

@@ -56,7 +56,7 @@ def _group_norm(
             f"{layer}: Expected more than 1 value per channel when training, got input size {tuple(x.shape)} "
             f"for {num_groups} groups; use fewer groups"
         )
-    if use_kernel(x, None, weight, bias, fusible=False):
+    if not x.numel() or use_kernel(x, None, weight, bias, fusible=False):  # torch: NaN gradients of nothing
 
         def combine(m: Moments):
             return m.over_groups(num_groups).standardize(weight, bias, eps)

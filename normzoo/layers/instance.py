@@ -78,10 +78,11 @@ def _with_own(
         raise ValueError(
             f"{layer}: Expected more than 1 spatial element when training, got input size {tuple(x.shape)}"
         )
-    if use_kernel(x, None, weight, bias, fusible=False):
+    if not x.numel() or use_kernel(x, None, weight, bias, fusible=False):  # torch's operator fails at nothing
 
         def combine(m: Moments):
-            statistics = m.sets.mean.mean(0), m.sets.unbiased_var.mean(0), x.shape[0]
+            samples = x.shape[0] if x.numel() else 0
+            statistics = m.sets.mean.mean(0), m.sets.unbiased_var.mean(0), samples
             return *m.standardize(weight, bias, eps), statistics
 
         return normalize(x, combine, per_sample=True)
@@ -91,7 +92,7 @@ def _with_own(
     if weight is None and x.dtype != mean.dtype:
         weight = torch.ones_like(mean)  # without parameters torch rounds the statistics to the dtype of x
     y = F.instance_norm(x, mean, var, weight, bias, True, 1.0, eps)
-    return native.like(x, y), (mean, var, x.shape[0] if x.numel() else 0)
+    return native.like(x, y), (mean, var, x.shape[0])
 
 
 class _InstanceNorm(Running):
