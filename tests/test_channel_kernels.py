@@ -156,9 +156,8 @@ def test_values(dtype, last, per_sample, masked):
 
 
 SHAPES = [
-    (1, 1), (5, 3), (1, 9, 1, 1), (4, 1, 3), (2, 1, 1, 1), (1, 1, 6, 6), (6, 5, 1), (7, 13, 1, 1),
-    (2, 3, 2, 5, 3), (9, 4, 2), (2, 70, 16), (3, 2, 64, 32), (1, 2, 2049), (2, 1, 45, 91),
-    (2, 3, 4, 1024), (9, 2, 3),
+    (1, 1), (1, 9, 1, 1), (4, 1, 3), (1, 1, 6, 6), (7, 13, 1, 1), (2, 3, 2, 5, 3), (2, 70, 16), (3, 2, 64, 32),
+    (1, 2, 2049), (2, 3, 4, 1024), (9, 2, 3),
 ]  # fmt: skip
 
 
@@ -171,7 +170,7 @@ def test_sizes(shape, last):
     check(x, per_sample=True)
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 65, 33), (9, 2, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 65, 33)], ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "last"])
 def test_sizes_with_a_mask(shape, last):
     x = randn(*shape, last=last)
@@ -179,7 +178,7 @@ def test_sizes_with_a_mask(shape, last):
     check(x, mask_for(x), per_sample=True)
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 8), (3, 5, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 8), (2, 60, 9)], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("per_sample", [False, True], ids=["batch", "sample"])
 def test_pivot_of_another_granularity(shape, per_sample, masked):
@@ -226,8 +225,7 @@ def test_layouts(name, monkeypatch):
     assert y.stride() == torch.empty_like(x, memory_format=torch.contiguous_format).stride() or (
         y.movedim(1, -1).is_contiguous()
     )
-    check(x, per_sample=True)
-    check(x, mask_for(x))
+    check(x, mask_for(x), per_sample=True)
 
 
 def counting(contiguous, copies):
@@ -256,17 +254,14 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("size", [(4, 6), (5, 3)], ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "last"])
 @pytest.mark.parametrize("make", GRADIENTS.values(), ids=GRADIENTS)
-def test_layouts_of_the_upstream_gradient(make, last, size):
-    x = randn(3, 5, *size, last=last)
-    dy = make(x)
-    before = dy.clone()
-    check(x, dy=dy)
-    check(x, per_sample=True, dy=dy)
-    check(x, mask_for(x), dy=dy)
-    assert torch.equal(dy, before)
+def test_layouts_of_the_upstream_gradient(make, last):
+    for x, masked in ((randn(3, 5, 5, 3, last=last), False), (randn(3, 5, 4, 6, last=last), True)):
+        dy = make(x)
+        before = dy.clone()
+        check(x, mask_for(x) if masked else None, per_sample=masked, dy=dy)
+        assert torch.equal(dy, before)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4), (0, 3), (2, 0, 4)], ids=str)
@@ -399,15 +394,16 @@ def test_long_reductions_in_bfloat16():
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "last"])
 def test_shares(monkeypatch, programs, last):
     monkeypatch.setattr(_channel_forms, "sm_count", lambda device: programs)
-    x = randn(2, 3, 90, 77, last=last)
+    x = randn(2, 2, 190, 77, last=last)
     check(x)
-    check(x, per_sample=True)
-    check(x, mask_for(x))
+    check(x, mask_for(x), per_sample=True)
 
 
-@pytest.mark.parametrize("shape", [(70_000, 3), (2, 70_000)], ids=str)
+@pytest.mark.parametrize("shape", [(70_000, 1, 2), (1, 70_000, 2)], ids=str)
 def test_many_samples_and_channels(shape):
-    check(randn(*shape))
+    x = randn(*shape)
+    pivot, *_ = check_moments(x, None, False)
+    as_good("y", channels.apply(x, None, pivot, pivot, pivot), formula_apply, x, None, pivot, pivot, pivot)
 
 
 def test_launches_are_few(monkeypatch):
@@ -448,8 +444,7 @@ def test_negated_views():
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize("per_sample", [False, True], ids=["batch", "sample"])
+@pytest.mark.parametrize(("per_sample", "masked"), [(False, False), (True, True)])
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "last"])
 def test_operators_are_well_formed(last, per_sample, masked):
     for x in (randn(2, 3, 4, 5, last=last), randn(2, 3, 4, 5).transpose(2, 3), randn(4, 3), randn(2, 3, 1, 1)):
@@ -479,18 +474,16 @@ for shape, strides in (
 ):
     x, dy = far(shape, strides), far(shape, strides)
     mask = (torch.rand(shape[0], shape[2]) < 0.5).to(torch.uint8)
-    for per_sample in (False, True):
-        for m in (None, mask):
-            found = []
-            for a, b in ((x, dy), (x.contiguous(), dy.contiguous())):
-                pivot, delta, m2 = channels.moments(a, m, per_sample)
-                pivot = torch.zeros_like(pivot)
-                s1, s2 = channels.sums(b, a, m, pivot, per_sample)
-                y = channels.apply(a, m, pivot, pivot + 2, pivot + 1)
-                dx = channels.dx(b, a, m, pivot, pivot + 2, pivot + 3, pivot + 1)
-                found.append((delta, m2, s1, s2, y, dx))
-            for a, b in zip(*found):
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for per_sample, m in ((False, mask), (True, None)):
+        found = []
+        for a, b in ((x, dy), (x.contiguous(), dy.contiguous())):
+            pivot, delta, m2 = channels.moments(a, m, per_sample)
+            s1, s2 = channels.sums(b, a, m, 0 * pivot, per_sample)
+            y = channels.apply(a, m, 0 * pivot, 0 * pivot + 2, pivot)
+            dx = channels.dx(b, a, m, 0 * pivot, 0 * pivot + 2, 0 * pivot + 3, pivot)
+            found.append((pivot, m2, s1, s2, y, dx))
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 print("reached")
 """
 

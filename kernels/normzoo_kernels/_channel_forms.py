@@ -150,6 +150,8 @@ def flat_form(problem: Problem) -> Form | None:
     width = 2048
     if p.tokens or p.masked or p.count % p.vector == 0 or p.count + width > _FLAT:
         return None
+    if 2 * p.channels * p.count < width:  # most of a tile would be idle
+        return None
     blocks = triton.cdiv(p.channels * p.count, width) * (p.samples if p.per_sample else 1)
     parts = _shares(1 if p.per_sample else p.samples, blocks, 1, _PROGRAMS * sms)
     constants = {"B": width, "STAGES": 1, "num_warps": 4}
