@@ -37,6 +37,8 @@ T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "v
 GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 129, "n_positions": 64}
 SSM = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128, "state_size": 8, "use_cache": False}
 VIT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+RESNET = {"embedding_size": 16, "hidden_sizes": [16, 24], "depths": [1, 1]}
+NO_TIMM = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "num_queries": 5}
 STAGES = {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1], "image_size": 32}
 BART = {
     "d_model": 64,
@@ -133,10 +135,33 @@ HUGGING_FACE = {
     ),
     "segformer": (STAGES | {"num_attention_heads": [1, 2, 2, 2]}, IMAGES, PLAIN),
     "poolformer": (STAGES, None, {"PoolFormerGroupNorm": {"family": "group", "eps": 1e-5, "groups": 1}}),
-    "resnet": (
-        {"embedding_size": 16, "hidden_sizes": [16], "depths": [1]},
-        None,
-        {"BatchNorm2d": {"family": "batch"}},
+    "resnet": (RESNET, IMAGES, {"BatchNorm2d": {"family": "batch", "eps": 1e-5, "dims": 2}}),
+    "regnet": (RESNET | {"groups_width": 8}, IMAGES, {"BatchNorm2d": {"family": "batch"}}),
+    "mobilenet_v2": (
+        {"depth_multiplier": 0.25},
+        IMAGES,
+        {"BatchNorm2d": {"family": "batch", "eps": 1e-3, "momentum": 0.997}},
+    ),
+    "levit": (
+        {
+            "image_size": 32,
+            "hidden_sizes": [16, 24, 32],
+            "num_attention_heads": [2, 3, 4],
+            "depths": [1, 1, 1],
+            "key_dim": [8, 8, 8],
+        },
+        IMAGES,
+        {"BatchNorm2d": {"family": "batch", "dims": 2}, "BatchNorm1d": {"family": "batch", "dims": 1}},
+    ),
+    "bit": (
+        RESNET | {"num_groups": 4},
+        IMAGES,
+        {"BitGroupNormActivation": {"family": "group", "groups": 4, "after": {(), ("activation",)}}},
+    ),
+    "detr": (
+        BART | {"backbone_config": RESNET | {"model_type": "resnet", "out_features": ["stage2"]}} | NO_TIMM,
+        IMAGES,
+        {"DetrFrozenBatchNorm2d": {"family": "frozen_batch", "eps": 1e-5, "dims": 2}, "LayerNorm": layer(1e-5)},
     ),
 }
 # Norms that are recognised and have no place in this library yet.
@@ -156,6 +181,8 @@ def hugging_face(kind, dtype=torch.float32):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)  # no weight is one, no bias zero
+    if "BatchNorm2d" in norms:
+        normzoo.recalibrate(model, [sample])
     return model.to(dtype), sample, norms
 
 
@@ -185,10 +212,15 @@ def test_hugging_face(kind):
         assert step.action == ("refuse" if name in STAY else "convert") and STAY.get(name, "") in step.reason
         assert step.action == "refuse" or step.exactness == ("eval-exact" if kind == "nemotron" else "exact")
     proof = made.verify(sample)
-    assert proof.same and proof.error <= 1e-5
+    assert proof.same and (proof.error <= 1e-5 or proof.trained)
+    assert (proof.trained > 0) == ("BatchNorm2d" in norms) and not proof.untrained
     state = copy.deepcopy(model.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     made.apply()
-    assert model.state_dict().keys() == state.keys()
+    new = model.state_dict().keys() - state.keys()
+    assert state.keys() <= model.state_dict().keys()
+    assert all("Frozen" in str(norms) and name.endswith("num_batches_tracked") for name in new)
+    model.load_state_dict(state)
     assert all(model.get_submodule(step.site.name) is not step.site.module for step in made.changes)
     made.revert()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -234,12 +266,12 @@ TIMM = {
     "poolformer_s12": ({}, 64, {("GroupNorm1", "group", 1, ()), ("LayerNorm2d", "layer", 1, ())}),
     "efficientnet_b0": (
         {},
-        None,
+        64,
         {("BatchNormAct2d", "batch", 1, ("act",)), ("BatchNormAct2d", "batch", 1, ())},
     ),
     "resnetv2_50": ({}, None, {("BatchNormAct2d", "batch", 1, ("act",))}),
     "resnetv2_50x1_bit": ({}, None, {("GroupNormAct", "group", 1, ("act",))}),
-    "resnet26": ({}, None, {("BatchNorm2d", "batch", 1, ())}),
+    "resnet18": ({}, 64, {("BatchNorm2d", "batch", 1, ())}),
 }
 
 
@@ -259,7 +291,55 @@ def test_timm(name):
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02)  # some heads start at zero
         made = normzoo.plan(model)
-        assert made.exactness == "exact" and made.verify(torch.randn(2, 3, side, side)).same
+        proof = made.verify(torch.randn(2, 3, side, side))
+        assert made.exactness == "exact" and proof.same
+        assert proof.trained == sum(step.site.family == "batch" for step in made.changes)
+
+
+def test_a_model_of_timm_frozen_and_back():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("mobilenetv3_small_050", pretrained=False)
+    x = torch.randn(2, 3, 64, 64)
+    normzoo.recalibrate(model, [x])
+    state, wanted = copy.deepcopy(model.state_dict()), model.eval()(x)
+    normzoo.freeze_batch_norm(model)
+    assert {site.family for site in normzoo.inspect(model).sites} == {"frozen_batch"}
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+    normzoo.unfreeze_batch_norm(model)
+    assert torch.equal(model(x), wanted)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_activations_of_timm_survive_the_sync():
+    """Which torch's convert_sync_batchnorm drops."""
+    layers = pytest.importorskip("timm.layers")
+    model = torch.nn.Sequential(layers.BatchNormAct2d(8, act_layer="silu"), layers.SyncBatchNormAct(8))
+    model[1].act = torch.nn.ReLU()
+    x = torch.randn(4, 8, 3, 3)
+    wanted = copy.deepcopy(model)(x)
+    normzoo.convert(model, "batch_norm", sync=True)
+    assert all(isinstance(norm, normzoo.BatchNorm2d) and norm.sync for norm in model)
+    torch.testing.assert_close(model(x), wanted)
+
+
+@pytest.mark.parametrize("to", ["same", "batch_norm"])
+def test_frozen_batch_norms_of_other_libraries(to):
+    layers = pytest.importorskip("timm.layers")
+    from torchvision.ops import FrozenBatchNorm2d
+
+    model = torch.nn.Sequential(FrozenBatchNorm2d(6), layers.FrozenBatchNormAct2d(6, act_layer="silu"))
+    for buffer in model.buffers():
+        buffer.uniform_(0.5, 1.5)
+    keys, x = model.state_dict().keys(), torch.randn(2, 6, 3, 3)
+    made = normzoo.plan(model, to)
+    assert made.verify(x).same and made.exactness == ("exact" if to == "same" else "eval-exact")
+    old = copy.deepcopy(model)
+    made.apply()
+    assert model.state_dict().keys() - keys == {"0.num_batches_tracked", "1.num_batches_tracked"}
+    old.load_state_dict(model.state_dict())  # checkpoints go both ways
+    if to == "same":
+        model.load_state_dict(old.state_dict())
+        assert [type(norm).__mro__[2 * i] for i, norm in enumerate(model)] == [normzoo.FrozenBatchNorm] * 2
 
 
 def test_norm_and_activation_of_timm():

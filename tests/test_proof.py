@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from small_models import Chain, FloatNorm, Net
+from small_models import Chain, ConvNet, FloatNorm, Net, stirred
 from torch import nn
 
 import normzoo
@@ -236,3 +236,86 @@ def test_rounding_without_bound_proves_nothing():
 def test_a_conversion_that_claims_no_more_passes():
     model = normzoo.convert(Chain(), "rms_norm", verify=torch.randn(4, 8))
     assert type(model.norm) is normzoo.RMSNorm
+
+
+def test_batch_norms_are_compared_in_training_too():
+    model, x = stirred(nn.Sequential(ConvNet(), nn.Dropout(0.5), nn.GroupNorm(2, 8))), torch.randn(4, 3, 6, 6)
+    model[0].norm.eval()
+    state, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    made = normzoo.plan(model)
+    proof = made.verify(x)
+    assert proof.same and proof.trained == 1 and proof.to_dict()["trained"] == 1
+    assert str(proof).startswith("the model computes the same function, with 1 norm in training mode too: ")
+    assert [each.output for each in proof.outputs] == [
+        "output",
+        "output in training",
+        "0.norm: statistics in training",
+        "0.norm: batches in training",
+    ]
+    made.apply()
+    assert made.verify(x) == proof
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def broken_mean(self, mean, *rest, **more):
+    return track(self, mean * 1.001, *rest, **more)
+
+
+def broken_var(self, mean, var, *rest, **more):
+    return track(self, mean, var * 1.001, *rest, **more)
+
+
+def broken_count(self, *args, **more):
+    return track(self, *args, **(more | {"batches": 2}))
+
+
+track = normzoo.BatchNorm2d._track
+
+
+@pytest.mark.parametrize("fault", [broken_mean, broken_var, broken_count])
+def test_statistics_that_move_otherwise_are_found(fault, monkeypatch):
+    model, x = stirred(ConvNet()), torch.randn(4, 3, 6, 6)
+    made = normzoo.plan(model)
+    monkeypatch.setattr(normzoo.BatchNorm2d, "_track", fault)
+    proof = made.verify(x)
+    assert not proof.passed and str(proof).startswith("FAILED: the model computes another function, although")
+    (step,) = normzoo.plan(model).changes
+    assert step.exactness == "eval-exact" and "in training mode shows another function" in step.reason
+
+
+def test_outputs_in_training_that_differ_are_found(monkeypatch):
+    model, x = stirred(ConvNet()), torch.randn(4, 3, 6, 6)
+    made = normzoo.plan(model)
+    right = normzoo.BatchNorm2d.forward
+    monkeypatch.setattr(
+        normzoo.BatchNorm2d, "forward", lambda self, x: right(self, x) * (1 + 1e-4 * self.training)
+    )
+    assert not made.verify(x).passed
+    (step,) = normzoo.plan(model).changes
+    assert step.exactness == "eval-exact" and step.error == pytest.approx(1e-4, rel=0.01)
+
+
+def test_a_sample_too_small_for_training():
+    proof = normzoo.plan(stirred(ConvNet())).verify(torch.randn(1, 3, 3, 3))
+    assert proof.same and proof.trained == 0
+    assert "not compared in training mode (ValueError: Expected more than 1 value" in str(proof)
+
+
+def test_what_claims_no_more_is_not_compared_in_training():
+    model, x = stirred(nn.Sequential(ConvNet(), nn.BatchNorm2d(8))), torch.randn(4, 3, 6, 6)
+    made = normzoo.plan(model, {"0.norm": "frozen_batch_norm", "1": "same"})
+    proof = made.verify(x)
+    assert proof.same and proof.trained == 1 and not any("0.norm" in each.output for each in proof.outputs)
+    assert normzoo.plan(model, "frozen_batch_norm").verify(x).trained == 0
+
+
+def test_a_test_run_waits_for_no_other_rank(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        torch.distributed, "get_world_size", lambda group=None: pytest.fail("asks for the ranks")
+    )
+    model, x = stirred(nn.Sequential(nn.SyncBatchNorm(8), nn.BatchNorm2d(8))), torch.randn(4, 8, 3, 3)
+    made = normzoo.plan(model, sync=True, include="1")
+    assert normzoo.plan(model).verify(x).same and made.verify(x).same
+    assert torch.distributed.is_initialized()

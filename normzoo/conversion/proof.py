@@ -57,9 +57,14 @@ def trained_error(old: nn.Module, new: nn.Module, norm: Norm) -> tuple[float, bo
     error = distance(ours, theirs, norm.span(x))
     names = dict(zip(norm.statistics, ("running_mean", "running_var", "num_batches_tracked"), strict=False))
     for name, by_us in names.items():
-        pair = (tensor(each, called) for each, called in zip(copies, (name, by_us), strict=True))
-        was, becomes = (torch.zeros(0) if t is None else t.double() for t in pair)
-        error = max(error, distance(becomes, was, ()))
+        # Relative to the value before, too: of a large one the small rest has the rounding of the whole.
+        start, theirs, ours = (
+            torch.zeros(1) if t is None else t.double().reshape(-1)
+            for t in (tensor(old, name), tensor(copies[0], name), tensor(copies[1], by_us))
+        )
+        # Of each channel but for the mean, which is as exact as the deviation is large.
+        span = (0, 1) if by_us == "running_mean" else (0,)
+        error = max(error, distance(torch.stack((ours, start)), torch.stack((theirs, start)), span))
     return error, error <= 8 * max(torch.finfo(like.dtype).eps, torch.finfo(torch.float32).eps)
 
 
@@ -259,8 +264,11 @@ def outputs(model: nn.Module, sample: Any, trained: Sequence[Trained] = ()) -> O
     with torch.random.fork_rng(sorted(devices)), torch.no_grad(), _eval(model):
         for each in trained:
             each.module.training = True
+        start = [_moved(each) for each in trained]
         returned = _call(model, pytree.tree_map(_fresh, sample))
-        moved = {name: t for each in trained if each.statistics for name, t in _moved(each).items()}
+        moved = {}
+        for each, first in zip(trained, start, strict=True):
+            moved |= {name: torch.cat((t, first[name])) for name, t in _moved(each).items()}
         leaves, _ = pytree.tree_flatten_with_path(pytree.tree_map(_fields, returned))
         tensors = {
             pytree.keystr(path) or "output": _numbers(leaf) for path, leaf in leaves if isinstance(leaf, Tensor)
@@ -273,9 +281,11 @@ def outputs(model: nn.Module, sample: Any, trained: Sequence[Trained] = ()) -> O
 
 def _moved(norm: Trained) -> Outputs:
     """The statistics of a norm: mean and deviation in one tensor, for a mean alone may be mere rounding."""
+    if not norm.statistics:
+        return {}
     mean, var, *counts = (norm.module.get_buffer(name) for name in norm.statistics)
     found = {f"{norm.name}: statistics": torch.cat((mean, var.clamp(min=0).sqrt()))}
-    return found | {f"{norm.name}: batches": count.double() for count in counts}
+    return found | {f"{norm.name}: batches": count.double().reshape(1) for count in counts}
 
 
 def _numbers(t: Tensor) -> Tensor:
