@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from small_models import ConvNet, stirred
 from torch import nn
 
@@ -139,6 +140,22 @@ def test_instead_of_torchs_sync_converter(caplog):
     assert step.exactness is Exactness.APPROXIMATE
     again = normzoo.convert(nn.SyncBatchNorm(4), sync=False)
     assert not again.sync
+
+
+def test_process_groups_come_along():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+        model = stirred(nn.Sequential(nn.SyncBatchNorm(8, process_group=group), nn.BatchNorm2d(8)))
+        x = torch.randn(4, 8, 3, 3)
+        assert normzoo.plan(model).verify(x).same
+        normzoo.unfreeze_batch_norm(normzoo.freeze_batch_norm(model))
+        normzoo.convert(model, include="0")
+        normzoo.convert(model, "batch_norm", include="1", sync=True, process_group=group)
+        assert all(norm.sync and norm.process_group is group for norm in model)
+        assert normzoo.plan(model, sync=False, process_group=None).verify(x).same
+    finally:
+        dist.destroy_process_group()
 
 
 def test_batch_to_frozen():
