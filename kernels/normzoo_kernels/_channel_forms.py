@@ -125,7 +125,10 @@ def _statistics_form(kernel: Any, problem: Problem, vectors: bool) -> Form:
         tile = _tile(p, 4096, vectors=vectors)  # a tile is all there is to a program
     blocks = triton.cdiv(p.channels, tile["CB"]) * (p.samples if p.per_sample else 1)
     parts = _shares(_tiles(p, tile), blocks, _LEAST, 4 * sms)
-    constants = tile | {"STAGES": 3, "V": p.vector if vectors else 0, "num_warps": 4}
+    # Where two regions or the edges of planes are kept apart, there are no registers to run ahead.
+    apart = kernel is channel_moments_masked
+    constants = tile | {"STAGES": 1 if vectors or apart else 3, "V": p.vector if vectors else 0}
+    constants["num_warps"] = 8 if apart else 4
     return Form(kernel, blocks * parts, parts, constants)
 
 
