@@ -52,6 +52,14 @@ def test_memory_formats_are_kept(entry, cls, backend):
                     assert found[name].is_contiguous() == given.is_contiguous(), name
 
 
+@pytest.mark.parametrize(("entry", "cls"), OF_CHANNELS)
+def test_fresh_layers_hold_what_torchs_hold(entry, cls):
+    """Ghost and frozen batch norm: what torch's batch norm holds."""
+    theirs = getattr(nn, cls.__name__, None)
+    expected = nn.BatchNorm2d(16) if theirs is None else theirs(*entry.arguments)
+    torch.testing.assert_close(cls(*entry.arguments).state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
 BAD_ARGUMENTS = {
     "eps": [0, "1e-5"],
     "momentum": [-0.1, 1.5, float("nan"), "0.1"],
