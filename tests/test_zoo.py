@@ -16,7 +16,6 @@ from zoo_cases import (
     assert_state,
     function_of,
     moves_state,
-    named,
     sample_for,
     small,
     state_of,
@@ -303,7 +302,7 @@ def test_find():
         find("norm")
 
 
-@pytest.mark.parametrize("entry", named(ZOO))
+@pytest.mark.parametrize("entry", ENTRIES)
 def test_the_sample_is_what_the_layout_says(entry):
     for lead in ((), (2,), (2, 5, 3)):
         shape = entry.sample(*lead).shape
