@@ -135,11 +135,23 @@ def test_instead_of_torchs_sync_converter(caplog):
     torch.testing.assert_close(model(x), before(x))
     assert len(calls) == 4
     (step,) = normzoo.plan(nn.BatchNorm2d(4), sync=True).steps
-    assert step.exactness is Exactness.EVAL_EXACT  # in training, statistics of all ranks
+    assert step.exactness is Exactness.EVAL_EXACT
+    assert step.reason == "another sync makes a difference in training"
     (step,) = normzoo.plan(nn.BatchNorm2d(4), eps=0.1).steps
     assert step.exactness is Exactness.APPROXIMATE
     again = normzoo.convert(nn.SyncBatchNorm(4), sync=False)
     assert not again.sync
+
+
+def test_what_syncs_in_a_way_of_its_own_stays():
+    class NaiveSyncBatchNorm(nn.BatchNorm2d):
+        def forward(self, input):
+            return super().forward(input)
+
+    step, _ = normzoo.plan(nn.Sequential(NaiveSyncBatchNorm(8), nn.BatchNorm2d(8))).steps
+    assert step.action == "refuse" and "it is a NaiveSyncBatchNorm, and how it shares" in step.reason
+    frozen = normzoo.freeze_batch_norm(NaiveSyncBatchNorm(8))
+    assert type(normzoo.unfreeze_batch_norm(frozen)) is NaiveSyncBatchNorm
 
 
 def test_process_groups_come_along():
@@ -162,6 +174,7 @@ def test_batch_to_frozen():
     model = stirred(ConvNet()).eval()
     x = torch.randn(4, 3, 6, 6)
     wanted, keys, statistics = model(x), [*model.state_dict()], model.norm.running_mean
+    weight = model.norm.weight
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     made = normzoo.plan(model, "frozen_batch_norm")
     assert made.exactness is Exactness.EVAL_EXACT and made.verify(x).same and not made.verify(x).trained
@@ -172,9 +185,14 @@ def test_batch_to_frozen():
     assert not any("norm" in name for name, _ in model.named_parameters()) and [*model.state_dict()] == keys
     assert len(optimizer.param_groups[0]["params"]) == 2 and not hasattr(norm, "momentum")
     model.train()
+    weight.data.add_(1)  # by an optimizer that goes on with it
     torch.testing.assert_close(model(x), wanted)
     made.revert()
-    assert len(optimizer.param_groups[0]["params"]) == 4 and type(model.norm) is nn.BatchNorm2d
+    assert (
+        model.norm.weight is weight
+        and len(optimizer.param_groups[0]["params"]) == 4
+        and type(model.norm) is nn.BatchNorm2d
+    )
 
 
 @pytest.mark.parametrize("arguments", [{"affine": False}, {"bias": False}, {}], ids=str)

@@ -291,31 +291,58 @@ def test_weights_of_a_frozen_norm_that_train_no_longer():
     assert step.parameters_change and step.tensors["converted"] == ("weight", "bias")
 
 
-class RenamingFrozen(normzoo.FrozenBatchNorm):
+class DroppingFrozenNorm(nn.Module):
+    """As torchvision's: the checkpoint of a batch norm loads."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(6))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+class RenamingNorm(DroppingFrozenNorm):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if prefix + "scale" in state_dict:
             state_dict[prefix + "weight"] = state_dict.pop(prefix + "scale")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class FillingFrozen(normzoo.FrozenBatchNorm):
+class FillingNorm(DroppingFrozenNorm):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         if (local_metadata.get("version") or 0) < 2:
             state_dict.setdefault(prefix + "running_mean", torch.zeros(6))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
-class ShiftingFrozen(normzoo.FrozenBatchNorm):
+class ShiftingNorm(DroppingFrozenNorm):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        if (local_metadata.get("version") or 0) < 3 and prefix + "running_var" in state_dict:
-            state_dict[prefix + "running_var"] = state_dict[prefix + "running_var"] - self.eps
+        if (local_metadata.get("version") or 0) == 3:
+            state_dict[prefix + "running_var"] = state_dict[prefix + "running_var"] - 1e-5
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
-@pytest.mark.parametrize("cls", [RenamingFrozen, FillingFrozen, ShiftingFrozen])
+class InsistingNorm(DroppingFrozenNorm):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("cls", [RenamingNorm, FillingNorm, ShiftingNorm, InsistingNorm])
 def test_checkpoints_that_a_class_translates(cls):
-    step, _ = normzoo.plan(nn.Sequential(cls(6), nn.LayerNorm(3))).steps
+    calls = []
+    model = nn.Sequential(cls(), DroppingFrozenNorm())
+    for norm in model:
+        norm.register_state_dict_post_hook(lambda *_: calls.append(1))
+    step, other = normzoo.plan(model).steps
     assert step.action == "refuse" and "a _load_from_state_dict of its own" in step.reason
+    assert other.action == "convert" and other.exactness == "exact" and not calls
+    assert all((buffer == 1).all() for buffer in model.buffers())
 
 
 def test_a_wrong_adapter_is_found_out_in_training():

@@ -42,7 +42,6 @@ def moments(x):
 
 def test_the_plain_average_of_the_batches():
     model, data = stirred(Mixed()), batches()
-    model.drop.eval()
     model.second.eval()
     modes = {module: module.training for module in model.modules()}
     before = states(model)

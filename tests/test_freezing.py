@@ -209,6 +209,9 @@ def test_a_frozen_norm_that_is_converted_forgets():
     normzoo.convert(model, "batch_norm")
     with pytest.raises(ValueError, match="has no norm that freeze_batch_norm froze; convert"):
         normzoo.unfreeze_batch_norm(model)
+    normzoo.convert(model, "frozen_batch_norm")
+    with pytest.raises(ValueError, match="froze, though 1 FrozenBatchNorm of other origin"):
+        normzoo.unfreeze_batch_norm(model)
 
 
 def test_what_cannot_be_frozen(caplog):

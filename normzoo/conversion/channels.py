@@ -63,6 +63,11 @@ def _running(norm: Norm, module: nn.Module) -> Carried:
         carried.arguments["process_group"] = module.process_group
         carried.arguments["sync"] = getattr(module, "sync", True)  # torch's class has no such switch
         carried.arguments["nonfinite"] = getattr(module, "nonfinite", "propagate")
+    elif named := [base.__name__ for base in type(module).__mro__ if "sync" in base.__name__.lower()]:
+        raise Refused(
+            f"it is a {named[0]}, and how it shares statistics with other ranks a test run on one does not "
+            "show; make a plain batch norm of it, then convert with sync=True"
+        )
     # Switched off after the fact, the statistics rest and are used all the same.
     if stored and getattr(module, "track_running_stats", True) is False:
         carried.attributes["track_running_stats"] = False
@@ -150,13 +155,10 @@ def _(norm: Norm, module: nn.Module) -> Carried:
         if source in module._buffers:
             carried.converted[name] = source, nn.Parameter(getattr(module, source).detach().clone())
             del carried.kept[name]
-    carried.trains = True
     return carried
 
 
-@transfer(
-    "batch", "ghost_batch_norm", Exactness.EVAL_EXACT, "needs ghost_batch_size; in training small batches"
-)
+@transfer("batch", "ghost_batch_norm", Exactness.EVAL_EXACT, "in training it takes statistics of small batches")
 def _(norm: Norm, module: nn.Module) -> Carried:
     return _ghost(norm, module)
 
@@ -184,7 +186,9 @@ def _ghost(norm: Norm, module: nn.Module) -> Carried:
     return carried
 
 
-@transfer("ghost_batch", "batch_norm", Exactness.EVAL_EXACT, "in training one batch, not small ones")
+@transfer(
+    "ghost_batch", "batch_norm", Exactness.EVAL_EXACT, "in training it takes statistics of the whole batch"
+)
 def _(norm: Norm, module: nn.Module) -> Carried:
     carried = _running(norm, module)
     _affine(carried, norm)
@@ -204,7 +208,7 @@ def _(norm: Norm, module: nn.Module) -> Carried:
     return carried
 
 
-@transfer("batch", "group_norm", Exactness.APPROXIMATE, "needs num_groups; running statistics are dropped")
+@transfer("batch", "group_norm", Exactness.APPROXIMATE, "running statistics are dropped")
 def _(norm: Norm, module: nn.Module) -> Carried:
     carried = _normalized(norm, module)
     carried.arguments["num_channels"] = norm.shape and norm.shape[0]

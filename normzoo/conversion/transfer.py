@@ -54,8 +54,6 @@ class Carried:
     """Tensors and attributes of the old norm that mean nothing to the new layer."""
     attributes: dict[str, Any] = field(default_factory=dict)
     """What to set on the new layer, which its constructor has no argument for."""
-    trains: bool = False
-    """Buffers that become parameters are trained."""
     in_training: tuple[str, ...] = ()
     """Constructor arguments that make no difference in eval mode."""
     over_channels: bool = False
@@ -170,8 +168,7 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
         value = getattr(old, source)
         if name in carried.converted:
             converted[name] = source
-            trained = value.requires_grad or (carried.trains and source in old._buffers)
-            _put(new, name, carried.converted[name][1], trained)
+            _put(new, name, carried.converted[name][1], value.requires_grad)
         else:
             kept[name] = source
             _put(new, name, value, value.requires_grad)
@@ -183,7 +180,10 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
     exactness = carried.exactness or rule.exactness
     changed = {k for k, v in choice.options.items() if carried.arguments.get(k, v) != v}
     if exactness in UNCHANGED and changed:
-        exactness = Exactness.EVAL_EXACT if changed <= {*carried.in_training} else Exactness.APPROXIMATE
+        exactness = Exactness.APPROXIMATE
+        if changed <= {*carried.in_training}:
+            exactness = Exactness.EVAL_EXACT
+            notes.append(f"another {' and '.join(sorted(changed))} makes a difference in training")
     return Replacement(new, kept, converted, fresh, lost, exactness, "; ".join(filter(None, notes)))
 
 
