@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from small_models import ConvNet, stirred
-from test_batch_lookalikes import HandNorm
+from test_batch_lookalikes import HandNorm, ReboundNorm
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
@@ -141,7 +141,7 @@ def test_batches_as_the_model_takes_them():
 def test_an_exception_leaves_the_state(at, error):
     model = stirred(Mixed())
     hand = stirred(HandNorm(4))
-    model.frozen = nn.Sequential(hand, nn.InstanceNorm2d(4, track_running_stats=True))
+    model.frozen = nn.Sequential(hand, stirred(ReboundNorm(4)), nn.InstanceNorm2d(4, track_running_stats=True))
     model.second.eval()
     before, modes = states(model), [module.training for module in model.modules()]
     buffers = list(model.buffers())
