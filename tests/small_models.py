@@ -91,3 +91,9 @@ def stirred(model):
             if t.is_floating_point() and t.dim() == 1:
                 t.uniform_(0.5, 1.5)
     return model
+
+
+def without_bias(norm):
+    """`norm`, as with bias=False, which torch 2.11 does not take."""
+    norm.register_parameter("bias", None)
+    return norm

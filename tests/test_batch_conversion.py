@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from small_models import ConvNet, stirred
+from small_models import ConvNet, stirred, without_bias
 from torch import nn
 
 import normzoo
@@ -40,7 +40,7 @@ def assert_alike(model, before, x, steps=3):
         nn.BatchNorm2d(8, momentum=None),
         nn.BatchNorm3d(8, affine=False),
         nn.BatchNorm2d(8, track_running_stats=False),
-        nn.BatchNorm2d(8, bias=False),
+        without_bias(nn.BatchNorm2d(8)),
         nn.GroupNorm(4, 8, eps=1e-3),
         nn.GroupNorm(1, 8, affine=False),
         nn.InstanceNorm1d(8, affine=True),
@@ -195,10 +195,11 @@ def test_batch_to_frozen():
     )
 
 
-@pytest.mark.parametrize("arguments", [{"affine": False}, {"bias": False}, {}], ids=str)
+@pytest.mark.parametrize("holds", ["nothing", "weight", "both"])
 @pytest.mark.parametrize("to", ["frozen_batch_norm", "ghost_batch_norm"])
-def test_eval_mode_stays(arguments, to):
-    model = stirred(nn.Sequential(nn.BatchNorm2d(8, eps=1e-2, momentum=0.3, **arguments))).eval()
+def test_eval_mode_stays(holds, to):
+    norm = nn.BatchNorm2d(8, eps=1e-2, momentum=0.3, affine=holds != "nothing")
+    model = stirred(nn.Sequential(without_bias(norm) if holds == "weight" else norm)).eval()
     x = torch.randn(4, 8, 3, 3)
     wanted, keys = model(x), [*model.state_dict()]
     options = {"ghost_batch_size": 2, "split": "ceil"} if to.startswith("ghost") else {}
@@ -339,6 +340,14 @@ def test_refusals(norm, to, words):
     with pytest.raises(ValueError, match=words):
         normzoo.convert(model, to)
     assert model[0] is norm
+
+
+def test_rows_of_channels_are_no_sample():
+    model = normzoo.convert(nn.Sequential(nn.BatchNorm1d(8)), "instance_norm")
+    x = torch.randn(8, 8, 5)
+    torch.testing.assert_close(model(x), nn.functional.instance_norm(x))
+    with pytest.raises(ValueError, match="Expected more than 1 spatial element"):
+        model(torch.randn(8, 8))  # InstanceNorm1d would take it for one sample of 8 channels
 
 
 def test_num_groups_that_do_not_divide():

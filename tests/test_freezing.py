@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 import torchvision_ops  # noqa: F401
-from small_models import ConvNet, stirred
+from small_models import ConvNet, stirred, without_bias
 from torch import nn
 
 import normzoo
@@ -21,7 +21,7 @@ class Kinds(nn.Module):
         self.b = nn.SyncBatchNorm(4, momentum=0.3)
         self.c = normzoo.GhostBatchNorm(4, 2, split="ceil")
         self.d = normzoo.BatchNorm2d(4, sync=True, nonfinite="skip")
-        self.e = nn.BatchNorm2d(4, bias=False)
+        self.e = without_bias(nn.BatchNorm2d(4))
         self.again = self.a[0]
         self.last = nn.LayerNorm(3)
 

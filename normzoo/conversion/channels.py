@@ -218,6 +218,7 @@ def _(norm: Norm, module: nn.Module) -> Carried:
 @transfer("batch", "instance_norm", Exactness.APPROXIMATE, "running statistics are dropped")
 def _(norm: Norm, module: nn.Module) -> Carried:
     carried = _normalized(norm, module)
+    carried.any_rank = norm.dims == 1  # InstanceNorm1d takes (N, C) for one sample
     carried.arguments["num_features"] = norm.shape and norm.shape[0]
     return carried
 
@@ -261,12 +262,14 @@ def _(norm: Norm, module: nn.Module) -> Carried:
     return carried
 
 
-@transfer("instance", "batch_norm", Exactness.CALIBRATE, _CALIBRATE)
+@transfer("instance", "batch_norm", Exactness.CALIBRATE, f"inputs need a batch dimension; {_CALIBRATE}")
 def _(norm: Norm, module: nn.Module) -> Carried:
     if norm.statistics:
         carried = _running(norm, module)
         carried.exactness = Exactness.EVAL_EXACT
-        carried.note = "its running statistics go on; in training it takes those of the batch"
+        carried.note = (
+            "its running statistics go on, in training those of the batch; inputs need a batch dimension"
+        )
     else:
         carried = _channels(norm, module)
         carried.dropped = ("track_running_stats",)

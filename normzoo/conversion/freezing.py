@@ -49,8 +49,8 @@ def freeze_batch_norm(model: nn.Module) -> nn.Module:
     FrozenBatchNorm(8, eps=1e-05)
     >>> [name for name, _ in model.named_parameters()]
     ['0.weight', '0.bias']
-    >>> unfreeze_batch_norm(model)[1]
-    BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    >>> [name for name, _ in unfreeze_batch_norm(model).named_parameters()]
+    ['0.weight', '0.bias', '1.weight', '1.bias']
     """
     found = examine(model, "freeze_batch_norm")
     if not any(site.family in _FAMILIES for site in found):

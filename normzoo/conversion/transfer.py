@@ -56,6 +56,8 @@ class Carried:
     """What to set on the new layer, which its constructor has no argument for."""
     in_training: tuple[str, ...] = ()
     """Constructor arguments that make no difference in eval mode."""
+    any_rank: bool = False
+    """The layer takes (N, C, \\*), though the norm takes inputs of some ranks alone."""
     over_channels: bool = False
     """The layer takes rows, and the norm the channels of (N, C, \\*)."""
     exactness: Exactness | None = None
@@ -211,7 +213,7 @@ def _class(norm: Norm, carried: Carried, choice: Choice) -> type[nn.Module]:
     if not entry.others:
         return adapted(choice.cls or entry.cls, carried.over_channels, norm.after)
     for cls in entry.classes:
-        if norm.dims is not None and cls.__name__.endswith(f"{norm.dims}d"):
+        if norm.dims is not None and not carried.any_rank and cls.__name__.endswith(f"{norm.dims}d"):
             if choice.cls not in (None, cls):
                 raise Refused(f"it takes the inputs of a {cls.__name__}, not those of a {choice.cls.__name__}")
             return adapted(cls, carried.over_channels, norm.after)
