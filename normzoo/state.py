@@ -73,8 +73,8 @@ class Running(_NormBase):
     def __init__(
         self,
         num_features: int,
-        eps: float,
-        momentum: float | None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         device=None,

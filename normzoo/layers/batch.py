@@ -110,24 +110,6 @@ def with_batch(
 
 
 class _BatchNorm(Running):
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        bias: bool = True,
-        sync: bool = False,
-        process_group: Any = None,
-        nonfinite: str = "propagate",
-    ) -> None:
-        options = {"bias": bias, "sync": sync, "process_group": process_group, "nonfinite": nonfinite}
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
-
     def forward(self, input: Tensor) -> Tensor:
         layer = type(self).__name__
         checks.dimensions(layer, input, self._check_input_dim)
