@@ -1,18 +1,22 @@
-"""Ranks for test_distributed.py: a register of checks, and a server that forks the ranks of one.
+"""Ranks for test_distributed*.py: a register of checks, and a server that forks the ranks of one.
 
 The server imports torch once; a forked rank costs milliseconds, so every check has processes of its own.
 """
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import functools
+import importlib
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import traceback
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -22,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CHECKS: dict[str, tuple[int, Callable[[], None]]] = {}
-"""By name: how many ranks, and what each of them runs."""
+CHECKS: defaultdict[str, dict[str, tuple[int, Callable[[], None]]]] = defaultdict(dict)
+"""By module and name: how many ranks, and what each of them runs."""
 
 WAIT, HANGS = 120, 240
 """Seconds after which a collective gives up, and after which a rank is ended."""
@@ -33,25 +37,56 @@ def check(ranks: int, **cases: Sequence) -> Callable:
     """Registers a check, once a case: its name and the arguments."""
 
     def register(function: Callable) -> Callable:
+        checks = CHECKS[function.__module__]
         for case, args in cases.items():
-            CHECKS[f"{function.__name__}-{case}"] = ranks, functools.partial(function, *args)
+            checks[f"{function.__name__}-{case}"] = ranks, functools.partial(function, *args)
         if not cases:
-            CHECKS[function.__name__] = ranks, function
+            checks[function.__name__] = ranks, function
         return function
 
     return register
 
 
+def run(module: str, name: str, folder: Path) -> list[str]:
+    """Has the server run a check; what went wrong, a text a rank."""
+    server = _server()
+    print(json.dumps((module, name, str(folder))), file=server.stdin, flush=True)
+    answer = server.stdout.readline()
+    assert answer, "the server ended"
+    return json.loads(answer)
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """One for all files of checks; it ends with this process."""
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join(map(str, (here, here.parent, here.parent / "kernels", here.parent / "bench")))
+    env = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-c", f"import {Path(__file__).stem} as work; work.serve()"]
+    pipe = subprocess.PIPE
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, text=True)
+    atexit.register(_end, server)
+    return server
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    with server:
+        server.kill()
+
+
 def serve() -> None:
-    """Reads a name and a folder a line, runs that check and answers with what went wrong, a text a rank."""
+    """Reads a module, a name and a folder a line, runs that check and answers with what went wrong."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     _warm_up()
     fork = multiprocessing.get_context("fork")
     for line in sys.stdin:
-        name, folder = json.loads(line)
-        reports = [Path(folder, f"{rank}.txt") for rank in range(CHECKS[name][0])]
-        ranks = [fork.Process(target=_run, args=(name, rank, report)) for rank, report in enumerate(reports)]
+        module, name, folder = json.loads(line)
+        importlib.import_module(module)
+        size, function = CHECKS[module][name]
+        reports = [Path(folder, f"{rank}.txt") for rank in range(size)]
+        ranks = [fork.Process(target=_run, args=(function, size, *each)) for each in enumerate(reports)]
         for process in ranks:
             process.start()
         for process in ranks:
@@ -76,8 +111,7 @@ def _warm_up() -> None:
     torch._dynamo.reset()
 
 
-def _run(name: str, rank: int, report: Path) -> None:
-    ranks, function = CHECKS[name]
+def _run(function: Callable[[], None], ranks: int, rank: int, report: Path) -> None:
     with report.open("w") as out:
         faulthandler.dump_traceback_later(HANGS, exit=True, file=out)
         warnings.simplefilter("error")

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
-import os
-import subprocess
 import sys
-import time
-import warnings
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from distributed_work import CHECKS, Collectives, check, of_ranks, parts_of_ranks
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from tolerance import assert_as_good
+from distributed_checks import (
+    assert_same_on_all_ranks,
+    by_kernels,
+    compare,
+    compiled,
+    eager,
+    pair,
+    recomputed,
+    reentrant,
+    step,
+)
+from distributed_work import CHECKS, Collectives, check, of_ranks, parts_of_ranks, run
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch.utils.checkpoint import checkpoint
 
-import normzoo
 from normzoo.engine import normalize
 from normzoo.layers.batch import BatchNorm1d, BatchNorm2d
 from normzoo.layers.ghost import GhostBatchNorm
@@ -32,98 +31,6 @@ from normzoo.layers.instance import InstanceNorm2d
 from normzoo.moments import Moments
 
 EPS = 1e-5
-
-
-def eager(layer):
-    return layer
-
-
-def compiled(layer):
-    return torch.compile(layer, fullgraph=True, backend=aot_eager)
-
-
-def aot_eager(graph, inputs):
-    """The backend of that name, which sees one collective in every graph."""
-
-    def run(graph, _):
-        called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-        called = [f for f in called if getattr(f, "namespace", "") in ("c10d", "_c10d_functional")]
-        assert [f.__name__ for f in called] == ["all_gather_into_tensor.default", "wait_tensor.default"], called
-        return make_boxed_func(graph.forward)
-
-    partition = min_cut_rematerialization_partition
-    return aot_autograd(fw_compiler=run, partition_fn=partition, keep_inference_input_mutations=True)(
-        graph, inputs
-    )
-
-
-def by_kernels(layer):
-    from normzoo_kernels import _launch
-
-    def call(x):
-        before = _launch.launches.total()
-        with normzoo.backend("triton"):
-            y = layer(x)
-        assert _launch.launches.total() > before or not x.numel(), "no kernel ran"
-        return y
-
-    return call
-
-
-def recomputed(layer):
-    return lambda x: checkpoint(layer, x, use_reentrant=False)
-
-
-def reentrant(layer):
-    return lambda x: checkpoint(layer, x, use_reentrant=True)
-
-
-def step(call, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """Output and input gradient."""
-    x = x.clone().requires_grad_()
-    y = call(x)
-    y.backward(dy)
-    return [y.detach(), x.grad]
-
-
-def pair(*shape: int, **options):
-    """Our layer and torch's for x (N, *shape), with the same parameters."""
-    classes = (BatchNorm1d, nn.BatchNorm1d) if len(shape) == 1 else (BatchNorm2d, nn.BatchNorm2d)
-    usual = {name: options[name] for name in options if name == "momentum"}
-    ours, torchs = classes[0](shape[0], **options), classes[1](shape[0], **usual)
-    for p in torchs.parameters():
-        nn.init.uniform_(p, 0.5, 1.5)
-    ours.load_state_dict(torchs.state_dict())
-    return ours, torchs
-
-
-def compare(ours, torchs, rounds, shape, way, group=None):
-    """Trains `ours` on the parts of the ranks, `torchs` on the whole batch, and holds one to the other."""
-    rank, call, exact = dist.get_rank(group), way(ours), copy.deepcopy(torchs).double()
-    for sizes in rounds:
-        parts, dys = parts_of_ranks(sizes, *shape), [torch.randn(n, *shape) for n in sizes]
-        x, dy = torch.cat(parts), torch.cat(dys)
-        found = of_ranks(step(call, parts[rank], dys[rank]), group)
-        expected = step(torchs, x, dy), step(exact, x.double(), dy.double())
-        for name, ours_, *theirs in zip(("y", "dx"), zip(*found, strict=True), *expected, strict=True):
-            assert_as_good(f"{name} of {sizes}", torch.cat(ours_), *theirs)
-    grads = of_ranks([p.grad for p in ours.parameters()], group)
-    names = dict(torchs.named_parameters())
-    for name, found, a, b in zip(
-        names, zip(*grads, strict=True), torchs.parameters(), exact.parameters(), strict=True
-    ):
-        assert_as_good(f"gradient of {name}", torch.stack(found).sum(0), a.grad, b.grad)
-    for name, buffer in torchs.named_buffers():
-        assert_as_good(name, ours.get_buffer(name), buffer, exact.get_buffer(name)) if buffer.dim() else None
-    assert ours.num_batches_tracked == torchs.num_batches_tracked
-    assert_same_on_all_ranks(ours, group)
-
-
-def assert_same_on_all_ranks(layer, group=None):
-    for name, buffer in layer.named_buffers():
-        assert all(torch.equal(buffer, other) for other in of_ranks(buffer, group)), f"{name} differs"
-
-
 WAYS = {way.__name__: (way,) for way in (eager, compiled, by_kernels)}
 ROUNDS = {
     "uneven": (3, [(3, 0, 4), (1, 2, 3)], (5, 2, 3)),
@@ -420,171 +327,11 @@ def gradient_penalty(way):
     hold(ours, oracle, parts, dys, torch.rand(4, dtype=parts[0].dtype))
 
 
-# A rank that fails
-
-
-def survivors(act, group=None):
-    """Rank 1 acts; the others must get an error, and keep their state."""
-    layer = BatchNorm1d(4, sync=True)
-    layer(torch.randn(3, 4))
-    before, layer.process_group = copy.deepcopy(layer.state_dict()), group
-    dist.barrier()
-    if dist.get_rank() == 1:
-        act()
-    start = time.monotonic()
-    with pytest.raises(RuntimeError):
-        layer(torch.randn(3, 4))
-    assert time.monotonic() - start < 30
-    assert all(torch.equal(a, before[name]) for name, a in layer.state_dict().items())
-    os._exit(0)  # nobody is left to say goodbye to
-
-
-@check(3)
-def a_rank_dies():
-    survivors(lambda: (time.sleep(0.5), os._exit(0)))
-
-
-@check(2)
-def a_rank_stays_away():
-    def stay_away():
-        time.sleep(5)
-        os._exit(0)
-
-    dist.barrier()  # the short limit holds for setting up the group too
-    survivors(stay_away, dist.new_group(timeout=timedelta(seconds=3)))
-
-
-# Training
-
-
-def network(norm) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, bias=False), norm, nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1)
-    ).double()
-
-
-def train(models, batches, weights, steps=3):
-    """SGD on one set of parameters, each model on a batch of its own; gradients are weighted sums."""
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in models]
-    for i in range(steps):
-        for model, batch, weight in zip(models, batches, weights, strict=True):
-            (model(batch + i).square().sum() * weight).backward()
-        for ps in zip(*(m.parameters() for m in models), strict=True) if len(models) > 1 else ():
-            total = torch.stack([p.grad for p in ps]).sum(0)
-            for p in ps:
-                p.grad.copy_(total)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-def whole(t: Tensor) -> Tensor:
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
-
-
-def ddp(**options):
-    def wrap(model):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # torch 2.13
-            return nn.parallel.DistributedDataParallel(model, **options)
-
-    return wrap
-
-
-def fsdp(alone=True, **options):
-    def wrap(model):
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        if alone:
-            fully_shard(model[1], mesh=mesh, **options)
-        return fully_shard(model, mesh=mesh, **options)
-
-    return wrap
-
-
-@check(
-    2,
-    ddp=(ddp(), True, (1, 3)),
-    ddp_own_buffers=(ddp(broadcast_buffers=False), True, (0, 4)),
-    ddp_without_sync=(ddp(broadcast_buffers=False), False, (2, 3)),
-    fsdp=(fsdp(), True, (1, 3)),
-    fsdp_empty=(fsdp(), True, (0, 4)),
-    fsdp_without_sync=(fsdp(), False, (2, 3)),
-    fsdp_whole=(fsdp(alone=False), True, (2, 2)),
-)
-def training(wrap, sync, sizes):
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    plain = network(nn.BatchNorm2d(4))
-    model = network(BatchNorm2d(4, sync=sync))
-    model.load_state_dict(plain.state_dict())
-    parts = parts_of_ranks(sizes, 3, 4, 4, dtype=torch.double)
-    if sync:
-        expected = plain
-        train([plain], [torch.cat(parts)], [1 / sum(sizes)])
-    else:
-        alone = [copy.deepcopy(plain) for _ in sizes]
-        train(alone, parts, [1 / sum(sizes)] * ranks)
-        expected = alone[rank]
-    model = wrap(model)
-    train([model], [parts[rank]], [ranks / sum(sizes)])  # wrappers take the mean over the ranks
-    found = {name.removeprefix("module."): whole(t) for name, t in model.state_dict().items()}
-    torch.testing.assert_close(found, dict(expected.state_dict()))
-
-
-@check(2)
-def from_the_meta_device():
-    """The way of FSDP2 to a model that no rank could hold: parameters come into being as shards."""
-    with torch.device("meta"):
-        layer = BatchNorm1d(6, sync=True, nonfinite="skip")
-    layer = fsdp(alone=False)(layer)
-    layer.to_empty(device="cpu").reset_parameters()
-    x = parts_of_ranks((1, 3), 6)
-    y = layer(x[dist.get_rank()])
-    expected = nn.BatchNorm1d(6)
-    expected(torch.cat(x))
-    torch.testing.assert_close(dict(layer.named_buffers())["running_var"], expected.running_var)
-    assert layer.num_batches_tracked == 1 and layer.batches_skipped == 0
-    y.square().sum().backward()
-    assert whole(layer.weight.grad).isfinite().all()
-
-
-@check(2)
-def mixed_precision():
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    layer, exact = BatchNorm1d(6, sync=True), nn.BatchNorm1d(6).double()
-    layer = fsdp(alone=False, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))(layer)
-    x = [t.bfloat16() for t in parts_of_ranks((2, 3), 6)]
-    y, expected = layer(x[dist.get_rank()].float()), exact(torch.cat(x).double())
-    assert y.dtype == torch.bfloat16 and layer.running_mean.dtype == torch.float32
-    torch.testing.assert_close(torch.cat(of_ranks(y.detach())).double(), expected, rtol=0.01, atol=0.01)
-    torch.testing.assert_close(layer.running_var.double(), exact.running_var, rtol=1e-5, atol=0)
-    y.sum().backward()
-
-
 # The checks above run in processes of their own
 
 
-@pytest.fixture(scope="module")
-def server():
-    here = Path(__file__).resolve().parent
-    path = os.pathsep.join(map(str, (here, here.parent, here.parent / "kernels", here.parent / "bench")))
-    env = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = f"import distributed_work, {Path(__file__).stem}; distributed_work.serve()"
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", command], stdin=pipe, stdout=pipe, env=env, text=True) as run:
-        yield run
-        run.kill()
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked, which torch survives on Linux only")
-@pytest.mark.parametrize("name", CHECKS)
-def test_ranks(server, name, tmp_path):
-    print(json.dumps((name, str(tmp_path))), file=server.stdin, flush=True)
-    answer = server.stdout.readline()
-    assert answer, "the server ended"
-    failures = json.loads(answer)
+@pytest.mark.parametrize("name", CHECKS[__name__])
+def test_ranks(name, tmp_path):
+    failures = run(__name__, name, tmp_path)
     assert not failures, "\n".join(failures)

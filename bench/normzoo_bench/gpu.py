@@ -35,7 +35,7 @@ from .tables import show
 from .workloads import DIRECTIONS
 
 _ROOT = Path(__file__).resolve().parents[2]
-_TESTS = ("tests/test_kernels.py", "tests/test_channel_kernels.py")
+_TESTS = tuple(f"tests/test_{name}.py" for name in ("kernels", "channel_kernels", "channel_hazards"))
 _RESERVE = 20.0
 """Seconds before the limit in which nothing is begun: compiling one contender may take so long."""
 _TEST_SHARE = 0.35
