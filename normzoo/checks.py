@@ -29,12 +29,21 @@ def positive(layer: str, argument: str, value: int) -> None:
         raise ValueError(f"{layer}: {argument} is {value!r}; it must be a positive int")
 
 
-def momentum(layer: str, value: float | None) -> None:
-    if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+def momentum(layer: str, value: float | None, *, average: bool = True) -> None:
+    """A number from 0 to 1; with `average` also None."""
+    if average and value is None:
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        end = ", or None for their plain average" if average else ""
         raise ValueError(
             f"{layer}: momentum is {value!r}; it must be a number from 0 to 1, the weight of the new "
-            "statistics, or None for their plain average"
+            f"statistics{end}"
         )
+
+
+def flag(layer: str, argument: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{layer}: {argument} is {value!r}; it must be True or False")
 
 
 def rows(
@@ -79,22 +88,37 @@ def dimensions(layer: str, x: Tensor, check: Callable[[Tensor], None]) -> None:
         raise ValueError(f"{layer}: {error}, of shape {tuple(x.shape)}; reshape it") from None
 
 
-def channels(layer: str, x: Tensor, num_features: int | None, **tensors: Tensor | None) -> None:
-    """x (N, C, *) of a floating dtype, C = `num_features`; `tensors`, by name, (C,) or None; one device."""
+def channels(
+    layer: str, x: Tensor, number: int | None, argument: str = "num_features", **tensors: Tensor | None
+) -> None:
+    """x (N, C, *) of a floating dtype, C = `number`, which is `argument`; `tensors` (C,) or None."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{layer}: the input is a {type(x).__name__}; it must be a torch.Tensor")
     if x.dim() < 2:
         raise ValueError(f"{layer}: the input has shape {tuple(x.shape)}; it must be (N, C, *)")
     if not x.is_floating_point():
         raise TypeError(f"{layer}: the input is {x.dtype}; it must be of a real floating-point dtype")
-    if num_features is not None and x.shape[1] != num_features:
+    if number is not None and x.shape[1] != number:
         raise ValueError(
-            f"{layer}: num_features is {num_features} but the input has shape {tuple(x.shape)}; "
+            f"{layer}: {argument} is {number} but the input has shape {tuple(x.shape)}; "
             "its dimension 1 must match"
         )
     for name, t in tensors.items():
         if t is not None:
             _beside(layer, name, t, x, x.shape[1:2])
+
+
+def running(
+    layer: str, mean: Tensor | None, var: Tensor | None, argument: str, own: bool
+) -> tuple[Tensor, ...]:
+    """Running mean and variance, or neither; needed unless `own`, the value of `argument`."""
+    if mean is not None and var is not None:
+        return mean, var
+    if mean is not None or var is not None:
+        raise ValueError(f"{layer}: running_mean and running_var must both be given, or neither")
+    if not own:
+        raise ValueError(f"{layer}: without {argument} it needs running_mean and running_var")
+    return ()
 
 
 def _beside(layer: str, name: str, p: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:

@@ -95,7 +95,7 @@ def insisted() -> bool:
 
 
 def use_kernel(
-    x: Tensor, residual: Tensor | None = None, *parameters: Tensor | None, fusible: bool = True
+    x: Tensor, *parameters: Tensor | None, residual: Tensor | None = None, fusible: bool = True
 ) -> bool:
     """Whether the kernel runs. Under torch.compile "auto" leaves a `fusible` body to Inductor, which fuses it.
 

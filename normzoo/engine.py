@@ -94,7 +94,8 @@ def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:
     wanted = (x.shape[0], *x.shape[2:])
     if mask.shape != wanted:
         raise ValueError(
-            f"normalize: mask has shape {tuple(mask.shape)}; for this x it must be {wanted}, x without channels"
+            f"normalize: mask has shape {tuple(mask.shape)}; for this x it must be {wanted}, or with a "
+            "channel axis of one"
         )
     if mask.device != x.device:
         raise ValueError(f"normalize: mask is on {mask.device} but x is on {x.device}; move one to the other")
@@ -102,7 +103,7 @@ def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def _normalize(x: Tensor, combine: Combine, mask: Tensor | None, per_sample: bool) -> tuple[Tensor, Any]:
-    body = _Body(use_kernel(x, fusible=False))
+    body = _Passes(use_kernel(x, fusible=False))
     seen_through = transformed()
     if seen_through or not needs_grad(x):
         pivot, delta, m2 = body.moments(x, mask, per_sample)
@@ -111,7 +112,7 @@ def _normalize(x: Tensor, combine: Combine, mask: Tensor | None, per_sample: boo
         pivot, delta, m2, *inputs = _Moments.apply(x, mask, per_sample, body)
     m = Moments(passes.counts(x, mask, per_sample), pivot, delta, m2, regions=mask is not None)
     with _without_autocast(x.device.type):
-        scale, shift, aux = _made_by(combine, m)
+        scale, shift, aux = _combined(combine, m)
     if not seen_through and needs_grad(inputs[0], scale, shift):
         return _Apply.apply(*inputs, pivot, scale, shift, mask, body), aux
     return body.apply(x, mask, pivot, scale, shift), aux
@@ -123,7 +124,7 @@ def _without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False)
 
 
-def _made_by(combine: Combine, m: Moments) -> tuple[Tensor, Tensor, Any]:
+def _combined(combine: Combine, m: Moments) -> tuple[Tensor, Tensor, Any]:
     made = combine(m)
     if not isinstance(made, tuple) or len(made) not in (2, 3):
         raise TypeError("normalize: combine must return (scale, shift) or (scale, shift, aux)")
@@ -133,7 +134,7 @@ def _made_by(combine: Combine, m: Moments) -> tuple[Tensor, Tensor, Any]:
         if not isinstance(t, Tensor):
             raise TypeError(f"normalize: combine returned a {type(t).__name__} for {name}; it must be a tensor")
         if t.dim() > len(shape) or any(
-            a not in (1, b) for a, b in zip(t.shape[::-1], shape[::-1], strict=False)
+            a != 1 and a != b for a, b in zip(t.shape[::-1], shape[::-1], strict=False)
         ):
             raise ValueError(
                 f"normalize: combine returned a {name} of shape {tuple(t.shape)}; it must broadcast to the "
@@ -142,7 +143,7 @@ def _made_by(combine: Combine, m: Moments) -> tuple[Tensor, Tensor, Any]:
     return scale.to(dtype).expand(shape), shift.to(dtype).expand(shape), aux[0] if aux else None
 
 
-class _Body:
+class _Passes:
     """The four passes: by kernels where these run, else in eager PyTorch."""
 
     def __init__(self, kernels: bool) -> None:
@@ -175,7 +176,7 @@ class _Body:
         return getattr(passes, name)(*args)
 
 
-_PLAIN = _Body(kernels=False)
+_PLAIN = _Passes(kernels=False)
 
 
 class _Moments(Function):
@@ -216,7 +217,7 @@ def _slope_and_offset(x, mask, pivot, delta, d_delta, d_m2) -> tuple[Tensor | No
         return None, None
     slope, offset = torch.zeros_like(pivot), torch.zeros_like(pivot)
     if d_delta is not None:
-        offset = d_delta / passes.at_least_one(passes.counts(x, mask, _of_samples(pivot, mask)))
+        offset = d_delta / passes.divisor(passes.counts(x, mask, _of_samples(pivot, mask)))
     if d_m2 is not None:
         slope = 2 * d_m2
         offset = offset - slope * delta
@@ -228,6 +229,9 @@ def _of_samples(pivot: Tensor, mask: Tensor | None) -> bool:
 
 
 class _Apply(Function):
+    """The affine map. The gradient of y goes to pseudo as it is, that of the carrier is the scale; neither is
+    looked at, and x is read and saved as real."""
+
     @staticmethod
     def forward(ctx, pseudo, real, carrier, pivot, scale, shift, mask, body):
         ctx.save_for_backward(real, pivot, scale, mask)

@@ -18,12 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from . import ranks
+from . import checks, ranks
+from .passes import divisor
 
 
 @dataclass(frozen=True, eq=False)
 class Sets:
-    """Disjoint sets of values. Tensors are ([2 regions,] [sets of samples,] sets of channels)."""
+    """Disjoint sets of values. Tensors are ([2 regions,] [sets of samples,] sets of channels).
+
+    With regions a merged batch leaves an axis of size 1.
+    """
 
     count: Any
     """Values in each set: a number, or a tensor that broadcasts with the others."""
@@ -33,24 +37,25 @@ class Sets:
 
     @property
     def mean(self) -> Tensor:
+        """The mean, rounded."""
         return self.pivot + self.delta
 
     @property
     def var(self) -> Tensor:
-        """Biased: m2 / count."""
-        return self.m2 / _divisor(self.count)
+        """The biased variance, m2 / count."""
+        return self.m2 / divisor(self.count)
 
     @property
     def unbiased_var(self) -> Tensor:
         """m2 / (count − 1)."""
-        return self.m2 / _divisor(self.count - 1)
+        return self.m2 / divisor(self.count - 1)
 
     def merged(self, dim: int, keepdim: bool = False) -> Sets:
         """The unions of the sets along `dim`."""
         if isinstance(self.count, Tensor):
             count = self.count.expand(self.m2.shape)
             n = count.sum(dim, keepdim=True)
-            share = count / _divisor(n)
+            share = count / divisor(n)
         else:
             count, n = self.count, self.count * self.m2.shape[dim]
             share = 1 / max(self.m2.shape[dim], 1)
@@ -70,11 +75,6 @@ class Sets:
         """With a tensor for the count, as large as the others."""
         count = self.count if isinstance(self.count, Tensor) else torch.full_like(self.m2, self.count)
         return Sets(count.expand(self.m2.shape), self.pivot, self.delta, self.m2)
-
-
-def _divisor(n: Any) -> Any:
-    """n, or 1 where it is not positive: of nothing, the statistics are zero."""
-    return torch.where(n > 0, n, 1) if isinstance(n, Tensor) else max(n, 1)
 
 
 class Moments:
@@ -103,9 +103,9 @@ class Moments:
 
     def __init__(self, count: Any, pivot: Tensor, delta: Tensor, m2: Tensor, *, regions: bool = False) -> None:
         self.pivot = pivot
-        """Of every entry, merged or not: x − pivot is what a combine's scale and shift act on."""
+        """x − pivot is what scale and shift act on; of every entry, merged or not."""
         self.sets = Sets(count, pivot, delta, m2)
-        """The distinct sets, each once: for stored statistics, which want no copies."""
+        """The distinct sets, each once, as stored statistics want them."""
         self._regions = regions
         self._chunks: tuple[int, bool] | None = None
         """Samples of a set, and whether these are interleaved."""
@@ -114,6 +114,7 @@ class Moments:
 
     @property
     def count(self) -> Any:
+        """How many values the set has, a number or a tensor that broadcasts."""
         return self._at_entries(self.sets.count) if isinstance(self.sets.count, Tensor) else self.sets.count
 
     @property
@@ -125,11 +126,12 @@ class Moments:
 
     @property
     def m2(self) -> Tensor:
+        """The sum of the squared differences from the mean."""
         return self._at_entries(self.sets.m2)
 
     @property
     def mean(self) -> Tensor:
-        """pivot + delta, rounded: to store, to show; what is subtracted from x is better taken from delta."""
+        """The mean, rounded, to store or to show. What is subtracted from x is better taken from delta."""
         return self._at_entries(self.sets.mean)
 
     @property
@@ -140,7 +142,18 @@ class Moments:
     def standardize(
         self, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
     ) -> tuple[Tensor, Tensor]:
-        """(scale, shift) of weight · (x − mean) / sqrt(var + eps) + bias, each of them (C,) or None."""
+        """(scale, shift) of weight · (x − mean) / sqrt(var + eps) + bias.
+
+        Args:
+            weight, bias: (C,), or of as many dimensions as ``m.pivot``, such as (2, 1, C) for one a region with
+                statistics of samples; None leaves them out.
+            eps: added to the biased variance.
+
+        Raises:
+            ValueError: weight or bias have another shape.
+        """
+        for name, t in (("weight", weight), ("bias", bias)):
+            self._check_parameter(name, t)
         scale = torch.rsqrt(self.var + eps)
         if weight is not None:
             scale = scale * weight
@@ -152,7 +165,11 @@ class Moments:
 
         Args:
             weights: (N,), how much each sample counts; all the same by default.
-            group: a process group, as for :meth:`across_ranks`; None stays on this rank.
+            group: a process group, whose ranks are merged too, as by :meth:`across_ranks`; None stays on this
+                rank.
+
+        Raises:
+            ValueError: weights have another shape, or samples are merged already.
         """
         found = self
         if self._samples:
@@ -175,9 +192,15 @@ class Moments:
         """One set for `size` samples: consecutive ones, of which the last may be fewer.
 
         With `interleaved`, sample i of N belongs to set i modulo N / size, which must divide.
+
+        Raises:
+            ValueError: size is not positive or does not divide, or samples are merged already.
         """
+        checks.positive("Moments.over_chunks", "size", size)
         if not self._samples or self._chunks:
-            raise ValueError("Moments.over_chunks: needs statistics of samples that are not merged yet")
+            raise ValueError(
+                "Moments.over_chunks: needs statistics of samples (per_sample=True) that are not merged yet"
+            )
         n = self.sets.m2.shape[-2]
         short, count = -n % size, -(-n // size)
         if interleaved and short:
@@ -192,10 +215,19 @@ class Moments:
         return found
 
     def over_groups(self, groups: int) -> Moments:
-        """One set for each of `groups` blocks of consecutive channels."""
+        """One set for each of `groups` blocks of consecutive channels.
+
+        Groups of each sample with ``per_sample=True``; else the samples are merged already, and these are
+        groups of the batch.
+
+        Raises:
+            ValueError: groups is not positive or does not divide the channels (or what they were merged to).
+        """
+        checks.positive("Moments.over_groups", "groups", groups)
         channels = self.sets.m2.shape[-1]
-        if groups < 1 or channels % groups:
-            raise ValueError(f"Moments.over_groups: groups is {groups}; it must divide the {channels} channels")
+        if channels % groups:
+            what = "channels" if channels == self.pivot.shape[-1] else "groups that are left"
+            raise ValueError(f"Moments.over_groups: groups is {groups}; it must divide the {channels} {what}")
         size = channels // groups
         sets = self.sets if not isinstance(self.sets.count, Tensor) else self.sets.counted()
         return self._merged(sets.each(lambda t: t.unflatten(-1, (groups, size))).merged(-1))
@@ -209,14 +241,17 @@ class Moments:
 
         One gather of one packed tensor here, and one in the backward pass. Every rank has to call it, also one
         whose batch is empty. The identity where torch.distributed is not set up or has one rank.
+
+        Raises:
+            ValueError: the samples, each of which lives on one rank, are not merged yet.
         """
-        if ranks.size(process_group) == 1:
-            return self
         if self._samples:
             raise ValueError(
                 "Moments.across_ranks: a sample lives on one rank; merge with over_batch() before, or take the "
                 "moments with per_sample=False"
             )
+        if ranks.size(process_group) == 1:
+            return self
         own = self.sets.counted()
         return self._merged(Sets(*_AcrossRanks.apply(own.count, own.pivot, own.delta, own.m2, process_group)))
 
@@ -225,12 +260,25 @@ class Moments:
 
         A second map, z · scale2 + shift2, is (x − pivot) · (scale · scale2) + (shift · scale2 + shift2): two
         norms at the price of one.
+
+        Raises:
+            ValueError: sets are merged already.
         """
         if self.sets.pivot is not self.pivot:
             raise ValueError("Moments.affine: the sets are merged already; take it before merging them")
         delta = self.sets.delta * scale + shift
         m2 = (self.sets.m2 * scale.square()).expand(delta.shape)
         return Moments(self.sets.count, torch.zeros_like(delta), delta, m2, regions=self._regions)
+
+    def _check_parameter(self, name: str, t: Tensor | None) -> None:
+        shape = self.pivot.shape
+        if t is None or t.dim() == 0 or t.shape == shape[-1:]:
+            return
+        if t.dim() != len(shape) or any(a != 1 and a != b for a, b in zip(t.shape, shape, strict=True)):
+            raise ValueError(
+                f"Moments.standardize: {name} has shape {tuple(t.shape)}; it must be {tuple(shape[-1:])}, or "
+                f"broadcast with the statistics, {tuple(shape)}, and have as many dimensions"
+            )
 
     def _merged(self, sets: Sets) -> Moments:
         found = copy.copy(self)
@@ -270,7 +318,7 @@ class _AcrossRanks(Function):
         count, pivot, delta, n, base, rest = ctx.saved_tensors
         d_n, d_rest, d_m2 = _Total.apply(d_n, d_rest, d_m2, ctx.process_group)
         away = (pivot - base) + delta - rest
-        d_rest = d_rest / _divisor(n)
+        d_rest = d_rest / divisor(n)
         d_count = d_n + away * d_rest + away.square() * d_m2
         return d_count, None, count * (d_rest + 2 * away * d_m2), d_m2, None
 

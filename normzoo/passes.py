@@ -7,6 +7,7 @@ and 1, every pixel belongs to one of two regions, and statistics have a leading 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def moments(x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[Tensor, T
     delta holds what the rounding of the pivot lost, so that x − pivot − delta keeps its digits far from zero.
     """
     h = at_least_float32(x)
-    n = at_least_one(counts(x, mask, per_sample))
+    n = divisor(counts(x, mask, per_sample))
     pivot = (_total(h, mask, per_sample) / n).detach()
     h = h - _spread(pivot, x, mask)
     delta = _total(h, mask, per_sample) / n
@@ -62,12 +63,13 @@ def counts(x: Tensor, mask: Tensor | None, per_sample: bool) -> int | Tensor:
     if mask is None:
         return full
     hole = mask.flatten(1).sum(1) if per_sample else mask.sum()
-    return torch.stack((full - hole, hole)).unsqueeze(-1).float()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.stack((full - hole, hole)).unsqueeze(-1).to(dtype)
 
 
-def at_least_one(n: int | Tensor) -> int | Tensor:
-    """Divisor that leaves the statistics of nothing at zero."""
-    return n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1)
+def divisor(n: Any) -> Any:
+    """n, or 1 where it is not positive: of nothing, the statistics are zero."""
+    return torch.where(n > 0, n, 1) if isinstance(n, Tensor) else max(n, 1)
 
 
 def _spread(statistic: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -33,7 +33,10 @@ def snapshot(state: Tensor) -> Tensor:
 
 
 def recomputing() -> bool:
-    """Whether activation checkpointing runs this forward a second time, inside of a backward pass."""
+    """Whether this runs inside of a backward pass, as the second forward of activation checkpointing does.
+
+    Any other forward in there, such as one in a hook of a tensor, cannot be told from it.
+    """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -51,6 +54,19 @@ def average(old: Tensor, new: Tensor, factor: float | Tensor) -> Tensor:
     return (1 - factor) * old.to(wide) + factor * new.detach()
 
 
+def moved(
+    pairs: Iterable[tuple[Tensor, Tensor]], count: Any, factor: float | Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Of each (running, new) pair the running tensor and the value it moves to, for :func:`commit`.
+
+    `count`: values that the new statistics were taken over; of nothing, nothing moves.
+    """
+    if not isinstance(count, Tensor):
+        return [(old, average(old, new, factor).to(old.dtype)) for old, new in pairs] if count else []
+    some = (count > 0).all()  # across ranks, all of which may have empty batches
+    return [(old, torch.where(some, average(old, new, factor).to(old.dtype), old)) for old, new in pairs]
+
+
 def finite(*statistics: Tensor) -> Tensor:
     """Whether all of them are finite: one bool on the device."""
     return torch.stack([torch.isfinite(s).all() for s in statistics]).all()
@@ -65,7 +81,10 @@ class Running(_NormBase):
         process_group: None means the world.
         nonfinite: what a batch with NaN or infinite statistics does to the state: ``"propagate"`` (as in torch,
             it stays NaN) or ``"skip"`` (the state stays as it is, num_batches_tracked included, and
-            ``batches_skipped`` counts).
+            ``batches_skipped`` counts); so too where the statistics do not fit the dtype of the buffers.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range, or without effect.
     """
 
     batches_skipped: Tensor | None
@@ -90,6 +109,11 @@ class Running(_NormBase):
         checks.eps(layer, eps)
         checks.momentum(layer, momentum)
         checks.choice(layer, "nonfinite", nonfinite, NONFINITE)
+        checks.flag(layer, "sync", sync)
+        if process_group is not None and not sync:
+            raise ValueError(f"{layer}: process_group is given and sync is False; it needs sync=True")
+        if nonfinite == "skip" and not track_running_stats:
+            raise ValueError(f'{layer}: nonfinite="skip" needs track_running_stats=True, it is False')
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:  # torch 2.11 has no such argument
             self.register_parameter("bias", None)
@@ -111,13 +135,10 @@ class Running(_NormBase):
             nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        extra = [f"{name}={value!r}" for name, value in self._options().items()]
-        return ", ".join((super().extra_repr(), *extra))
-
-    def _options(self) -> dict[str, Any]:
-        """Arguments beyond torch's that are not at their defaults."""
-        shown = {"sync": self.sync, "nonfinite": self.nonfinite}
-        return {name: shown[name] for name, usual in _DEFAULTS.items() if shown[name] != usual}
+        extra = ", sync=True" if self.sync else ""
+        if self.nonfinite != "propagate":
+            extra += f", nonfinite={self.nonfinite!r}"
+        return super().extra_repr() + extra
 
     def _stored(self) -> tuple[Tensor, Tensor]:
         """The running mean and variance."""
@@ -132,22 +153,18 @@ class Running(_NormBase):
         factor: weight of the new values; by default momentum, or that of the plain average.
         """
         running_mean, running_var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
-        if running_mean is None or running_var is None or tracked is None or recomputing():
+        if running_mean is None or running_var is None or recomputing():
             return
-        good = finite(mean, var) if self.nonfinite == "skip" else None
-        number = tracked + batches
+        number = None if tracked is None else tracked + batches
         if factor is None:
-            factor = batches / number.to(mean.dtype) if self.momentum is None else self.momentum
-        updates = [(running_mean, average(running_mean, mean, factor))]
-        updates += [(running_var, average(running_var, var, factor))]
-        if isinstance(count, Tensor):  # across ranks, all of which may have empty batches
-            some = (count > 0).all()
-            updates = [(old, torch.where(some, new, old)) for old, new in updates]
-        elif count == 0:
-            updates, good = [], None  # nothing to tell about, also where its mean is NaN
-        commit([*updates, (tracked, number)], good)
-        if self.batches_skipped is not None and good is not None:
-            commit([(self.batches_skipped, self.batches_skipped + 1)], ~good)
-
-
-_DEFAULTS = {"sync": False, "nonfinite": "propagate"}
+            factor = self.momentum
+        if factor is None:
+            factor = 0.0 if number is None else batches / number.to(mean.dtype)
+        updates = moved(((running_mean, mean), (running_var, var)), count, factor)
+        counted = [] if tracked is None or number is None else [(tracked, number)]
+        if self.batches_skipped is None or not updates:
+            commit([*updates, *counted])
+            return
+        good = finite(*(new for _, new in updates))
+        commit([*updates, *counted], good)
+        commit([(self.batches_skipped, self.batches_skipped + 1)], ~good)

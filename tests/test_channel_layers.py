@@ -84,6 +84,11 @@ def test_bad_arguments_are_refused(entry, cls):
                 cls(**good | {name: value})
             tried += 1
     assert tried >= 5
+    if issubclass(cls, normzoo.state.Running):
+        with pytest.raises(TypeError, match=f"{cls.__name__}: sync is 'yes'; it must be True or False"):
+            cls(*entry.arguments, sync="yes")
+        with pytest.raises(ValueError, match="process_group is given and sync is False"):
+            cls(*entry.arguments, process_group=object())
     with pytest.raises(TypeError, match="unexpected keyword"):
         cls(**good, epsilon=1e-5)
 
@@ -127,6 +132,12 @@ def test_functions_refuse_what_does_not_fit(entry):
 
 def test_functions_want_both_statistics():
     x, mean = torch.randn(4, 3, 2), torch.zeros(3)
+    for momentum in (None, 5.0, True):
+        stored = torch.zeros(16), torch.ones(16)
+        with pytest.raises(ValueError, match=f"norm: momentum is {momentum}; it must be a number from 0 to 1"):
+            normzoo.functional.batch_norm(torch.randn(4, 16), *stored, training=True, momentum=momentum)
+        with pytest.raises(ValueError, match=f"norm: momentum is {momentum}; it must be a number from 0 to 1"):
+            normzoo.functional.instance_norm(torch.randn(4, 16, 2), *stored, momentum=momentum)
     with pytest.raises(ValueError, match="batch_norm: running_mean and running_var must both be given"):
         normzoo.functional.batch_norm(x, mean, None, training=True)
     with pytest.raises(ValueError, match="batch_norm: without training it needs running_mean"):
@@ -160,6 +171,8 @@ def test_one_value_has_no_variance(name):
 
 
 def test_groups_must_divide_the_channels():
+    with pytest.raises(ValueError, match=r"GroupNorm: num_channels is 16 but the input has shape \(2, 8, 4\)"):
+        normzoo.GroupNorm(4, 16, affine=False)(torch.randn(2, 8, 4))
     with pytest.raises(ValueError, match="GroupNorm: num_groups is 3; it must divide num_channels = 16"):
         normzoo.GroupNorm(3, 16)
     with pytest.raises(ValueError, match=r"group_norm: num_groups is 3 .*\(2, 16, 4\); it must divide the 16"):

@@ -6,7 +6,6 @@ from combines import CASES, Case, parameters
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import normzoo
 from normzoo.engine import normalize
 
 ALL = [pytest.param(case, id=name) for name, case in CASES.items()]
@@ -53,11 +52,14 @@ def test_derivatives(case: Case):
     assert torch.autograd.gradgradcheck(case.engine, tensors)
 
 
-@pytest.mark.parametrize("case", ALL)
-def test_compiled_graphs_compute_the_same(case: Case):
+COMPILED = {**{name: (case, None) for name, case in CASES.items()}, "any size": (CASES["ghost"], True)}
+
+
+@pytest.mark.parametrize(("case", "dynamic"), COMPILED.values(), ids=COMPILED)
+def test_compiled_graphs_compute_the_same(case: Case, dynamic):
     torch._dynamo.reset()
     tensors = leaves(4, 6, 3, 2)
-    compiled = torch.compile(case.engine, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(case.engine, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     torch.testing.assert_close(compiled(*tensors), case.engine(*tensors))
     dy = torch.randn(4, 6, 3, 2, dtype=torch.float64)
     torch.testing.assert_close(gradients(compiled, tensors, dy), gradients(case.engine, tensors, dy))
@@ -326,10 +328,3 @@ REFUSALS = {
 def test_what_does_not_fit_is_refused(call, error, match):
     with pytest.raises(error, match=f"normalize: .*{match}"):
         call(torch.randn(4, 3, 5))
-
-
-def test_the_reference_is_eager():
-    x = torch.randn(4, 3, 5)
-    with normzoo.backend("reference"):
-        y, _ = normalize(x, batch)
-    assert torch.equal(y, normalize(x, batch)[0])

@@ -34,6 +34,10 @@ def grouped(x: Tensor, groups: int) -> Tensor:
     return found.repeat_interleave(x.shape[1] // groups, 2)
 
 
+def groups_of_the_batch(x: Tensor) -> Tensor:
+    return grouped(x.transpose(0, 1).reshape(1, 8, -1), 2)[:, 0]
+
+
 def direct(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Mean, biased variance and count, stacked."""
     var, mean = torch.var_mean(x, dims, correction=0)
@@ -46,8 +50,8 @@ MERGES = {
     "groups": (lambda m: m.over_groups(4), lambda x: grouped(x, 4)),
     "channels": (lambda m: m.over_channels(), lambda x: grouped(x, 1)),
     "groups of groups": (lambda m: m.over_groups(4).over_groups(2), lambda x: grouped(x, 2)),
-    "batch, groups": (lambda m: m.over_batch().over_groups(2), lambda x: grouped(x.transpose(0, 1).reshape(1, 8, -1), 2)[:, 0]),
-    "groups, batch": (lambda m: m.over_groups(2).over_batch(), lambda x: grouped(x.transpose(0, 1).reshape(1, 8, -1), 2)[:, 0]),
+    "batch, groups": (lambda m: m.over_batch().over_groups(2), groups_of_the_batch),
+    "groups, batch": (lambda m: m.over_groups(2).over_batch(), groups_of_the_batch),
     "batch twice": (lambda m: m.over_batch().over_batch(), lambda x: direct(x, (0, 2))),
     "chunks": (lambda m: m.over_chunks(4), lambda x: chunked(x, 4)),
     "chunks, batch": (lambda m: m.over_chunks(4).over_batch(), lambda x: direct(x, (0, 2))),
@@ -81,17 +85,13 @@ def test_float32_keeps_its_digits_at_a_large_mean(merge, by_hand):
 
 
 def test_sets_hold_every_set_once():
-    m = moments(values(7))
+    x = values(7)
+    m = moments(x)
     assert m.sets.mean.shape == (7, 8)
     assert m.over_batch().sets.mean.shape == (8,)
     assert m.over_groups(2).sets.mean.shape == (7, 2)
     assert m.over_chunks(3).sets.count[:, 0].tolist() == [15, 15, 5]
-    torch.testing.assert_close(m.sets.unbiased_var, torch.var(values_of(m), 2))
-
-
-def values_of(m: Moments) -> Tensor:
-    torch.manual_seed(0)  # as the fixture of every test does
-    return values(7)
+    torch.testing.assert_close(m.sets.unbiased_var, torch.var(x, 2))
 
 
 def test_weights_count_samples():
@@ -171,12 +171,31 @@ def test_one_rank_is_the_identity():
     assert m.across_ranks() is m
 
 
+def test_counts_of_regions_are_exact():
+    mask = torch.zeros(1, 2**24 + 3, dtype=torch.uint8)
+    mask[0, 0] = 1
+    count = passes.counts(torch.empty(1, 1, 2**24 + 3, dtype=torch.float64, device="meta"), mask, False)
+    assert count.tolist() == [[2**24 + 2], [1]]
+
+
+def test_a_parameter_for_each_region():
+    x, mask = values(2), (torch.rand(2, 5) > 0.4).to(torch.uint8)
+    m, w = moments(x, True, mask), torch.rand(2, 1, 8, dtype=torch.float64)
+    scale, _ = m.standardize(w)
+    torch.testing.assert_close(scale[1] * (m.var[1] + 1e-5).sqrt(), w[1].expand(2, -1))
+
+
 REFUSALS = {
     "groups": (lambda m: m.over_groups(3), "groups is 3; it must divide the 8 channels"),
     "chunks": (lambda m: m.over_chunks(4, True), "size is 4; interleaved it must divide the 6 samples"),
     "chunks of one set": (lambda m: m.over_batch().over_chunks(2), "over_chunks: needs statistics of samples"),
     "weights": (lambda m: m.over_batch(torch.ones(5)), r"weights has shape \(5,\); it must be \(N,\) = \(6,\)"),
     "weights twice": (lambda m: m.over_batch().over_batch(torch.ones(6)), "weights need statistics of samples"),
+    "ranks": (lambda m: m.across_ranks(), "a sample lives on one rank; merge with over_batch"),
+    "no samples a chunk": (lambda m: m.over_chunks(0), "size is 0; it must be a positive int"),
+    "groups of groups": (lambda m: m.over_groups(4).over_groups(8), "divide the 4 groups that are left"),
+    "weight": (lambda m: m.standardize(torch.ones(3)), r"weight has shape \(3,\); it must be \(8,\), or"),
+    "bias": (lambda m: m.standardize(bias=torch.ones(6, 1, 1)), r"bias has shape \(6, 1, 1\)"),
     "affine": (lambda m: m.over_batch().affine(m.var, m.var), "affine: the sets are merged already"),
 }
 

@@ -238,6 +238,22 @@ def test_a_bad_batch(value, way, momentum, dtype):
     assert skipping.batches_skipped == skipping.num_batches_tracked == 0
 
 
+def test_statistics_that_do_not_fit_their_buffer_are_skipped():
+    layer = BatchNorm2d(3, nonfinite="skip").half()
+    before = tensors(layer)
+    before["batches_skipped"] += 1
+    layer((1000 * torch.randn(4, 3, 2, 2)).half())  # a variance of 1e6
+    same(tensors(layer), before)
+
+
+def test_running_statistics_without_a_counter():
+    ours, theirs, (x,) = BatchNorm2d(3), nn.BatchNorm2d(3), batches(1)
+    for layer in (ours, theirs):
+        layer.num_batches_tracked = None
+        layer(x)
+    close(ours.state_dict(), theirs.state_dict())
+
+
 def test_commit_writes_all_or_nothing():
     a, b = torch.ones(2), torch.ones((), dtype=torch.long)
     updates = [(a, torch.full((2,), float("nan"), requires_grad=True)), (b, b + 1)]

@@ -16,11 +16,11 @@ from .. import checks, ranks
 from ..dispatch import use_kernel
 from ..engine import normalize
 from ..moments import Moments
-from ..state import Running, average, commit, recomputing
+from ..state import Running, commit, moved, recomputing
 from . import native
 
 Statistics = tuple[Tensor, Tensor, Any]
-"""Mean and unbiased variance of a batch, and how many values they were taken over."""
+"""Mean and unbiased variance of a batch, and how many values (or samples) they were taken over."""
 
 
 def batch_norm(
@@ -55,28 +55,17 @@ def batch_norm(
     tensor([[-1.0000],
             [ 1.0000]])
     """
-    tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    checks.channels("batch_norm", x, None, **tensors)
+    checks.channels("batch_norm", x, None, weight=weight, bias=bias)
+    checks.channels("batch_norm", x, None, running_mean=running_mean, running_var=running_var)
     checks.eps("batch_norm", eps)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("batch_norm: running_mean and running_var must both be given, or neither")
+    checks.momentum("batch_norm", momentum, average=False)
+    running = checks.running("batch_norm", running_mean, running_var, "training", training)
     if not training:
-        if running_mean is None or running_var is None:
-            raise ValueError("batch_norm: without training it needs running_mean and running_var")
-        return with_stored(x, running_mean, running_var, weight, bias, eps)
+        return native.with_stored(x, running, weight, bias, eps)
     y, (mean, var, count) = with_batch("batch_norm", x, weight, bias, eps)
-    if running_mean is not None and running_var is not None and count and not recomputing():
-        pairs = (running_mean, mean), (running_var, var)
-        commit([(old, average(old, new, momentum)) for old, new in pairs])
+    if running and not recomputing():
+        commit(moved(zip(running, (mean, var), strict=True), count, momentum))
     return y
-
-
-def with_stored(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """x normalized by given statistics: torch's operator, which needs no help."""
-    mean, var, weight, bias = native.in_statistics_dtype(x, mean, var, weight, bias)
-    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
 
 def with_batch(
@@ -96,7 +85,7 @@ def with_batch(
             f"{layer}: Expected more than 1 value per channel when training, got input size {tuple(x.shape)}; "
             "use a larger batch or eval mode"
         )
-    if sync or use_kernel(x, None, weight, bias, fusible=False):
+    if sync or use_kernel(x, weight, bias, fusible=False):
 
         def combine(m: Moments):
             m = m.across_ranks(process_group) if sync else m
@@ -115,7 +104,7 @@ class _BatchNorm(Running):
         checks.dimensions(layer, input, self._check_input_dim)
         checks.channels(layer, input, self.num_features, weight=self.weight, running_mean=self.running_mean)
         if not self.training and self.running_mean is not None and self.running_var is not None:
-            return with_stored(input, *self._stored(), self.weight, self.bias, self.eps)
+            return native.with_stored(input, self._stored(), self.weight, self.bias, self.eps)
         how = {"sync": self.sync and self.training, "process_group": self.process_group}
         y, statistics = with_batch(layer, input, self.weight, self.bias, self.eps, **how)
         if self.training and self.track_running_stats:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from .batch import with_stored
+from . import native
 
 
 def frozen_batch_norm(
@@ -41,10 +41,10 @@ def frozen_batch_norm(
     >>> frozen_batch_norm(torch.tensor([[3.0]]), torch.tensor([1.0]), torch.tensor([4.0]))
     tensor([[1.0000]])
     """
-    tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    checks.channels("frozen_batch_norm", x, None, **tensors)
+    checks.channels("frozen_batch_norm", x, None, weight=weight, bias=bias)
+    checks.channels("frozen_batch_norm", x, None, running_mean=running_mean, running_var=running_var)
     checks.eps("frozen_batch_norm", eps)
-    return with_stored(x, running_mean, running_var, weight, bias, eps)
+    return native.with_stored(x, (running_mean, running_var), weight, bias, eps)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -88,7 +88,7 @@ class FrozenBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         checks.channels("FrozenBatchNorm", x, self.num_features, weight=self.weight)
-        return with_stored(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        return native.with_stored(x, (self.running_mean, self.running_var), self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"

@@ -17,7 +17,7 @@ from .. import checks, ranks
 from ..engine import normalize
 from ..moments import Moments, Sets
 from ..state import Running
-from .batch import with_stored
+from . import native
 
 SPLITS = ("floor", "ceil", "interleaved")
 STATS = ("sequential", "scaled")
@@ -110,6 +110,7 @@ class GhostBatchNorm(Running):
             does so with momentum divided by the number of ghost batches (Composer).
         sync: average the running statistics over all ranks of `process_group`; ghost batches stay on theirs.
         process_group, nonfinite: as in :class:`normzoo.BatchNorm2d`.
+        bias: whether an affine layer has a bias.
 
     Raises:
         ValueError, TypeError: an argument, or the input of a call, does not fit.
@@ -132,6 +133,7 @@ class GhostBatchNorm(Running):
         sync: bool = False,
         process_group: Any = None,
         nonfinite: str = "propagate",
+        bias: bool = True,
         device=None,
         dtype=None,
     ) -> None:
@@ -139,13 +141,13 @@ class GhostBatchNorm(Running):
         checks.choice("GhostBatchNorm", "split", split, SPLITS)
         checks.choice("GhostBatchNorm", "stats", stats, STATS)
         self.ghost_batch_size, self.split, self.stats = ghost_batch_size, split, stats
-        options = {"sync": sync, "process_group": process_group, "nonfinite": nonfinite}
+        options = {"bias": bias, "sync": sync, "process_group": process_group, "nonfinite": nonfinite}
         super().__init__(num_features, eps, momentum, affine, True, device, dtype, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         checks.channels("GhostBatchNorm", x, self.num_features, weight=self.weight)
         if not self.training:
-            return with_stored(x, *self._stored(), self.weight, self.bias, self.eps)
+            return native.with_stored(x, self._stored(), self.weight, self.bias, self.eps)
         how = (self.ghost_batch_size, self.weight, self.bias, self.eps, self.split)
         y, ghosts = _with_ghosts("GhostBatchNorm", x, *how)
         self._follow(ghosts, x.shape[0] if x.numel() else 0)

@@ -41,9 +41,15 @@ def group_norm(
 
 
 def _group_norm(
-    layer: str, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    layer: str,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    num_channels: int | None = None,
 ) -> Tensor:
-    checks.channels(layer, x, None, weight=weight, bias=bias)
+    checks.channels(layer, x, num_channels, "num_channels", weight=weight, bias=bias)
     checks.eps(layer, eps)
     checks.positive(layer, "num_groups", num_groups)
     if x.shape[1] % num_groups:
@@ -53,10 +59,10 @@ def _group_norm(
         )
     if x.numel() == num_groups:
         raise ValueError(
-            f"{layer}: Expected more than 1 value per channel when training, got input size {tuple(x.shape)} "
-            f"for {num_groups} groups; use fewer groups"
+            f"{layer}: Expected more than 1 value per group, got input size {tuple(x.shape)} for {num_groups} "
+            "groups; use fewer groups"
         )
-    if not x.numel() or use_kernel(x, None, weight, bias, fusible=False):  # torch: NaN gradients of nothing
+    if not x.numel() or use_kernel(x, weight, bias, fusible=False):  # torch: NaN gradients of nothing
 
         def combine(m: Moments):
             return m.over_groups(num_groups).standardize(weight, bias, eps)
@@ -110,5 +116,5 @@ class GroupNorm(nn.GroupNorm):
             nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        checks.channels("GroupNorm", input, self.num_channels)
-        return _group_norm("GroupNorm", input, self.num_groups, self.weight, self.bias, self.eps)
+        how = (self.num_groups, self.weight, self.bias, self.eps, self.num_channels)
+        return _group_norm("GroupNorm", input, *how)

@@ -17,9 +17,9 @@ from .. import checks, ranks
 from ..dispatch import use_kernel
 from ..engine import normalize
 from ..moments import Moments
-from ..state import Running, average, commit, recomputing
+from ..state import Running, commit, moved, recomputing
 from . import native
-from .batch import Statistics, with_stored
+from .batch import Statistics
 
 
 def instance_norm(
@@ -54,19 +54,16 @@ def instance_norm(
     tensor([[[-1.0000,  1.0000],
              [-1.0000,  1.0000]]])
     """
-    tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    checks.channels("instance_norm", x, None, **tensors)
+    checks.channels("instance_norm", x, None, weight=weight, bias=bias)
+    checks.channels("instance_norm", x, None, running_mean=running_mean, running_var=running_var)
     checks.eps("instance_norm", eps)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("instance_norm: running_mean and running_var must both be given, or neither")
+    checks.momentum("instance_norm", momentum, average=False)
+    running = checks.running("instance_norm", running_mean, running_var, "use_input_stats", use_input_stats)
     if not use_input_stats:
-        if running_mean is None or running_var is None:
-            raise ValueError("instance_norm: without use_input_stats it needs running_mean and running_var")
-        return with_stored(x, running_mean, running_var, weight, bias, eps)
+        return native.with_stored(x, running, weight, bias, eps)
     y, (mean, var, count) = _with_own("instance_norm", x, weight, bias, eps)
-    if running_mean is not None and running_var is not None and count and not recomputing():
-        pairs = (running_mean, mean), (running_var, var)
-        commit([(old, average(old, new, momentum)) for old, new in pairs])
+    if running and not recomputing():
+        commit(moved(zip(running, (mean, var), strict=True), count, momentum))
     return y
 
 
@@ -78,7 +75,7 @@ def _with_own(
         raise ValueError(
             f"{layer}: Expected more than 1 spatial element when training, got input size {tuple(x.shape)}"
         )
-    if not x.numel() or use_kernel(x, None, weight, bias, fusible=False):  # torch's operator fails at nothing
+    if not x.numel() or use_kernel(x, weight, bias, fusible=False):  # torch's operator fails at nothing
 
         def combine(m: Moments):
             samples = x.shape[0] if x.numel() else 0
@@ -127,7 +124,7 @@ class _InstanceNorm(Running):
     def _forward(self, layer: str, x: Tensor) -> Tensor:
         checks.channels(layer, x, self.num_features, weight=self.weight, running_mean=self.running_mean)
         if not self.training and self.track_running_stats:
-            return with_stored(x, *self._stored(), self.weight, self.bias, self.eps)
+            return native.with_stored(x, self._stored(), self.weight, self.bias, self.eps)
         y, statistics = _with_own(layer, x, self.weight, self.bias, self.eps)
         if self.training and self.running_mean is not None:
             if self.sync:

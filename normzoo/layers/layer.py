@@ -42,7 +42,7 @@ def layer_norm(
     """
     shape = checks.rows("layer_norm", x, normalized_shape, weight, bias)
     checks.eps("layer_norm", eps)
-    if use_kernel(x, None, weight, bias):
+    if use_kernel(x, weight, bias):
         from normzoo_kernels.rows import norm
 
         def again(x, weight, bias):
@@ -82,7 +82,7 @@ def add_layer_norm(
     """
     shape = checks.rows("add_layer_norm", x, normalized_shape, weight, bias, residual)
     checks.eps("add_layer_norm", eps)
-    if use_kernel(x, residual, weight, bias):
+    if use_kernel(x, weight, bias, residual=residual):
         from normzoo_kernels.rows import add_norm
 
         def again(total, weight, bias):

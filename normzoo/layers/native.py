@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,3 +39,11 @@ def like(x: Tensor, y: Tensor) -> Tensor:
     if memory_format is None or x.is_contiguous() or not x.is_contiguous(memory_format=memory_format):
         return y
     return y.contiguous(memory_format=memory_format)
+
+
+def with_stored(
+    x: Tensor, statistics: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """x normalized by a given mean and variance: torch's operator, on every backend."""
+    mean, var, weight, bias = in_statistics_dtype(x, *statistics, weight, bias)
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)

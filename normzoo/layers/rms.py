@@ -56,7 +56,7 @@ def rms_norm(
     """
     shape = checks.rows("rms_norm", x, normalized_shape, weight, bias)
     eps = _options("rms_norm", x, weight, eps, offset, cast)
-    if use_kernel(x, None, weight, bias):
+    if use_kernel(x, weight, bias):
         from normzoo_kernels.rows import norm
 
         def again(x, weight, bias):
@@ -96,7 +96,7 @@ def add_rms_norm(
     """
     shape = checks.rows("add_rms_norm", x, normalized_shape, weight, bias, residual)
     number = _options("add_rms_norm", x, weight, eps, offset, cast)
-    if use_kernel(x, residual, weight, bias):
+    if use_kernel(x, weight, bias, residual=residual):
         from normzoo_kernels.rows import add_norm
 
         def again(total, weight, bias):
@@ -138,7 +138,7 @@ def crms_norm(
     """
     shape = checks.rows("crms_norm", x, normalized_shape, weight)
     checks.eps("crms_norm", eps)
-    if use_kernel(x, None, weight):
+    if use_kernel(x, weight):
         from normzoo_kernels.rows import norm
 
         def again(x, weight, bias):
