@@ -120,23 +120,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def describe(entry: Entry) -> dict:
-    """What the list and the info command show of a layer, ready for JSON."""
-    parameters = inspect.signature(entry.cls).parameters.values()
+def describe(entry: Entry, name: str = "") -> dict:
+    """What the list and the info command show of a layer, ready for JSON.
+
+    Args:
+        name: that of one of its classes, where it has several.
+    """
+    cls = next((cls for cls in entry.classes if cls.__name__ == name), entry.cls)
+    parameters = inspect.signature(cls).parameters.values()
     bare = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
     return {
         "name": entry.name,
-        "class": f"normzoo.{entry.cls.__name__}",
+        "class": f"normzoo.{cls.__name__}",
+        "classes": [cls.__name__ for cls in entry.classes],
         "title": entry.title,
         "family": entry.family,
         "layout": entry.layout,
         "kernel": entry.kernel,
         "couples_samples": entry.couples_samples,
-        "replaces": f"torch.nn.{entry.torch_class.__name__}" if entry.torch_class else None,
+        "replaces": f"torch.nn.{cls.__name__}" if entry.torch_class else None,
         "paper": f"https://arxiv.org/abs/{entry.paper}",
         "official_code": f"https://github.com/{entry.official}" if entry.official else None,
-        "constructor": f"{entry.cls.__name__}{bare}",
-        "doc": inspect.getdoc(entry.cls) or "",
+        "constructor": f"{cls.__name__}{bare}",
+        "doc": inspect.getdoc(cls) or "",
     }
 
 
@@ -166,10 +172,11 @@ def _info(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    about = describe(entry)
+    about = describe(entry, arguments.name)
     if arguments.json:
         print(json.dumps(about, indent=2))
         return 0
+    about["classes"] = ", ".join(about["classes"])
     about["kernel"] = "Triton" if entry.kernel else "none"
     about["couples_samples"] = "yes" if entry.couples_samples else "no"
     doc = _readable(about.pop("doc"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -205,8 +206,11 @@ def find(name: str) -> Entry:
     Raises:
         ValueError: there is none.
     """
-    for entry in ZOO:
-        if name in (entry.name, *(cls.__name__ for cls in entry.classes)):
-            return entry
-    known = ", ".join(entry.name for entry in ZOO)
-    raise ValueError(f"normzoo: there is no layer called {name!r}; there are {known}")
+    named = {known: entry for entry in ZOO for known in (entry.name, *(cls.__name__ for cls in entry.classes))}
+    if name in named:
+        return named[name]
+    lower = {known.lower(): known for known in named}
+    close = difflib.get_close_matches(name.lower(), lower, 1)
+    meant = f"; did you mean {lower[close[0]]}?" if close else ""
+    names = ", ".join(entry.name for entry in ZOO)
+    raise ValueError(f"normzoo: there is no layer called {name!r}; there are {names}{meant}")

@@ -105,11 +105,24 @@ def test_info_json(capsys):
     )
 
 
+def test_info_of_one_class_of_several(capsys):
+    assert cli.main(["info", "BatchNorm1d"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"class +normzoo.BatchNorm1d\n +classes +BatchNorm2d, BatchNorm1d, BatchNorm3d\n", printed)
+    assert re.search(r"replaces +torch.nn.BatchNorm1d\n", printed) and "\nBatchNorm1d(num_features," in printed
+    assert "input (N, C) or (N, C, L)" in printed
+
+
 def test_usage_errors(capsys):
-    assert cli.main(["info", "layernorm"]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1
-    assert "no layer called 'layernorm'" in err and all(entry.name in err for entry in normzoo.ZOO)
+    for wrong, near in {
+        "batchnorm": "batch_norm",
+        "LayerNrom": "LayerNorm",
+        "batchnorm3D": "BatchNorm3d",
+    }.items():
+        assert cli.main(["info", wrong]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and err.endswith(f"; did you mean {near}?\n")
+        assert f"no layer called {wrong!r}" in err and all(entry.name in err for entry in normzoo.ZOO)
     for wrong in ([], ["lst"], ["list", "--jsn"], ["info"]):
         assert cli.main(wrong) == 2
         out, err = capsys.readouterr()
