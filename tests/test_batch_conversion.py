@@ -136,7 +136,9 @@ def test_instead_of_torchs_sync_converter(caplog):
     assert len(calls) == 4
     (step,) = normzoo.plan(nn.BatchNorm2d(4), sync=True).steps
     assert step.exactness is Exactness.EVAL_EXACT
-    assert step.reason == "another sync makes a difference in training"
+    assert step.reason == "sync=True differs from the old norm in training"
+    (step,) = normzoo.plan(nn.BatchNorm2d(4), sync=True, momentum=0.3).steps
+    assert step.reason == "momentum=0.3 and sync=True differ from the old norm in training"
     (step,) = normzoo.plan(nn.BatchNorm2d(4), eps=0.1).steps
     assert step.exactness is Exactness.APPROXIMATE
     again = normzoo.convert(nn.SyncBatchNorm(4), sync=False)

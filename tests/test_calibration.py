@@ -167,11 +167,16 @@ def test_bad_arguments():
     for arguments, error, words in (
         ((nn.Linear(2, 2), [x]), ValueError, "no layer with running statistics; norm classes seen: none"),
         ((nn.BatchNorm2d(3, track_running_stats=False), [x]), ValueError, "seen: 1 torch.nn.*BatchNorm2d"),
-        ((normzoo.FrozenBatchNorm(3), [x]), ValueError, "no layer with running statistics"),
+        ((normzoo.FrozenBatchNorm(3), [x]), ValueError, r'are frozen: convert\(model, "batch_norm", types='),
+        (
+            (normzoo.freeze_batch_norm(nn.BatchNorm2d(3)), [x]),
+            ValueError,
+            r"the running statistics are frozen: unfreeze_batch_norm\(model\) first",
+        ),
         ((nn.LazyBatchNorm2d(), [x]), ValueError, "a lazy norm has no statistics yet; run the model once"),
         ((model, []), ValueError, "there is no batch; batches is empty"),
         ((model, x), TypeError, r"batches is a Tensor; it must be an iterable of batches, such as \[x\]"),
-        ((model, 3), TypeError, "batches is a int"),
+        ((model, 3), TypeError, "batches is an int"),
         (("model", [x]), TypeError, "recalibrate: model is a str"),
     ):
         with pytest.raises(error, match=words):
@@ -181,6 +186,23 @@ def test_bad_arguments():
     assert (
         all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and model.training
     )
+
+
+@pytest.mark.parametrize("batch", [tuple, list])
+def test_batches_with_labels(batch):
+    model = stirred(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm2d(4)))
+    before = states(model)
+    data = [batch((x, torch.zeros(8))) for x in batches()]
+    with pytest.raises(
+        TypeError, match=r"2 entries .* arguments .*=lambda model, batch: model\(batch\[0\]\)"
+    ) as e:
+        normzoo.recalibrate(model, data)
+    assert isinstance(e.value.__cause__, TypeError) and model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    normzoo.recalibrate(model, data, forward=lambda model, batch: model(batch[0]))
+    assert model[1].num_batches_tracked == 3
+    with pytest.raises(TypeError, match=r"^(?!recalibrate)"):  # nothing that a choice of inputs would mend
+        normzoo.recalibrate(model, [batch([3])])
 
 
 def test_frozen_norms_of_a_model_are_left():

@@ -2,14 +2,17 @@
 
 import copy
 import logging
+import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 import torchvision_ops  # noqa: F401
 from small_models import ConvNet, stirred, without_bias
 from torch import nn
 
 import normzoo
+from normzoo.conversion.trial import alone
 
 
 class Kinds(nn.Module):
@@ -197,7 +200,8 @@ def test_what_was_frozen_before_stays_frozen(caplog):
     assert model[0] is first and type(model[1]) is nn.BatchNorm2d
     assert "1 norm stay, which freeze_batch_norm did not make" in caplog.text
     with pytest.raises(
-        ValueError, match=r"that freeze_batch_norm froze, though 1 FrozenBatchNorm of other origin"
+        ValueError,
+        match=r"froze, though 1 FrozenBatchNorm of other origin; convert\(model, .* makes batch norms of",
     ):
         normzoo.unfreeze_batch_norm(model)
     normzoo.convert(model, "batch_norm", types="frozen_batch")
@@ -207,7 +211,7 @@ def test_what_was_frozen_before_stays_frozen(caplog):
 def test_a_frozen_norm_that_is_converted_forgets():
     model = normzoo.freeze_batch_norm(nn.Sequential(nn.BatchNorm2d(4)))
     normzoo.convert(model, "batch_norm")
-    with pytest.raises(ValueError, match="has no norm that freeze_batch_norm froze; convert"):
+    with pytest.raises(ValueError, match=r"has no norm that freeze_batch_norm froze$"):
         normzoo.unfreeze_batch_norm(model)
     normzoo.convert(model, "frozen_batch_norm")
     with pytest.raises(ValueError, match="froze, though 1 FrozenBatchNorm of other origin"):
@@ -226,6 +230,7 @@ def test_what_cannot_be_frozen(caplog):
             "freeze_batch_norm: the model has no batch norm; norm classes seen: none",
         ),
         (nn.GroupNorm(2, 2), ValueError, "the model has no batch norm; norm classes seen: 1 torch"),
+        (model[0], ValueError, "the batch norms of the model are frozen already; norm classes seen: 1 normzoo"),
         ([nn.BatchNorm2d(2)], TypeError, "freeze_batch_norm: model is a list"),
         (torch.compile(nn.BatchNorm2d(2)), ValueError, "compiled|wrapped"),
     ):
@@ -234,9 +239,21 @@ def test_what_cannot_be_frozen(caplog):
     with pytest.raises(TypeError, match="unfreeze_batch_norm: model is a str"):
         normzoo.unfreeze_batch_norm("model")
     with pytest.raises(
-        ValueError, match="unfreeze_batch_norm: the model has no norm that freeze_batch_norm froze; "
+        ValueError, match=r"unfreeze_batch_norm: the model has no norm that freeze_batch_norm froze$"
     ):
         normzoo.unfreeze_batch_norm(nn.Linear(2, 2))
+
+
+def test_two_threads_take_turns():
+    initialized = dist.is_initialized
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    other = threading.Thread(target=normzoo.freeze_batch_norm, args=(model,))
+    with alone(), alone():
+        other.start()
+        other.join(0.5)
+        assert other.is_alive()
+    other.join()
+    assert type(model[0]) is normzoo.FrozenBatchNorm and dist.is_initialized is initialized
 
 
 def test_the_root_and_the_meta_device():

@@ -79,7 +79,7 @@ def test_a_function_of_the_site():
     made.apply()
     assert type(model.rms) is nn.Identity and model.blocks[0].ln_1.cast == "llama"
     assert type(model.blocks[0].ln_2) is nn.LayerNorm
-    with pytest.raises(TypeError, match=r"to returned a int for 'blocks.0.ln_1'; it must return a module"):
+    with pytest.raises(TypeError, match=r"to returned an int for 'blocks.0.ln_1'; it must return a module"):
         normzoo.plan(Net(), lambda site: 3)
 
 
@@ -212,7 +212,7 @@ def test_a_family_that_is_none_of_ours():
         step, _ = normzoo.plan(nn.Sequential(nn.RMSNorm(8), nn.LayerNorm(8))).steps
     finally:
         handle.remove()
-    assert step.action == "refuse" and step.reason == "normzoo has no layer yet that computes a odd norm"
+    assert step.action == "refuse" and step.reason == "normzoo has no layer yet that computes an odd norm"
 
 
 def test_meta_models_are_planned_with_stand_ins():

@@ -13,8 +13,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from . import report
 from .candidates import statistics
 from .examine import examine
+from .freezing import thaw
 from .rules import seen
 
 
@@ -50,7 +52,8 @@ def recalibrate(
         The model. With layers that have ``sync=True`` all ranks must call it, with as many batches each.
 
     Raises:
-        TypeError: `model` is no module, `batches` is a tensor or cannot be iterated.
+        TypeError: `model` is no module, `batches` is a tensor or cannot be iterated; the model does not take
+            what a batch holds.
         ValueError: no layer has running statistics, one is lazy and has not run yet, or there is no batch.
             Whatever is raised, by the model too, statistics and modes are as before.
 
@@ -59,20 +62,20 @@ def recalibrate(
     tensor([4.])
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"recalibrate: model is a {type(model).__name__}; it must be a torch.nn.Module")
+        raise TypeError(f"recalibrate: model is {report.a(type(model).__name__)}; it must be a torch.nn.Module")
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise TypeError(
-            f"recalibrate: batches is a {type(batches).__name__}; it must be an iterable of batches, such as "
-            "[x] for one of them"
+            f"recalibrate: batches is {report.a(type(batches).__name__)}; it must be an iterable of batches, "
+            "such as [x] for one of them"
         )
     if forward is not None and not callable(forward):
-        raise TypeError(f"recalibrate: forward is a {type(forward).__name__}; it must be callable")
+        raise TypeError(f"recalibrate: forward is {report.a(type(forward).__name__)}; it must be callable")
     norms = [module for module in model.modules() if _has_running_statistics(module)]
     if not norms:
-        raise ValueError(
-            "recalibrate: the model has no layer with running statistics; "
-            f"{seen(examine(model, 'recalibrate'))}"
-        )
+        found = examine(model, "recalibrate")
+        if way := thaw(found):
+            raise ValueError(f"recalibrate: the running statistics are frozen: {way} first; {seen(found)}")
+        raise ValueError(f"recalibrate: the model has no layer with running statistics; {seen(found)}")
     if any(is_lazy(buffer) for module in norms for buffer in module.buffers(recurse=False)):
         raise ValueError("recalibrate: a lazy norm has no statistics yet; run the model once")
     with _averaging(model, norms):
@@ -170,7 +173,16 @@ def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] 
     elif isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, (tuple, list)):
-        model(*batch)
+        try:
+            model(*batch)
+        except TypeError as error:
+            if len(batch) == 1:
+                raise
+            raise TypeError(
+                f"recalibrate: the model, called with the {len(batch)} entries of a batch, raised: {error}; if "
+                "not all of them are its inputs (labels?), say how to call it, such as "
+                "forward=lambda model, batch: model(batch[0])"
+            ) from error
     else:
         model(batch)
 

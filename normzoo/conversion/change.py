@@ -146,7 +146,8 @@ class Plan:
         """
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise TypeError(
-                f"Plan.apply: optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer"
+                f"Plan.apply: optimizer is {report.a(type(optimizer).__name__)}; it must be a "
+                "torch.optim.Optimizer"
             )
         if self.applied:
             raise ValueError("Plan.apply: this plan was applied already; revert() it or make a new one")

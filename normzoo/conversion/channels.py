@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from ..layers.ghost import GhostBatchNorm
 from ..state import Running
 from .norm import Norm, tensor
+from .report import a
 from .transfer import Carried, Exactness, Refused, transfer
 
 _OF_STATISTICS = (
@@ -18,6 +17,8 @@ _OF_STATISTICS = (
 """Attributes of a norm with running statistics that mean nothing to one without."""
 
 _OF_GROUPS = ("num_groups", "num_channels")
+
+_OF_GHOSTS = ("ghost_batch_size", "split", "stats")
 
 _IN_TRAINING = ("momentum", "sync", "process_group", "nonfinite")
 
@@ -55,7 +56,7 @@ def _running(norm: Norm, module: nn.Module) -> Carried:
     carried = _channels(norm, module)
     _statistics(carried, norm)
     stored = len(norm.statistics) >= 2
-    carried.arguments |= {"num_features": norm.shape[0] if norm.shape else 0, "momentum": norm.momentum}
+    carried.arguments |= {"num_features": norm.channels, "momentum": norm.momentum}
     carried.arguments |= {"track_running_stats": stored, "sync": False, "process_group": None}
     carried.arguments["nonfinite"] = "propagate"
     carried.in_training = _IN_TRAINING
@@ -65,7 +66,7 @@ def _running(norm: Norm, module: nn.Module) -> Carried:
         carried.arguments["nonfinite"] = getattr(module, "nonfinite", "propagate")
     elif named := [base.__name__ for base in type(module).__mro__ if "sync" in base.__name__.lower()]:
         raise Refused(
-            f"it is a {named[0]}, and how it shares statistics with other ranks a test run on one does not "
+            f"it is {a(named[0])}, and how it shares statistics with other ranks a test run on one does not "
             "show; make a plain batch norm of it, then convert with sync=True"
         )
     # Switched off after the fact, the statistics rest and are used all the same.
@@ -93,7 +94,7 @@ def _(norm: Norm, module: nn.Module) -> Carried:
 def _(norm: Norm, module: nn.Module) -> Carried:
     carried = _channels(norm, module)
     _affine(carried, norm)
-    carried.arguments |= {"num_groups": norm.groups, "num_channels": norm.shape and norm.shape[0]}
+    carried.arguments |= {"num_groups": norm.groups, "num_channels": norm.channels}
     return carried
 
 
@@ -109,11 +110,8 @@ def _(norm: Norm, module: nn.Module) -> Carried:
     carried = _frozen(norm, module)
     if carried.converted:  # statistics were frozen and the weights were not
         carried.exactness = Exactness.EVAL_EXACT
-        carried.note = _NO_TRAINING
+        carried.note = "weight and bias are constants from now on, in training too"
     return carried
-
-
-_NO_TRAINING = "weight and bias are constants from now on, in training too"
 
 
 @transfer(
@@ -128,7 +126,7 @@ def _frozen(norm: Norm, module: nn.Module) -> Carried:
         raise Refused("it has no running statistics, by which a frozen batch norm normalises")
     carried = _channels(norm, module)
     _statistics(carried, norm)
-    carried.arguments["num_features"] = norm.shape and norm.shape[0]
+    carried.arguments["num_features"] = norm.channels
     carried.dropped = tuple(name for name in _OF_STATISTICS if name not in norm.statistics)
     for name in ("weight", "bias"):
         source = carried.kept.get(name)
@@ -167,9 +165,8 @@ def _(norm: Norm, module: nn.Module) -> Carried:
 def _(norm: Norm, module: nn.Module) -> Carried:
     carried = _ghost(norm, module)
     if isinstance(module, GhostBatchNorm):
-        names = ("ghost_batch_size", "split", "stats")
-        carried.arguments |= {name: getattr(module, name) for name in names}
-        carried.in_training += names
+        carried.arguments |= {name: getattr(module, name) for name in _OF_GHOSTS}
+        carried.in_training += _OF_GHOSTS
     return carried
 
 
@@ -192,7 +189,7 @@ def _ghost(norm: Norm, module: nn.Module) -> Carried:
 def _(norm: Norm, module: nn.Module) -> Carried:
     carried = _running(norm, module)
     _affine(carried, norm)
-    carried.dropped = ("ghost_batch_size", "split", "stats")
+    carried.dropped = _OF_GHOSTS
     return carried
 
 
@@ -204,14 +201,14 @@ def _(norm: Norm, module: nn.Module) -> Carried:
 )
 def _(norm: Norm, module: nn.Module) -> Carried:
     carried = _frozen(norm, module)
-    carried.dropped += ("ghost_batch_size", "split", "stats")
+    carried.dropped += _OF_GHOSTS
     return carried
 
 
 @transfer("batch", "group_norm", Exactness.APPROXIMATE, "running statistics are dropped")
 def _(norm: Norm, module: nn.Module) -> Carried:
     carried = _normalized(norm, module)
-    carried.arguments["num_channels"] = norm.shape and norm.shape[0]
+    carried.arguments["num_channels"] = norm.channels
     return carried
 
 
@@ -219,7 +216,7 @@ def _(norm: Norm, module: nn.Module) -> Carried:
 def _(norm: Norm, module: nn.Module) -> Carried:
     carried = _normalized(norm, module)
     carried.any_rank = norm.dims == 1  # InstanceNorm1d takes (N, C) for one sample
-    carried.arguments["num_features"] = norm.shape and norm.shape[0]
+    carried.arguments["num_features"] = norm.channels
     return carried
 
 
@@ -228,15 +225,14 @@ def _(norm: Norm, module: nn.Module) -> Carried:
 )
 def _(norm: Norm, module: nn.Module) -> Carried:
     carried = _channels(norm, module)
-    channels = norm.shape[0] if norm.shape else 0
-    if norm.groups != channels:
+    if norm.groups != norm.channels:
         raise Refused(
-            f"its groups have {channels // norm.groups} channels, and an instance norm takes each channel "
+            f"its groups have {norm.channels // norm.groups} channels, and an instance norm takes each channel "
             "alone; make it a group_norm"
         )
     _affine(carried, norm)
     carried.dropped = _OF_GROUPS
-    carried.arguments["num_features"] = channels
+    carried.arguments["num_features"] = norm.channels
     return carried
 
 
@@ -245,8 +241,7 @@ def _(norm: Norm, module: nn.Module) -> Carried:
     if norm.statistics:
         raise Refused("it normalises by running statistics in eval mode, and a group norm has none")
     carried = _normalized(norm, module)
-    channels = norm.shape and norm.shape[0]
-    carried.arguments |= {"num_groups": channels, "num_channels": channels}
+    carried.arguments |= {"num_groups": norm.channels, "num_channels": norm.channels}
     return carried
 
 
@@ -258,7 +253,7 @@ def _(norm: Norm, module: nn.Module) -> Carried:
     carried = _channels(norm, module)
     _affine(carried, norm)
     carried.dropped = _OF_GROUPS
-    carried.arguments["num_features"] = norm.shape and norm.shape[0]
+    carried.arguments["num_features"] = norm.channels
     return carried
 
 
@@ -273,7 +268,6 @@ def _(norm: Norm, module: nn.Module) -> Carried:
     else:
         carried = _channels(norm, module)
         carried.dropped = ("track_running_stats",)
-        arguments: dict[str, Any] = {"num_features": norm.shape and norm.shape[0], "momentum": norm.momentum}
-        carried.arguments |= arguments
+        carried.arguments |= {"num_features": norm.channels, "momentum": norm.momentum}
     _affine(carried, norm)
     return carried

@@ -92,7 +92,7 @@ def inspect(model: nn.Module) -> Inspection:
 def examine(model: nn.Module, caller: str) -> list[Site]:
     """The norms of `model` with their flags; errors name `caller`."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model is a {type(model).__name__}; it must be a torch.nn.Module")
+        raise TypeError(f"{caller}: model is {report.a(type(model).__name__)}; it must be a torch.nn.Module")
     found = sites(model)
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     outside = references(model, [site.module for site in found])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ..layers.frozen import FrozenBatchNorm
 from . import luggage, report
 from .examine import examine
 from .planning import plan, tell
+from .recognise import Site
 from .rules import seen
 from .surgery import Swap, refuse_wrapped
 
@@ -54,7 +55,10 @@ def freeze_batch_norm(model: nn.Module) -> nn.Module:
     """
     found = examine(model, "freeze_batch_norm")
     if not any(site.family in _FAMILIES for site in found):
-        raise ValueError(f"freeze_batch_norm: the model has no batch norm; {seen(found)}")
+        none = (
+            "the batch norms of the model are frozen already" if thaw(found) else "the model has no batch norm"
+        )
+        raise ValueError(f"freeze_batch_norm: {none}; {seen(found)}")
     meant = {site.module for site in found if site.family in _FAMILIES}
     # Of these the log shall say that they stay.
     meant |= {site.module for site in found if site.norm is None and isinstance(site.module, _NormBase)}
@@ -94,7 +98,9 @@ def unfreeze_batch_norm(model: nn.Module) -> nn.Module:
     True
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"unfreeze_batch_norm: model is a {type(model).__name__}; it must be a torch.nn.Module")
+        raise TypeError(
+            f"unfreeze_batch_norm: model is {report.a(type(model).__name__)}; it must be a torch.nn.Module"
+        )
     refuse_wrapped(model)
     frozen = [module for module in model.modules() if isinstance(module, FrozenBatchNorm)]
     old = {
@@ -102,9 +108,10 @@ def unfreeze_batch_norm(model: nn.Module) -> nn.Module:
     }
     if not old:
         others = f", though {report.count(len(frozen), 'FrozenBatchNorm')} of other origin" if frozen else ""
+        way = thaw(examine(model, "unfreeze_batch_norm"))
         raise ValueError(
-            f"unfreeze_batch_norm: the model has no norm that freeze_batch_norm froze{others}; "
-            'convert(model, "batch_norm", types="frozen_batch") makes batch norms of frozen ones'
+            f"unfreeze_batch_norm: the model has no norm that freeze_batch_norm froze{others}"
+            + (f"; {way} makes batch norms of frozen ones" if way else "")
         )
     swap = Swap(model, {module: before for module, (before, _) in old.items()})
     for module, (before, sources) in old.items():
@@ -117,6 +124,14 @@ def unfreeze_batch_norm(model: nn.Module) -> nn.Module:
             "unfreeze_batch_norm: %s stay, which freeze_batch_norm did not make", report.count(left, "norm")
         )
     return swap.root
+
+
+def thaw(found: Sequence[Site]) -> str:
+    """The call that makes batch norms of the frozen ones among `found`; empty where none is frozen."""
+    frozen = [site.module for site in found if site.family == "frozen_batch"]
+    if any(luggage.FROZEN_FROM in vars(module) for module in frozen):
+        return "unfreeze_batch_norm(model)"
+    return 'convert(model, "batch_norm", types="frozen_batch")' if frozen else ""
 
 
 @torch.no_grad()

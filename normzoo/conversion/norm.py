@@ -49,6 +49,11 @@ class Norm:
     arguments: tuple[str, ...] = ()
     """What forward takes beside the input: a module that takes the input alone cannot stand in its place."""
 
+    @property
+    def channels(self) -> int:
+        """C, where `axis` is 1; 0 where the module does not say."""
+        return self.shape[0] if self.shape else 0
+
     def describe(self) -> str:
         """One line for a table."""
         parts = [self.family if self.shape is None else f"{self.family} {self.shape}"]

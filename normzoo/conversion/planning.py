@@ -17,7 +17,7 @@ from .change import Plan, Step
 from .examine import examine
 from .norm import Norm
 from .proof import site_error, trained_error, trains_by_itself
-from .recognise import Site
+from .recognise import DIMENSIONS, Site
 from .rules import SAME, Chooser, Kinds, Names, Target, chooser, seen, selector
 from .surgery import refuse_wrapped
 from .transfer import UNCHANGED, Choice, Exactness, Refused, Replacement, replacement
@@ -185,8 +185,9 @@ def _refuse_reuse(model: nn.Module, steps: Sequence[Step]) -> None:
         if isinstance(step.choice, nn.Module):
             if step.choice in taken:
                 raise ValueError(
-                    f"convert: to returned for {step.site.name!r} a {type(step.choice).__name__} that is in "
-                    "the model already, or that it returned for another norm; return a new one for every site"
+                    f"convert: to returned for {step.site.name!r} {report.a(type(step.choice).__name__)} "
+                    "that is in the model already, or that it returned for another norm; return a new one for "
+                    "every site"
                 )
             taken.add(step.choice)
 
@@ -217,7 +218,7 @@ def _measured(site: Site, norm: Norm, choice: Choice | nn.Module, made: Replacem
     error, close, notes = None, True, [made.note]
     trained: list[tuple[float, bool]] = []
     if isinstance(choice, Choice) and choice.cls is not None:  # it takes inputs of one rank, the norm any
-        norm = dataclasses.replace(norm, dims=int(choice.cls.__name__[-2]))
+        norm = dataclasses.replace(norm, dims=DIMENSIONS[choice.cls])
     try:
         pairs = _pairs(site, choice, made.module)
         errors = [site_error(old, new, norm) for old, new in pairs]

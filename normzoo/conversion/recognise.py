@@ -25,6 +25,7 @@ from ..layers.group import GroupNorm
 from ..layers.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from ..layers.layer import LayerNorm
 from ..layers.rms import CRMSNorm, RMSNorm
+from . import report
 from .adapted import bare_class, manner
 from .norm import Norm
 from .probe import Unrecognised, identify
@@ -68,7 +69,9 @@ def register_adapter(
     """
     for name, value in (("source", source), ("adapter", adapter)):
         if not callable(value):
-            raise TypeError(f"register_adapter: {name} is a {type(value).__name__}; it must be callable")
+            raise TypeError(
+                f"register_adapter: {name} is {report.a(type(value).__name__)}; it must be callable"
+            )
     handle = RemovableHandle(_adapters)
     _adapters[handle.id] = source, adapter
     return handle
@@ -191,8 +194,8 @@ def _recognise(module: nn.Module) -> tuple[Norm | None, str, str]:
             norm = adapter(module)
             if not isinstance(norm, (Norm, type(None))):
                 raise TypeError(
-                    f"register_adapter: the adapter of {cls.__qualname__} returned a {type(norm).__name__}; it "
-                    "must return a normzoo.conversion.Norm or None"
+                    f"register_adapter: the adapter of {cls.__qualname__} returned "
+                    f"{report.a(type(norm).__name__)}; it must return a normzoo.conversion.Norm or None"
                 )
             return norm, "adapter" if norm else "", "" if norm else "its adapter leaves it alone"
         if "forward" in vars(module):
@@ -242,8 +245,9 @@ def _group(module: Any) -> Norm:
     return Norm("group", (int(module.num_channels),), _eps(module), **held, axis=1, groups=module.num_groups)
 
 
-def _stored(family: str, dims: int | None = None) -> Callable[[Any], Norm]:
+def _stored(family: str) -> Callable[[Any], Norm]:
     def describe(module: Any) -> Norm:
+        dims = next((DIMENSIONS[base] for base in type(module).__mro__ if base in DIMENSIONS), None)
         names = ("running_mean", "running_var", "num_batches_tracked")
         stored = tuple(name for name in names if getattr(module, name, None) is not None)
         how: dict[str, Any] = _held(module, "weight", "bias") | {"statistics": stored, "axis": 1, "dims": dims}
@@ -254,23 +258,30 @@ def _stored(family: str, dims: int | None = None) -> Callable[[Any], Norm]:
     return describe
 
 
+DIMENSIONS: dict[type[nn.Module], int] = {
+    **dict.fromkeys((nn.BatchNorm1d, nn.InstanceNorm1d, BatchNorm1d, InstanceNorm1d), 1),
+    **dict.fromkeys((nn.BatchNorm2d, nn.InstanceNorm2d, BatchNorm2d, InstanceNorm2d), 2),
+    **dict.fromkeys((nn.BatchNorm3d, nn.InstanceNorm3d, BatchNorm3d, InstanceNorm3d), 3),
+}
+"""Classes that take images of so many dimensions alone."""
+
 KNOWN: dict[type[nn.Module], Callable[[Any], Norm]] = {
     nn.LayerNorm: _layer,
     nn.RMSNorm: _rms,
     nn.GroupNorm: _group,
-    nn.BatchNorm1d: _stored("batch", 1),
-    nn.BatchNorm2d: _stored("batch", 2),
-    nn.BatchNorm3d: _stored("batch", 3),
+    nn.BatchNorm1d: _stored("batch"),
+    nn.BatchNorm2d: _stored("batch"),
+    nn.BatchNorm3d: _stored("batch"),
     nn.SyncBatchNorm: _stored("batch"),
-    nn.InstanceNorm1d: _stored("instance", 1),
-    nn.InstanceNorm2d: _stored("instance", 2),
-    nn.InstanceNorm3d: _stored("instance", 3),
-    BatchNorm1d: _stored("batch", 1),
-    BatchNorm2d: _stored("batch", 2),
-    BatchNorm3d: _stored("batch", 3),
-    InstanceNorm1d: _stored("instance", 1),
-    InstanceNorm2d: _stored("instance", 2),
-    InstanceNorm3d: _stored("instance", 3),
+    nn.InstanceNorm1d: _stored("instance"),
+    nn.InstanceNorm2d: _stored("instance"),
+    nn.InstanceNorm3d: _stored("instance"),
+    BatchNorm1d: _stored("batch"),
+    BatchNorm2d: _stored("batch"),
+    BatchNorm3d: _stored("batch"),
+    InstanceNorm1d: _stored("instance"),
+    InstanceNorm2d: _stored("instance"),
+    InstanceNorm3d: _stored("instance"),
     GroupNorm: _group,
     FrozenBatchNorm: _stored("frozen_batch"),
     GhostBatchNorm: _stored("ghost_batch"),

@@ -41,6 +41,15 @@ def count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
+def a(word: str) -> str:
+    """`word` with its article.
+
+    >>> a("Tensor"), a("int"), a("ufunc")
+    ('a Tensor', 'an int', 'a ufunc')
+    """
+    return f"{'an' if word[0] in 'AEIOaeio' else 'a'} {word}"
+
+
 def tally(kinds: Iterable[str]) -> str:
     """How many there are of each kind, in a phrase."""
     return ", ".join(f"{number} {kind}" for kind, number in Counter(kinds).items())

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..zoo import ZOO, Entry
+from . import report
 from .norm import FAMILIES
 from .recognise import Site
 from .transfer import TRANSFERS, Choice, Refused
@@ -91,8 +92,8 @@ def _one(to: Any, options: Mapping[str, Any]) -> Chooser:
     if callable(to) and not isinstance(to, nn.Module):
         return lambda site: _answer(to, site, options)
     raise TypeError(
-        f"convert: to is a {type(to).__name__}; it must be the name or the class of a layer, a function of a "
-        "site, or a mapping of names to these"
+        f"convert: to is {report.a(type(to).__name__)}; it must be the name or the class of a layer, a "
+        "function of a site, or a mapping of names to these"
     )
 
 
@@ -108,8 +109,8 @@ def _answer(to: Callable[[Site], Any], site: Site, options: Mapping[str, Any]) -
     if answer is None or isinstance(answer, (str, type, functools.partial)):
         return _one(answer, options)(site)
     raise TypeError(
-        f"convert: to returned a {type(answer).__name__} for {site.name!r}; it must return a module, the name "
-        "or the class of a layer, or None"
+        f"convert: to returned {report.a(type(answer).__name__)} for {site.name!r}; it must return a module, "
+        "the name or the class of a layer, or None"
     )
 
 
@@ -117,7 +118,7 @@ def _same(site: Site, options: Mapping[str, Any]) -> Choice:
     for rule in TRANSFERS.values():
         if rule.same and rule.family == site.family:
             return _choice(rule.target, options)
-    raise Refused(f"normzoo has no layer yet that computes a {site.family} norm")
+    raise Refused(f"normzoo has no layer yet that computes {report.a(site.family)} norm")
 
 
 def _choice(to: str | type[nn.Module], options: Mapping[str, Any]) -> Choice:
@@ -175,7 +176,9 @@ def selector(
                 f"{seen(found)}"
             )
     if where is not None and not callable(where):
-        raise TypeError(f"convert: where is a {type(where).__name__}; it must be a function of name and module")
+        raise TypeError(
+            f"convert: where is {report.a(type(where).__name__)}; it must be a function of name and module"
+        )
 
     def selected(site: Site) -> bool:
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,8 @@ from ..zoo import Entry
 from .adapted import adapted
 from .luggage import bring_along, hooks, obstacle
 from .norm import Norm
-from .recognise import Site
+from .recognise import DIMENSIONS, Site
+from .report import a
 
 
 class Exactness(str, enum.Enum):
@@ -185,8 +186,14 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
         exactness = Exactness.APPROXIMATE
         if changed <= {*carried.in_training}:
             exactness = Exactness.EVAL_EXACT
-            notes.append(f"another {' and '.join(sorted(changed))} makes a difference in training")
+            notes.append(f"{_said(choice.options, changed)} from the old norm in training")
     return Replacement(new, kept, converted, fresh, lost, exactness, "; ".join(filter(None, notes)))
+
+
+def _said(options: Mapping[str, Any], names: Collection[str]) -> str:
+    """That the options called `names` differ; a process group has no value worth reading."""
+    said = [name if name == "process_group" else f"{name}={options[name]!r}" for name in sorted(names)]
+    return f"{' and '.join(said)} {'differ' if said[1:] else 'differs'}"
 
 
 def _construct(old: nn.Module, norm: Norm, carried: Carried, choice: Choice) -> nn.Module:
@@ -213,9 +220,11 @@ def _class(norm: Norm, carried: Carried, choice: Choice) -> type[nn.Module]:
     if not entry.others:
         return adapted(choice.cls or entry.cls, carried.over_channels, norm.after)
     for cls in entry.classes:
-        if norm.dims is not None and not carried.any_rank and cls.__name__.endswith(f"{norm.dims}d"):
+        if norm.dims is not None and not carried.any_rank and DIMENSIONS[cls] == norm.dims:
             if choice.cls not in (None, cls):
-                raise Refused(f"it takes the inputs of a {cls.__name__}, not those of a {choice.cls.__name__}")
+                raise Refused(
+                    f"it takes the inputs of {a(cls.__name__)}, not those of {a(choice.cls.__name__)}"
+                )
             return adapted(cls, carried.over_channels, norm.after)
     return adapted(choice.cls or entry.cls, carried.over_channels, norm.after, choice.cls is None)
 

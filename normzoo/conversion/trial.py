@@ -7,6 +7,7 @@ import copy
 import itertools
 import math
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +19,9 @@ from .norm import Norm
 
 _MOST_AT_ONCE = 1 << 20
 """Entries of an input that is larger than it has to be."""
+
+_one_thread = threading.RLock()
+"""Held by the thread that is :func:`alone`."""
 
 
 def row_inputs(shape: Sequence[int], device: torch.device) -> Tensor:
@@ -74,16 +78,21 @@ def noise(shape: Sequence[int], numbers: torch.Generator) -> Tensor:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Batch norms find no other ranks: a test run on one of them must not wait for the others."""
+    """Batch norms find no other ranks: a test run on one of them must not wait for the others.
+
+    torch's batch norms ask ``dist.is_initialized``, which is replaced for the whole process: meanwhile other
+    threads find no ranks either, and one that wants to be alone too waits.
+    """
     if not dist.is_available():
         yield
         return
-    before = dist.is_initialized
-    dist.is_initialized = lambda: False
-    try:
-        yield
-    finally:
-        dist.is_initialized = before
+    with _one_thread:
+        before = dist.is_initialized
+        dist.is_initialized = lambda: False
+        try:
+            yield
+        finally:
+            dist.is_initialized = before
 
 
 @contextlib.contextmanager
