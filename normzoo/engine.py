@@ -64,6 +64,8 @@ def normalize(
             [ 1.0000]])
     """
     x = _channels_second(x, channel_dim)
+    if not callable(combine):
+        raise TypeError(f"normalize: combine is of type {type(combine).__name__}; it must be callable")
     if mask is not None:
         mask = _checked_mask(mask, x)
     y, aux = _normalize(x, combine, mask, per_sample)
@@ -133,6 +135,11 @@ def _combined(combine: Combine, m: Moments) -> tuple[Tensor, Tensor, Any]:
     for name, t in (("scale", scale), ("shift", shift)):
         if not isinstance(t, Tensor):
             raise TypeError(f"normalize: combine returned a {type(t).__name__} for {name}; it must be a tensor")
+        if not t.is_floating_point() or t.device != m.pivot.device:
+            raise TypeError(
+                f"normalize: combine returned a {name} of {t.dtype} on {t.device}; it must be real and on "
+                f"{m.pivot.device}"
+            )
         if t.dim() > len(shape) or any(
             a != 1 and a != b for a, b in zip(t.shape[::-1], shape[::-1], strict=False)
         ):

@@ -153,7 +153,7 @@ class Moments:
             ValueError: weight or bias have another shape.
         """
         for name, t in (("weight", weight), ("bias", bias)):
-            self._check_parameter(name, t)
+            self._check_parameter("standardize", name, t)
         scale = torch.rsqrt(self.var + eps)
         if weight is not None:
             scale = scale * weight
@@ -169,9 +169,13 @@ class Moments:
                 rank.
 
         Raises:
-            ValueError: weights have another shape, or samples are merged already.
+            ValueError, TypeError: weights are no tensor of that shape, or samples are merged already.
         """
         found = self
+        if weights is not None and not isinstance(weights, Tensor):
+            raise TypeError(
+                f"Moments.over_batch: weights is a {type(weights).__name__}; it must be a tensor of shape (N,)"
+            )
         if self._samples:
             sets = self.sets
             if weights is not None:
@@ -262,21 +266,23 @@ class Moments:
         norms at the price of one.
 
         Raises:
-            ValueError: sets are merged already.
+            ValueError: sets are merged already, or scale and shift do not broadcast with ``m.pivot``.
         """
         if self.sets.pivot is not self.pivot:
             raise ValueError("Moments.affine: the sets are merged already; take it before merging them")
+        for name, t in (("scale", scale), ("shift", shift)):
+            self._check_parameter("affine", name, t)
         delta = self.sets.delta * scale + shift
         m2 = (self.sets.m2 * scale.square()).expand(delta.shape)
         return Moments(self.sets.count, torch.zeros_like(delta), delta, m2, regions=self._regions)
 
-    def _check_parameter(self, name: str, t: Tensor | None) -> None:
+    def _check_parameter(self, method: str, name: str, t: Tensor | None) -> None:
         shape = self.pivot.shape
         if t is None or t.dim() == 0 or t.shape == shape[-1:]:
             return
         if t.dim() != len(shape) or any(a != 1 and a != b for a, b in zip(t.shape, shape, strict=True)):
             raise ValueError(
-                f"Moments.standardize: {name} has shape {tuple(t.shape)}; it must be {tuple(shape[-1:])}, or "
+                f"Moments.{method}: {name} has shape {tuple(t.shape)}; it must be {tuple(shape[-1:])}, or "
                 f"broadcast with the statistics, {tuple(shape)}, and have as many dimensions"
             )
 
@@ -287,6 +293,8 @@ class Moments:
 
     def _at_entries(self, t: Tensor) -> Tensor:
         """A statistic of the sets, where the entries of x can see it."""
+        if not t.dim():
+            return t
         channels = self.pivot.shape[-1]
         if t.shape[-1] != channels:
             t = t.unsqueeze(-1).expand(*t.shape, channels // t.shape[-1]).flatten(-2)

@@ -62,7 +62,7 @@ def counts(x: Tensor, mask: Tensor | None, per_sample: bool) -> int | Tensor:
     full = math.prod(x.shape[2:]) * (1 if per_sample else x.shape[0])
     if mask is None:
         return full
-    hole = mask.flatten(1).sum(1) if per_sample else mask.sum()
+    hole = mask.unsqueeze(-1).flatten(1).sum(1) if per_sample else mask.sum()
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.stack((full - hole, hole)).unsqueeze(-1).to(dtype)
 

@@ -304,3 +304,41 @@ def test_instance_norm_counts_no_batches(backend):
     torch.testing.assert_close(layer.running_mean, x.mean((0, 2, 3)))
     torch.testing.assert_close(layer.running_var, x.var((2, 3)).mean(0))
     assert layer.num_batches_tracked == 0
+
+
+def _against_contiguous(layer, x):
+    """Outputs and gradients for x and dy in channels_last, and in float64 for both contiguous."""
+    dy = torch.randn_like(x)
+    found, exact = [], []
+    for collected, made, dtype, memory_format in (
+        (found, layer, x.dtype, torch.channels_last),
+        (exact, copy.deepcopy(layer).double(), torch.float64, torch.contiguous_format),
+    ):
+        leaf = x.to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+        y = made(leaf)
+        grads = torch.autograd.grad(
+            y, (leaf, *made.parameters()), dy.to(y).contiguous(memory_format=memory_format)
+        )
+        collected += [y.detach(), *grads]
+    return zip(found, exact, strict=True)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_instance_norm_of_channels_last_gradients(samples):
+    """torch's operator for images is wrong for a single sample whose gradient is channels_last."""
+    layer = normzoo.InstanceNorm2d(8, affine=True)
+    for ours, exact in _against_contiguous(layer, torch.randn(samples, 8, 6, 6)):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_group_norm_of_channels_last_far_from_zero():
+    """torch's operator for channels_last on a CPU is off by a thousand there."""
+    (y, exact), *_ = _against_contiguous(normzoo.GroupNorm(4, 8), torch.randn(3, 8, 16, 16) + 1e4)
+    assert (y - exact).abs().max() < 5e-3
+
+
+def test_half_of_the_running_statistics_is_an_error():
+    layer = normzoo.BatchNorm2d(3).eval()
+    layer.running_mean = None
+    with pytest.raises(ValueError, match="BatchNorm2d: it has no running statistics"):
+        layer(torch.randn(2, 3, 4, 4))

@@ -118,6 +118,13 @@ def test_a_mask_may_have_a_channel_axis_and_any_number_for_true():
     assert torch.equal(masked(False)(x, 255 * mask.to(torch.uint8), w), expected)
 
 
+def test_regions_of_single_pixels():
+    x, mask = torch.randn(4, 3), torch.tensor([True, False, True, True])
+    y, _ = normalize(x, lambda m: m.over_batch().standardize(), mask, per_sample=True)
+    torch.testing.assert_close(y[mask], torch.nn.functional.batch_norm(x[mask], None, None, training=True))
+    assert torch.equal(y[1], torch.zeros(3))
+
+
 def test_what_is_in_one_region_does_not_reach_the_other():
     x, mask = torch.randn(2, 3, 8), torch.zeros(2, 8, dtype=torch.uint8)
     mask[:, 5:] = 1
@@ -308,6 +315,17 @@ REFUSALS = {
         lambda x: normalize(x, batch, torch.ones(4, 3, 5, dtype=torch.bool)),
         ValueError,
         r"mask has shape \(4, 3, 5\); for this x it must be \(4, 5\)",
+    ),
+    "no combine": (lambda x: normalize(x, None), TypeError, "combine is of type NoneType; it must be callable"),
+    "complex": (
+        lambda x: normalize(x, lambda m: (m.var, m.var.cfloat())),
+        TypeError,
+        "returned a shift of torch.complex64 on cpu; it must be real",
+    ),
+    "another device": (
+        lambda x: normalize(x, lambda m: (m.var.to("meta"), m.var)),
+        TypeError,
+        "a scale of torch.float32 on meta; it must be real and on cpu",
     ),
     "one tensor": (lambda x: normalize(x, lambda m: m.var), TypeError, r"must return \(scale, shift\) or"),
     "a number": (lambda x: normalize(x, lambda m: (1.0, m.var)), TypeError, "returned a float for scale"),

@@ -171,6 +171,16 @@ def test_one_rank_is_the_identity():
     assert m.across_ranks() is m
 
 
+def test_weights_are_a_tensor():
+    with pytest.raises(TypeError, match="over_batch: weights is a list; it must be a tensor"):
+        moments(values()).over_batch([1.0] * 6)
+
+
+def test_a_count_may_be_a_tensor_without_dimensions():
+    m = Moments(torch.tensor(5.0), *(torch.ones(6, 8) for _ in range(3)))
+    assert m.count == 5 and m.over_batch().count.tolist() == [30] * 8
+
+
 def test_counts_of_regions_are_exact():
     mask = torch.zeros(1, 2**24 + 3, dtype=torch.uint8)
     mask[0, 0] = 1
@@ -196,6 +206,10 @@ REFUSALS = {
     "groups of groups": (lambda m: m.over_groups(4).over_groups(8), "divide the 4 groups that are left"),
     "weight": (lambda m: m.standardize(torch.ones(3)), r"weight has shape \(3,\); it must be \(8,\), or"),
     "bias": (lambda m: m.standardize(bias=torch.ones(6, 1, 1)), r"bias has shape \(6, 1, 1\)"),
+    "affine of samples": (
+        lambda m: moments(values(), per_sample=False).affine(m.var, m.var),
+        r"affine: scale has shape \(6, 8\); it must be \(8,\)",
+    ),
     "affine": (lambda m: m.over_batch().affine(m.var, m.var), "affine: the sets are merged already"),
 }
 

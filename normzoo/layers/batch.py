@@ -102,8 +102,9 @@ class _BatchNorm(Running):
     def forward(self, input: Tensor) -> Tensor:
         layer = type(self).__name__
         checks.dimensions(layer, input, self._check_input_dim)
-        checks.channels(layer, input, self.num_features, weight=self.weight, running_mean=self.running_mean)
-        if not self.training and self.running_mean is not None and self.running_var is not None:
+        checks.channels(layer, input, self.num_features, weight=self.weight)
+        checks.channels(layer, input, None, running_mean=self.running_mean, running_var=self.running_var)
+        if not self.training and not (self.running_mean is None and self.running_var is None):
             return native.with_stored(input, self._stored(), self.weight, self.bias, self.eps)
         how = {"sync": self.sync and self.training, "process_group": self.process_group}
         y, statistics = with_batch(layer, input, self.weight, self.bias, self.eps, **how)

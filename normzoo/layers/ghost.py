@@ -95,7 +95,8 @@ class GhostBatchNorm(Running):
     r"""Batch normalization over small pieces of the batch in training, plain batch normalization in eval mode.
 
     Input (N, C, \*) or (N, C), output alike in shape, dtype and memory format. State as that of
-    :class:`torch.nn.BatchNorm2d`, whose checkpoints load; num_batches_tracked counts ghost batches.
+    :class:`torch.nn.BatchNorm2d`, whose checkpoints load; num_batches_tracked counts ghost batches. To estimate
+    the running statistics anew take :func:`normzoo.recalibrate`; torch's ``update_bn`` does not see this layer.
 
     Args:
         num_features: C.

@@ -70,7 +70,8 @@ def _group_norm(
         return normalize(x, combine, per_sample=True)[0]
 
     h, weight, bias = native.in_one_dtype(x, weight, bias)
-    return native.like(x, F.group_norm(h, num_groups, weight, bias, eps))
+    # Contiguous: for channels_last torch's operator on a CPU sums squares around zero.
+    return native.like(x, F.group_norm(h.contiguous(), num_groups, weight, bias, eps))
 
 
 class GroupNorm(nn.GroupNorm):
