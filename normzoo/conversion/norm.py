@@ -78,7 +78,7 @@ class Norm:
         if self.family == "group":
             h = at_least_float32(x)
             weight, bias = (None if t is None else t.to(h.dtype) for t in (weight, bias))
-            return F.group_norm(h, self.groups, weight, bias, eps).to(x.dtype)
+            return F.group_norm(h.contiguous(), self.groups, weight, bias, eps).to(x.dtype)
         rows = at_least_float32(x if self.axis == -1 else x.movedim(1, -1))
         shape = rows.shape[-1:] if self.shape is None else self.shape
         if self.groups != 1:
