@@ -243,6 +243,9 @@ def test_ghost_to_batch_and_back():
     assert torch.equal(frozen.train()(x), batch(x)) and not hasattr(frozen, "split")
     (step,) = normzoo.plan(norm, "ghost_batch_norm", ghost_batch_size=4).steps
     assert step.exactness is Exactness.EVAL_EXACT and step.make().module.split == "ceil"
+    batch = normzoo.convert(normzoo.GhostBatchNorm(8, 2, bias=False), "batch_norm")
+    assert batch.bias is None
+    assert "bias=False" in repr(normzoo.convert(batch, "ghost_batch_norm", ghost_batch_size=2))
 
 
 def test_group_and_instance():
@@ -331,7 +334,7 @@ def test_an_instance_norm_with_statistics_goes_on_with_them():
             "groups have 2 channels, and an instance norm takes each channel",
         ),
         (nn.InstanceNorm2d(8, track_running_stats=True), "group_norm", "running statistics in eval mode"),
-        (nn.InstanceNorm2d(8), "ghost_batch_norm", "no rule takes a instance norm to ghost_batch_norm"),
+        (nn.InstanceNorm2d(8), "ghost_batch_norm", "no rule takes an instance norm to ghost_batch_norm"),
         (nn.LazyBatchNorm2d(), "batch_norm", "no shape yet; run the model once"),
         (nn.BatchNorm2d(8, momentum=1.5), "batch_norm", "momentum is 1.5; it must be a number from 0 to 1"),
     ],

@@ -177,9 +177,7 @@ def _ghost(norm: Norm, module: nn.Module) -> Carried:
     if "track_running_stats" in carried.attributes:
         raise Refused("its running statistics rest, and those of a ghost batch norm always move")
     del carried.arguments["track_running_stats"]
-    carried.arguments["affine"] = norm.weight is not None
-    if norm.weight and not norm.bias:
-        carried.attributes["bias"] = None
+    _affine(carried, norm)
     return carried
 
 

@@ -149,7 +149,7 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
         known = [target for family, target in TRANSFERS if family == norm.family]
         several = f"{', '.join(known[:-1])} and {known[-1]}" if known[1:] else "".join(known)
         only = f", only to {several}" if known else ""
-        raise Refused(f"no rule takes a {norm.family} norm to {choice.entry.name}{only}")
+        raise Refused(f"no rule takes {a(norm.family)} norm to {choice.entry.name}{only}")
     carried = rule.carry(norm, old)
     sources = {**carried.kept, **{name: source for name, (source, _) in carried.converted.items()}}
     for name in sources.values():
