@@ -23,7 +23,7 @@ from channel_checks import (
     randn,
 )
 
-from normzoo_kernels import _channel_forms, _launch, channels
+from normzoo_kernels import _channel_forms, _channel_layout, _launch, channels
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +114,7 @@ def test_long_reductions_in_bfloat16():
 
 @pytest.mark.parametrize("programs", [1, 3, 132])
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "last"])
-def test_shares(monkeypatch, programs, last):
+def test_parts(monkeypatch, programs, last):
     monkeypatch.setattr(_channel_forms, "sm_count", lambda device: programs)
     x = randn(2, 2, 190, 77, last=last)
     check(x)
@@ -208,6 +208,17 @@ for shape, strides in (
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 print("reached")
 """
+
+
+@pytest.mark.parametrize(("extent", "unit"), [((1 << 31) - 8, 8), (1 << 31, 1)])
+@pytest.mark.parametrize("tokens", [False, True], ids=["planes", "tokens"])
+def test_extents_beyond_two_to_the_31_come_as_int64(tokens, extent, unit):
+    """Counted in units they would fit in an int32, in which the kernels multiply them by the unit."""
+    x = torch.empty((1, extent) if tokens else (1, 1, extent), dtype=torch.bfloat16, device="meta")
+    problem, (view,) = channels._problem(x, None, True, False, _channel_layout.view_of(x))
+    numbers, constants = channels._lies(problem, view)
+    assert problem.tokens == tokens and constants["UNIT"] == unit
+    assert numbers[1 if tokens else 2] == extent // unit
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or sys.platform != "linux", reason="needs lazily mapped memory")

@@ -1,4 +1,4 @@
-"""Which form of a channel kernel runs, how large its tiles are and how many shares there are: a static table,
+"""Which form of a channel kernel runs, how large its tiles are and how many parts there are: a static table,
 so that the order of every sum depends on the shape, the layout and the device alone.
 
 The numbers come from the compiled code (`python -m normzoo_bench.static`).
@@ -14,18 +14,18 @@ import triton
 
 from ._channels import channel_moments, channel_sums
 from ._channels_map import channel_map, channel_map_flat
-from ._channels_merge import channel_moments_masked
+from ._channels_masked import channel_moments_masked
 from ._launch import sm_count
 from ._layout import VECTOR
 
 _PROGRAMS = 8
-"""Programs a multiprocessor holds; shares are made until there are that many."""
+"""Programs a multiprocessor holds; parts are made until there are that many."""
 
-_SHARES = 512
-"""Most shares of one statistic."""
+_PARTS = 512
+"""Most parts of a population."""
 
 _LEAST = 8
-"""Fewest tiles of a share."""
+"""Fewest tiles of a part in the statistics."""
 
 _FLAT = 1 << 22
 """Entries up to which float32 tells the planes of a flat tile apart."""
@@ -54,7 +54,7 @@ class Form:
     kernel: Any
     programs: int
     parts: int
-    """Shares of a group."""
+    """Parts of a population; see `_channels.py`."""
     constants: dict[str, Any]
 
 
@@ -98,14 +98,17 @@ def _tile(problem: Problem, elements: int, *, vectors: bool = False, spread: int
 
 
 def _tiles(p: Problem, tile: dict[str, Any]) -> int:
-    """Tiles of a group."""
+    """Tiles of a population."""
     chunks = triton.cdiv(p.count, tile["L"])
     return chunks if p.per_sample else triton.cdiv(p.samples, tile["NB"]) * chunks
 
 
-def _shares(tiles: int, groups: int, least: int, wanted: int) -> int:
-    """Shares of `tiles` that bring the jobs to `wanted`, of at least `least` tiles each; none is empty."""
-    parts = max(1, min(wanted // max(groups, 1), tiles // least, _SHARES))
+def _parts(tiles: int, undivided: int, least: int, wanted: int) -> int:
+    """Into how many parts a population of `tiles` goes for `wanted` jobs, of at least `least` tiles each.
+
+    `undivided`: how many jobs there are where a population is one part.
+    """
+    parts = max(1, min(wanted // max(undivided, 1), tiles // least, _PARTS))
     return triton.cdiv(tiles, triton.cdiv(tiles, parts))
 
 
@@ -123,13 +126,13 @@ def _statistics_form(kernel: Any, problem: Problem, vectors: bool) -> Form:
     tile = _tile(p, 2048, vectors=vectors, spread=sms)
     if p.per_sample and not (p.masked or tile["CHUNKED"]):
         tile = _tile(p, 4096, vectors=vectors)  # a tile is all there is to a program
-    blocks = triton.cdiv(p.channels, tile["CB"]) * (p.samples if p.per_sample else 1)
-    parts = _shares(_tiles(p, tile), blocks, _LEAST, 4 * sms)
+    undivided = triton.cdiv(p.channels, tile["CB"]) * (p.samples if p.per_sample else 1)
+    parts = _parts(_tiles(p, tile), undivided, _LEAST, 4 * sms)
     # Where two regions or the edges of planes are kept apart, there are no registers to run ahead.
     apart = kernel is channel_moments_masked
     constants = tile | {"STAGES": 1 if vectors or apart else 3, "V": p.vector if vectors else 0}
     constants["num_warps"] = 8 if apart else 4
-    return Form(kernel, blocks * parts, parts, constants)
+    return Form(kernel, undivided * parts, parts, constants)
 
 
 def may_read_vectors(problem: Problem) -> bool:
@@ -141,10 +144,10 @@ def may_read_vectors(problem: Problem) -> bool:
 def map_form(problem: Problem, backward: bool) -> Form:
     p, sms = problem, sm_count(problem.device)
     tile = _tile(p, 2048 if backward else 4096)
-    blocks = triton.cdiv(p.channels, tile["CB"]) * (p.samples if p.per_sample else 1)
-    parts = _shares(_tiles(p, tile), blocks, 1, _PROGRAMS * sms)
+    undivided = triton.cdiv(p.channels, tile["CB"]) * (p.samples if p.per_sample else 1)
+    parts = _parts(_tiles(p, tile), undivided, 1, _PROGRAMS * sms)
     constants = tile | {"STAGES": 1, "num_warps": 4}
-    return Form(channel_map, blocks * parts, parts, constants)
+    return Form(channel_map, undivided * parts, parts, constants)
 
 
 def flat_form(problem: Problem) -> Form | None:
@@ -155,13 +158,13 @@ def flat_form(problem: Problem) -> Form | None:
         return None
     if 2 * p.channels * p.count < width:  # most of a tile would be idle
         return None
-    blocks = triton.cdiv(p.channels * p.count, width) * (p.samples if p.per_sample else 1)
-    parts = _shares(1 if p.per_sample else p.samples, blocks, 1, _PROGRAMS * sms)
+    undivided = triton.cdiv(p.channels * p.count, width) * (p.samples if p.per_sample else 1)
+    parts = _parts(1 if p.per_sample else p.samples, undivided, 1, _PROGRAMS * sms)
     constants = {"B": width, "STAGES": 1, "num_warps": 4}
-    return Form(channel_map_flat, blocks * parts, parts, constants)
+    return Form(channel_map_flat, undivided * parts, parts, constants)
 
 
 def merge_tile(parts: int) -> dict[str, int]:
-    """Shares and entries of a tile of the kernels that merge."""
-    shares = 32 if parts <= 32 else _SHARES
-    return {"P": shares, "E": 2048 // shares}
+    """Parts and entries of a tile of the kernels that merge."""
+    most = 32 if parts <= 32 else _PARTS
+    return {"P": most, "E": 2048 // most}

@@ -4,9 +4,17 @@ x has N samples, C channels and S positions. A tile is [CB, NB * L]: CB channels
 L, or by all positions of NB samples. Either the positions of a channel lie side by side (planes) or the
 channels of a position do (TOKENS); the tile is the same, only its addresses differ.
 
-Tiles belong to a group: one sample where statistics are per sample, else the whole batch. A job is a group, a
-block of channels and a share of the tiles; where a group has more than one share, `_channels_merge.py` adds
-the shares up in a fixed order. An entry of a result is (region, sample, channel).
+    population  what has its own statistics, or its own parameters of a map: a sample, or else the batch
+    tile        what a program holds at a time; every tile belongs to one population and one block
+    chunk       L positions or fewer, where the positions of a sample do not fit in one tile
+    block       CB channels or fewer: those of a tile
+    part        some of the tiles of a population, one after another, and what is found in them
+    job         the work of one program: a part of a population, for one block
+    region      the entries where the mask is 0, or those where it is not
+    unit        as many entries as strides are multiples of
+
+Where a population has more than one part, `_channels_merge.py` adds the parts up in a fixed order. An entry of
+a result is (region, sample, channel).
 
 Strides, and the extent of the axis that lies side by side, come as multiples of a constexpr UNIT: the compiler
 then knows their alignment, and no image size compiles a kernel anew.
@@ -29,7 +37,7 @@ def sizes(C, S, UNIT: tl.constexpr, TOKENS: tl.constexpr):
 
 @triton.jit
 def tiles_of(N, S, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr, NB: tl.constexpr, L: tl.constexpr):
-    """Tiles of a group."""
+    """Tiles of a population."""
     chunks = 1
     if CHUNKED:
         chunks = tl.cdiv(S, L)
@@ -41,7 +49,7 @@ def tiles_of(N, S, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr, NB: tl.const
 
 @triton.jit
 def job_of(parts, blocks):
-    """(share, group, block) of this program: the shares of a block are neighbours."""
+    """(part, population, block) of this program: the parts of a block are neighbours."""
     job = tl.program_id(0)
     rest = job // parts
     return job % parts, tl.cast(rest // blocks, tl.int64), tl.cast(rest % blocks, tl.int64)
@@ -57,7 +65,7 @@ def span_of(S, UNIT: tl.constexpr, L: tl.constexpr):
 def entries_before(
     i, N, S, span, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr, NB: tl.constexpr, L: tl.constexpr
 ):
-    """Entries of one channel in the tiles of a group before tile i."""
+    """Entries of one channel in the tiles of a population before tile i."""
     i = tl.cast(i, tl.int64)
     if CHUNKED:
         chunks = tl.cdiv(S, L)
@@ -70,14 +78,14 @@ def entries_before(
 
 @triton.jit
 def columns(
-    i, group, N, S, span,
+    i, population, N, S, span,
     PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr, NB: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """(n, s, here) of the columns of tile i: sample, position, and whether there is such a column."""
     q = tl.arange(0, NB * L)[None, :]
     chunk = 0
     if PER_SAMPLE:
-        n = group
+        n = population
         chunk = i
     elif CHUNKED:
         chunks = tl.cdiv(S, L)
@@ -190,28 +198,28 @@ def rebased(pivot, delta):
 def store_moments(
     pivot_ptr, delta_ptr, m2_ptr, part_ptr, at, part, parts, size, inside, count, pivot, delta, m2
 ):
-    """To the results where there is one share, else as four planes of shares."""
+    """To the results where there is one part, else to four arrays of parts."""
     if part_ptr is None:
         tl.store(pivot_ptr + at, pivot, mask=inside)
         tl.store(delta_ptr + at, delta, mask=inside)
         tl.store(m2_ptr + at, m2, mask=inside)
     else:
-        plane = size * parts
+        array = size * parts
         at += part * size
         tl.store(part_ptr + at, count, mask=inside)
-        tl.store(part_ptr + plane + at, pivot, mask=inside)
-        tl.store(part_ptr + 2 * plane + at, delta, mask=inside)
-        tl.store(part_ptr + 3 * plane + at, m2, mask=inside)
+        tl.store(part_ptr + array + at, pivot, mask=inside)
+        tl.store(part_ptr + 2 * array + at, delta, mask=inside)
+        tl.store(part_ptr + 3 * array + at, m2, mask=inside)
 
 
 @triton.jit
 def _read(
-    x_ptr, i, group, c, N, C, S, span, x_sample, x_step,
+    x_ptr, i, population, c, N, C, S, span, x_sample, x_step,
     TOKENS: tl.constexpr, UNIT: tl.constexpr, V: tl.constexpr, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr,
     NB: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Tile i of x as float32, and which of it counts."""
-    n, s, here = columns(i, group, N, S, span, PER_SAMPLE, CHUNKED, NB, L)
+    n, s, here = columns(i, population, N, S, span, PER_SAMPLE, CHUNKED, NB, L)
     at, touch, valid = entries(n, c, s, here, N, C, S, x_sample, x_step, UNIT, TOKENS, V, NB, L)
     return tl.load(x_ptr + at, mask=touch, other=0.0).to(tl.float32), valid
 
@@ -222,14 +230,14 @@ def channel_moments(
     TOKENS: tl.constexpr, UNIT: tl.constexpr, V: tl.constexpr, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr,
     CB: tl.constexpr, NB: tl.constexpr, L: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Each share counts from the mean of its first tile, a fixed part of the share: what moves the pivot away
-    from the other entries widens the spread of the share as well."""
+    """Each part counts from the mean of its first tile, a fixed fraction of the part: what moves the pivot away
+    from the other entries widens the spread of the part as well."""
     C, S = sizes(C, S, UNIT, TOKENS)
     tiles = tiles_of(N, S, PER_SAMPLE, CHUNKED, NB, L)
     per, blocks = tl.cdiv(tiles, parts), tl.cdiv(C, CB)
-    groups = N if PER_SAMPLE else 1
+    populations = N if PER_SAMPLE else 1
     span = span_of(S, 1 if TOKENS else UNIT, L)
-    part, group, block = job_of(parts, blocks)
+    part, population, block = job_of(parts, blocks)
     c = block * CB + tl.arange(0, CB)[:, None]
     low = part * per
     high = tl.minimum(low + per, tiles)
@@ -237,7 +245,7 @@ def channel_moments(
     slab = entries_before(low + 1, N, S, span, PER_SAMPLE, CHUNKED, NB, L) - before
     count = entries_before(high, N, S, span, PER_SAMPLE, CHUNKED, NB, L) - before
     x, valid = _read(
-        x_ptr, low, group, c, N, C, S, span, x_sample, x_step,
+        x_ptr, low, population, c, N, C, S, span, x_sample, x_step,
         TOKENS, UNIT, V, PER_SAMPLE, CHUNKED, NB, L,
     )  # fmt: skip
     pivot = tl.sum(tl.where(valid, x, 0.0), axis=1)[:, None] / tl.cast(slab, tl.float32)
@@ -245,7 +253,7 @@ def channel_moments(
     s2 = s1 * s1
     for i in tl.range(low + 1, high, num_stages=STAGES):
         x, valid = _read(
-            x_ptr, i, group, c, N, C, S, span, x_sample, x_step,
+            x_ptr, i, population, c, N, C, S, span, x_sample, x_step,
             TOKENS, UNIT, V, PER_SAMPLE, CHUNKED, NB, L,
         )  # fmt: skip
         x = tl.where(valid, x - pivot, 0.0)
@@ -257,10 +265,10 @@ def channel_moments(
     m2 = s2 - s1 * delta
     m2 = tl.where(m2 < 0.0, 0.0, m2)  # and NaN stays NaN
     pivot, delta = rebased(pivot, delta)
-    size = tl.cast(groups, tl.int64) * C
+    size = tl.cast(populations, tl.int64) * C
     store_moments(
         pivot_ptr, delta_ptr, m2_ptr, part_ptr,
-        group * C + c, part, parts, size, c < C, count, pivot, delta, m2,
+        population * C + c, part, parts, size, c < C, count, pivot, delta, m2,
     )  # fmt: skip
 
 
@@ -281,9 +289,9 @@ def channel_sums(
     C, S = sizes(C, S, UNIT, TOKENS)
     tiles = tiles_of(N, S, PER_SAMPLE, CHUNKED, NB, L)
     per, blocks = tl.cdiv(tiles, parts), tl.cdiv(C, CB)
-    groups = N if PER_SAMPLE else 1
+    populations = N if PER_SAMPLE else 1
     span = span_of(S, 1 if TOKENS else UNIT, L)
-    part, group, block = job_of(parts, blocks)
+    part, population, block = job_of(parts, blocks)
     c = block * CB + tl.arange(0, CB)[:, None]
     low = part * per
     high = tl.minimum(low + per, tiles)
@@ -297,7 +305,7 @@ def channel_sums(
         t1 = tl.zeros([CB, NB * L], tl.float32)
         t2 = tl.zeros([CB, NB * L], tl.float32)
     for i in tl.range(low, high, num_stages=STAGES):
-        n, s, here = columns(i, group, N, S, span, PER_SAMPLE, CHUNKED, NB, L)
+        n, s, here = columns(i, population, N, S, span, PER_SAMPLE, CHUNKED, NB, L)
         at, touch, valid = entries(n, c, s, here, N, C, S, x_sample, x_step, UNIT, TOKENS, V, NB, L)
         x = tl.load(x_ptr + at, mask=touch, other=0.0).to(tl.float32)
         dy = gradient(
@@ -321,8 +329,8 @@ def channel_sums(
         else:
             s1 += dy
             s2 += dy * (x - pivot)
-    size = tl.cast(groups, tl.int64) * C
-    at = group * C + c
+    size = tl.cast(populations, tl.int64) * C
+    at = population * C + c
     regions = 1 if mask_ptr is None else 2
     s1, s2 = sum_pair(s1, s2)
     store_sums(dy_sum_ptr, dyx_sum_ptr, part_ptr, at, part, parts, regions * size, c < C, s1, s2)
@@ -333,7 +341,7 @@ def channel_sums(
 
 @triton.jit
 def store_sums(dy_sum_ptr, dyx_sum_ptr, part_ptr, at, part, parts, size, inside, s1, s2):
-    """To the results where there is one share, else as two planes of shares."""
+    """To the results where there is one part, else to two arrays of parts."""
     if part_ptr is None:
         tl.store(dy_sum_ptr + at, s1, mask=inside)
         tl.store(dyx_sum_ptr + at, s2, mask=inside)

@@ -1,6 +1,7 @@
 """The affine maps of the channel engine: y from x, and dx from dy and x.
 
-Both are gain * dy + slope * (x - pivot) + offset, without the first term where there is no dy.
+Both are scale * dy + slope * (x - pivot) + offset, without the first term where there is no dy. For y, the
+engine's scale and shift are the slope and the offset.
 """
 
 from __future__ import annotations
@@ -24,33 +25,33 @@ def _parameter(ptr, n, c, N, C, EACH: tl.constexpr, REGION: tl.constexpr, inside
 
 @triton.jit(do_not_specialize=["N", "C", "S", "x_sample", "x_step", "dy_sample", "dy_step", "parts"])
 def channel_map(
-    x_ptr, dy_ptr, mask_ptr, pivot_ptr, gain_ptr, slope_ptr, offset_ptr, out_ptr,
+    x_ptr, dy_ptr, mask_ptr, pivot_ptr, scale_ptr, slope_ptr, offset_ptr, out_ptr,
     N, C, S, x_sample, x_step, dy_sample, dy_step, parts,
     TOKENS: tl.constexpr, UNIT: tl.constexpr, DY_UNIT: tl.constexpr, DY_INNER: tl.constexpr,
-    PER_SAMPLE: tl.constexpr, PIVOTS: tl.constexpr, GAINS: tl.constexpr, SLOPES: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, PIVOTS: tl.constexpr, SCALES: tl.constexpr, SLOPES: tl.constexpr,
     CHUNKED: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, L: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles, groups and shares as in the statistics. PIVOTS, GAINS, SLOPES: each sample has its own."""
+    """Tiles, populations and parts as in the statistics. PIVOTS, SCALES, SLOPES: each sample has its own."""
     C, S = sizes(C, S, UNIT, TOKENS)
     tiles = tiles_of(N, S, PER_SAMPLE, CHUNKED, NB, L)
     per, blocks = tl.cdiv(tiles, parts), tl.cdiv(C, CB)
     span = span_of(S, 1 if TOKENS else UNIT, L)
-    part, group, block = job_of(parts, blocks)
+    part, population, block = job_of(parts, blocks)
     c = block * CB + tl.arange(0, CB)[:, None]
-    pivot = _parameter(pivot_ptr, group, c, N, C, PIVOTS, 0, c < C)
-    slope = _parameter(slope_ptr, group, c, N, C, SLOPES, 0, c < C)
-    offset = _parameter(offset_ptr, group, c, N, C, SLOPES, 0, c < C)
+    pivot = _parameter(pivot_ptr, population, c, N, C, PIVOTS, 0, c < C)
+    slope = _parameter(slope_ptr, population, c, N, C, SLOPES, 0, c < C)
+    offset = _parameter(offset_ptr, population, c, N, C, SLOPES, 0, c < C)
     if dy_ptr is not None:
-        gain = _parameter(gain_ptr, group, c, N, C, GAINS, 0, c < C)
+        scale = _parameter(scale_ptr, population, c, N, C, SCALES, 0, c < C)
     if mask_ptr is not None:
-        pivot1 = _parameter(pivot_ptr, group, c, N, C, PIVOTS, 1, c < C)
-        slope1 = _parameter(slope_ptr, group, c, N, C, SLOPES, 1, c < C)
-        offset1 = _parameter(offset_ptr, group, c, N, C, SLOPES, 1, c < C)
+        pivot1 = _parameter(pivot_ptr, population, c, N, C, PIVOTS, 1, c < C)
+        slope1 = _parameter(slope_ptr, population, c, N, C, SLOPES, 1, c < C)
+        offset1 = _parameter(offset_ptr, population, c, N, C, SLOPES, 1, c < C)
         if dy_ptr is not None:
-            gain1 = _parameter(gain_ptr, group, c, N, C, GAINS, 1, c < C)
+            scale1 = _parameter(scale_ptr, population, c, N, C, SCALES, 1, c < C)
     low = part * per
     for i in tl.range(low, tl.minimum(low + per, tiles), num_stages=STAGES):
-        n, s, here = columns(i, group, N, S, span, PER_SAMPLE, CHUNKED, NB, L)
+        n, s, here = columns(i, population, N, S, span, PER_SAMPLE, CHUNKED, NB, L)
         at, valid, _ = entries(n, c, s, here, N, C, S, x_sample, x_step, UNIT, TOKENS, 0, NB, L)
         x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
         if dy_ptr is not None:
@@ -62,32 +63,32 @@ def channel_map(
             out = tl.where(region, slope1, slope) * (x - tl.where(region, pivot1, pivot))
             out += tl.where(region, offset1, offset)
             if dy_ptr is not None:
-                out += tl.where(region, gain1, gain) * dy
+                out += tl.where(region, scale1, scale) * dy
         else:
             out = slope * (x - pivot) + offset
             if dy_ptr is not None:
-                out += gain * dy
+                out += scale * dy
         to = offsets(n, c, s, tl.cast(C, tl.int64) * S, C if TOKENS else S, 1, 1, TOKENS)
         tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=["N", "S", "total", "x_sample", "dy_sample", "parts"])
 def channel_map_flat(
-    x_ptr, dy_ptr, pivot_ptr, gain_ptr, slope_ptr, offset_ptr, out_ptr,
+    x_ptr, dy_ptr, pivot_ptr, scale_ptr, slope_ptr, offset_ptr, out_ptr,
     N, S, total, x_sample, dy_sample, parts,
     UNIT: tl.constexpr, DY_UNIT: tl.constexpr, DY_INNER: tl.constexpr,
-    PER_SAMPLE: tl.constexpr, PIVOTS: tl.constexpr, GAINS: tl.constexpr, SLOPES: tl.constexpr, B: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, PIVOTS: tl.constexpr, SCALES: tl.constexpr, SLOPES: tl.constexpr, B: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same for samples whose planes lie side by side but start on no vector: tiles of B entries anywhere in
-    a sample of `total`, whatever channels they belong to."""
+    a sample of `total`, whatever channels they belong to. A block is B entries here."""
     total = tl.cast(total, tl.int64) * UNIT
     C = total // S
     blocks = tl.cdiv(total, B)
     span = tl.cdiv(total // UNIT, blocks) * UNIT  # all tiles about as wide
     tiles = 1 if PER_SAMPLE else N
     per = tl.cdiv(tiles, parts)
-    part, group, block = job_of(parts, blocks)
+    part, population, block = job_of(parts, blocks)
     first = block * span
     channel = first // S
     q = tl.arange(0, B)
@@ -95,14 +96,14 @@ def channel_map_flat(
     c = ((q + (first - channel * S).to(tl.int32)).to(tl.float32) + 0.5) / S
     c = c.to(tl.int32) + channel
     inside = (q < span) & (q < total - first)
-    pivot = _parameter(pivot_ptr, group, c, N, C, PIVOTS, 0, inside)
-    slope = _parameter(slope_ptr, group, c, N, C, SLOPES, 0, inside)
-    offset = _parameter(offset_ptr, group, c, N, C, SLOPES, 0, inside)
+    pivot = _parameter(pivot_ptr, population, c, N, C, PIVOTS, 0, inside)
+    slope = _parameter(slope_ptr, population, c, N, C, SLOPES, 0, inside)
+    offset = _parameter(offset_ptr, population, c, N, C, SLOPES, 0, inside)
     if dy_ptr is not None:
-        gain = _parameter(gain_ptr, group, c, N, C, GAINS, 0, inside)
+        scale = _parameter(scale_ptr, population, c, N, C, SCALES, 0, inside)
     low = part * per
     for i in tl.range(low, tl.minimum(low + per, tiles), num_stages=STAGES):
-        n = group + i
+        n = population + i
         x = tl.load(x_ptr + n * x_sample * UNIT + first + q, mask=inside, other=0.0).to(tl.float32)
         out = slope * (x - pivot) + offset
         if dy_ptr is not None:
@@ -112,5 +113,5 @@ def channel_map_flat(
                 dy = tl.load(dy_ptr + n * dy_sample * DY_UNIT + first + q, mask=inside, other=0.0)
             else:
                 dy = tl.load(dy_ptr + n * dy_sample * DY_UNIT)
-            out += gain * dy.to(tl.float32)
+            out += scale * dy.to(tl.float32)
         tl.store(out_ptr + n * total + first + q, out.to(out_ptr.dtype.element_ty), mask=inside)

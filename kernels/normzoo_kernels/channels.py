@@ -1,5 +1,6 @@
-"""The channel engine on the GPU: launchers as operators over `_channels.py`, `_channels_map.py` and
-`_channels_merge.py`. Autograd is the engine's own (`normzoo/engine.py`).
+"""The channel engine on the GPU: launchers as operators over `_channels.py`, where there is a glossary,
+`_channels_masked.py`, `_channels_merge.py` and `_channels_map.py`. Autograd is the engine's own
+(`normzoo/engine.py`).
 
 x is (N, C, *); a mask (N, *) of 0 and 1 tells two regions apart, and then every statistic and parameter has a
 leading axis of regions. Statistics and parameters are float32.
@@ -63,7 +64,9 @@ def _problem(x: Tensor, mask: Tensor | None, together: bool, per_sample: bool, *
 def _lies(problem: Problem, view: View, dy: View | None = None) -> tuple[tuple, dict]:
     """Extents and strides as the kernels take them, in units, and the units."""
     p = problem
-    x_unit = unit(view, p.itemsize, p.channels if p.tokens else p.count)
+    extent = p.channels if p.tokens else p.count
+    # What int32 cannot hold must not come in units that fit: the kernels multiply in the type they are given.
+    x_unit = unit(view, p.itemsize, extent) if extent < 1 << 31 else 1
     channels, count = (p.channels // x_unit, p.count) if p.tokens else (p.channels, p.count // x_unit)
     numbers = (p.samples, channels, count, view.sample // x_unit, view.step // x_unit)
     constants = {"TOKENS": p.tokens, "UNIT": x_unit, "PER_SAMPLE": p.per_sample}
@@ -84,11 +87,11 @@ def _statistics(x: Tensor, mask: Tensor | None, per_sample: bool, number: int) -
     return tuple(x.new_empty(size, dtype=torch.float32) for _ in range(number))
 
 
-def _shares(form: Form, outputs: tuple[Tensor, ...], planes: int) -> tuple[Tensor | None, ...]:
-    """Where the statistics go: (*outputs, None), or the shares alone where there are several."""
+def _targets(form: Form, outputs: tuple[Tensor, ...], arrays: int) -> tuple[Tensor | None, ...]:
+    """Where the statistics go: (*outputs, None), or, where there are several parts, `arrays` of those alone."""
     if form.parts == 1:
         return *outputs, None
-    parts = outputs[0].new_empty((planes, form.parts, outputs[0].numel()))
+    parts = outputs[0].new_empty((arrays, form.parts, outputs[0].numel()))
     return *(None for _ in outputs), parts
 
 
@@ -117,7 +120,7 @@ def moments(x, mask, per_sample):
     problem, (view,) = _problem(x, mask, not per_sample, per_sample, view)
     vectors = may_read_vectors(problem) and reads_past(x, view, problem.vector)
     form = moments_form(problem, vectors)
-    targets = _shares(form, outputs, 4)
+    targets = _targets(form, outputs, 4)
     tensors = (x, *targets) if mask is None else (x, _contiguous(mask), *targets)
     numbers, constants = _lies(problem, view)
     constants |= form.constants
@@ -146,7 +149,7 @@ def sums(dy, x, mask, pivot, per_sample):
     vectors = may_read_vectors(problem) and reads_past(x, view, problem.vector)
     vectors &= dy_view.inner == 0 or (dy_view == view and reads_past(dy, dy_view, problem.vector))
     form = sums_form(problem, vectors)
-    targets = _shares(form, outputs, 2)
+    targets = _targets(form, outputs, 2)
     tensors = (dy, x, _contiguous(mask), _contiguous(pivot), *targets)
     numbers, constants = _lies(problem, view, dy_view)
     constants |= form.constants | {"PIVOTS": pivots}
@@ -155,7 +158,7 @@ def sums(dy, x, mask, pivot, per_sample):
     return outputs
 
 
-def _map(x, dy, mask, pivot, gain, slope, offset):
+def _map(x, dy, mask, pivot, scale, slope, offset):
     out = like(x)
     if x.numel() == 0:
         return out
@@ -163,14 +166,16 @@ def _map(x, dy, mask, pivot, gain, slope, offset):
     dy_view = view
     if dy is not None:
         dy, dy_view = _beside(dy, x, view.tokens)
-    each = {name: _each_sample(t, mask) for name, t in (("PIVOTS", pivot), ("GAINS", gain), ("SLOPES", slope))}
+    each = {
+        name: _each_sample(t, mask) for name, t in (("PIVOTS", pivot), ("SCALES", scale), ("SLOPES", slope))
+    }
     per_sample = any(each.values())
     problem, views = _problem(x, mask, not per_sample, per_sample, view, dy_view)
     form = flat_form(problem) if all(_side_by_side(view, problem) for view in views) else None
     regions = (_contiguous(mask),) if form is None else ()
     numbers, constants = _lies(problem, *views) if form is None else _flat(problem, *views)
     form = form or map_form(problem, dy is not None)
-    parameters = [_contiguous(t) for t in (pivot, gain, slope, offset)]
+    parameters = [_contiguous(t) for t in (pivot, scale, slope, offset)]
     tensors = (x, dy, *regions, *parameters, out)
     constants |= each | form.constants
     launch(form.kernel, form.programs, x.device, *tensors, *numbers, form.parts, **constants)

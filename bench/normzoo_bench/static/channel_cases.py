@@ -75,7 +75,7 @@ class ChannelNorm:
         if plan != EVERYWHERE and not self.expanded:  # on gfx942 the widest store of statistics is one number
             yield Bound("x_width", least=16)
         if not (self.masked or self.expanded):
-            # One share or several; planes of a single sample, and few rows of tokens, have tiles of their own.
+            # One part or several; planes of a single sample, and few rows of tokens, have tiles of their own.
             yield Bound("variants", most=2 if planes and not small and self.size else 3)
         if planes and not self.masked and not (small and self.per_sample):
             yield Bound("instructions", most=20, dtypes=bf16)
