@@ -5,6 +5,10 @@ import os
 import pytest
 import torch
 
+pytest.register_assert_rewrite(
+    "channel_checks", "distributed_checks", "distributed_work", "tolerance", "training", "zoo_cases"
+)
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the first kernel is decorated
 
