@@ -27,8 +27,8 @@ _PARTS = 512
 _LEAST = 8
 """Fewest tiles of a part in the statistics."""
 
-_FLAT = 1 << 22
-"""Entries up to which float32 tells the planes of a flat tile apart."""
+_FLAT = 1 << 20
+"""Entries up to which float32 tells the planes of a flat tile apart, dividing with an error of two units."""
 
 
 @dataclass(frozen=True)
