@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from normzoo_bench.static import gates, profile_kernel
-from normzoo_bench.static.cases import Bound
+from normzoo_bench.static.case import Bound
 
 ROWS, WIDTH = 70000, 4096  # more elements than a 32-bit offset can hold
 BOUNDS = (Bound("x_passes", most=2.01), Bound("x_width", least=16))

@@ -17,7 +17,8 @@ from typing import Any
 import normzoo_kernels
 
 from . import fake, gates
-from .cases import CASES, DTYPES, ROW_COUNTS, Case
+from .case import DTYPES, ROW_COUNTS, Case
+from .cases import CASES
 from .profile import add_instructions, double_scalars, profile_call
 from .table import table
 

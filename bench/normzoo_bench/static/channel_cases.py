@@ -10,7 +10,7 @@ import torch
 from normzoo_kernels import channels
 
 from . import fake
-from .cases import DTYPES, EVERYWHERE, ON_SM90, SWEPT, Bound, Call, Case, Plan, launcher
+from .case import DTYPES, EVERYWHERE, ON_SM90, SWEPT, Bound, Call, Case, Plan, launcher
 
 
 @dataclass(frozen=True)

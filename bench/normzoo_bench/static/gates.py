@@ -11,7 +11,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from .cases import DTYPES, EXCEPTIONS, Bound, Case
+from .case import DTYPES, Bound, Case
+from .cases import EXCEPTIONS
 
 Row = dict[str, Any]
 

@@ -1,0 +1,53 @@
+"""What a case of the gate is: a call, what it must reach, and what it is compiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import torch
+
+from . import fake
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROW_COUNTS = (1, 7, 16, 100, 128, 1000, 1024, 4096, 8190, 8192, 8200, 16384)
+
+Call = Callable[[], object]
+Build = Callable[[int, str, fake.Target], tuple[Call, torch.Tensor]]
+Plan = tuple[tuple[str, tuple[str, ...]], ...]  # (target, dtypes)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How large or small one measure of a case may be; `dtypes` where that holds for some only."""
+
+    measure: str
+    most: float = inf
+    least: float = -inf
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`build(rows, dtype, target)` gives the launcher call and the x its passes are counted in."""
+
+    name: str
+    build: Build
+    rows: int
+    bounds: tuple[Bound, ...]
+    plan: Plan  # what the default run compiles it for
+
+    def needs(self, measure: str, dtype: str) -> bool:
+        return any(b.measure == measure and dtype in b.dtypes for b in self.bounds)
+
+
+ON_SM90: Plan = (("sm_90", ("bf16",)),)
+SWEPT: Plan = (("sm_90", ("bf16", "fp32")),)
+EVERYWHERE: Plan = tuple((target, tuple(DTYPES)) for target in fake.TARGETS)
+
+
+def launcher(operator: Any) -> Any:
+    """The launcher under an operator, which would show only its fake here."""
+    return operator.__wrapped__
