@@ -50,8 +50,10 @@ def commit(updates: Iterable[tuple[Tensor, Tensor]], when: Tensor | None = None)
 
 def average(old: Tensor, new: Tensor, factor: float | Tensor) -> Tensor:
     """(1 − factor) · old + factor · new, in the wider of their dtypes."""
-    wide = torch.promote_types(old.dtype, new.dtype)
-    return (1 - factor) * old.to(wide) + factor * new.detach()
+    if old.dtype != new.dtype:
+        old = old.to(torch.promote_types(old.dtype, new.dtype))
+    kept, new = old * (1 - factor), new.detach()
+    return kept + factor * new if isinstance(factor, Tensor) else torch.add(kept, new, alpha=factor)
 
 
 def moved(

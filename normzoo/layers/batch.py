@@ -62,9 +62,9 @@ def batch_norm(
     running = checks.running("batch_norm", running_mean, running_var, "training", training)
     if not training:
         return native.with_stored(x, running, weight, bias, eps)
-    y, (mean, var, count) = with_batch("batch_norm", x, weight, bias, eps)
-    if running and not recomputing():
-        commit(moved(zip(running, (mean, var), strict=True), count, momentum))
+    y, statistics = with_batch("batch_norm", x, weight, bias, eps, wanted=bool(running))
+    if statistics and not recomputing():
+        commit(moved(zip(running, statistics, strict=False), statistics[-1], momentum))
     return y
 
 
@@ -76,8 +76,9 @@ def with_batch(
     eps: float,
     sync: bool = False,
     process_group: Any = None,
-) -> tuple[Tensor, Statistics]:
-    """(y, statistics) with the statistics of the batch, across ranks with `sync`."""
+    wanted: bool = True,
+) -> tuple[Tensor, Statistics | None]:
+    """(y, statistics) with the statistics of the batch, across ranks with `sync`; None where not `wanted`."""
     sync = sync and ranks.size(process_group) > 1
     count = x.numel() // x.shape[1] if x.numel() else 0
     if count == 1 and not sync:
@@ -89,26 +90,29 @@ def with_batch(
 
         def combine(m: Moments):
             m = m.across_ranks(process_group) if sync else m
-            return *m.standardize(weight, bias, eps), (m.mean, m.sets.unbiased_var, m.sets.count)
+            statistics = (m.mean, m.sets.unbiased_var, m.sets.count) if wanted else None
+            return *m.standardize(weight, bias, eps), statistics
 
         return normalize(x, combine)
 
-    mean, var = native.fresh_statistics(x)
+    mean, var = native.fresh_statistics(x) if wanted else (None, None)
     weight, bias = native.in_statistics_dtype(x, weight, bias)
-    return F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps), (mean, var, count)
+    y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
+    return y, None if mean is None or var is None else (mean, var, count)
 
 
 class _BatchNorm(Running):
     def forward(self, input: Tensor) -> Tensor:
         layer = type(self).__name__
         checks.dimensions(layer, input, self._check_input_dim)
-        checks.channels(layer, input, self.num_features, weight=self.weight)
-        checks.channels(layer, input, None, running_mean=self.running_mean, running_var=self.running_var)
-        if not self.training and not (self.running_mean is None and self.running_var is None):
-            return native.with_stored(input, self._stored(), self.weight, self.bias, self.eps)
+        mean, var, weight = self.running_mean, self.running_var, self.weight
+        checks.channels(layer, input, self.num_features, weight=weight, running_mean=mean, running_var=var)
+        if not self.training and not (mean is None and var is None):
+            return native.with_stored(input, self._stored(), weight, self.bias, self.eps)
         how = {"sync": self.sync and self.training, "process_group": self.process_group}
-        y, statistics = with_batch(layer, input, self.weight, self.bias, self.eps, **how)
-        if self.training and self.track_running_stats:
+        how["wanted"] = self.training and self.track_running_stats and mean is not None
+        y, statistics = with_batch(layer, input, weight, self.bias, self.eps, **how)
+        if statistics:
             self._track(*statistics)
         return y
 

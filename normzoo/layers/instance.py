@@ -61,16 +61,16 @@ def instance_norm(
     running = checks.running("instance_norm", running_mean, running_var, "use_input_stats", use_input_stats)
     if not use_input_stats:
         return native.with_stored(x, running, weight, bias, eps)
-    y, (mean, var, count) = _with_own("instance_norm", x, weight, bias, eps)
-    if running and not recomputing():
-        commit(moved(zip(running, (mean, var), strict=True), count, momentum))
+    y, statistics = _with_own("instance_norm", x, weight, bias, eps, wanted=bool(running))
+    if statistics and not recomputing():
+        commit(moved(zip(running, statistics, strict=False), statistics[-1], momentum))
     return y
 
 
 def _with_own(
-    layer: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Statistics]:
-    """(y, statistics): means over the samples, and how many samples there are."""
+    layer: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, wanted: bool
+) -> tuple[Tensor, Statistics | None]:
+    """(y, statistics): means over the samples, and how many samples there are; None where not `wanted`."""
     if x.shape[2:].numel() == 1:
         raise ValueError(
             f"{layer}: Expected more than 1 spatial element when training, got input size {tuple(x.shape)}"
@@ -79,18 +79,18 @@ def _with_own(
 
         def combine(m: Moments):
             samples = x.shape[0] if x.numel() else 0
-            statistics = m.sets.mean.mean(0), m.sets.unbiased_var.mean(0), samples
+            statistics = (m.sets.mean.mean(0), m.sets.unbiased_var.mean(0), samples) if wanted else None
             return *m.standardize(weight, bias, eps), statistics
 
         return normalize(x, combine, per_sample=True)
 
-    mean, var = native.fresh_statistics(x)
+    mean, var = native.fresh_statistics(x) if wanted else (None, None)
     weight, bias = native.in_statistics_dtype(x, weight, bias)
-    if weight is None and x.dtype != mean.dtype:
-        weight = torch.ones_like(mean)  # without parameters torch rounds the statistics to the dtype of x
+    if weight is None and x.dtype.itemsize < 4:
+        weight = torch.ones(x.shape[1], device=x.device)  # without it torch rounds the statistics too
     # Of one dimension: that of two has wrong gradients for a batch of one and a channels_last gradient.
     y = F.instance_norm(x.flatten(2), mean, var, weight, bias, True, 1.0, eps).view(x.shape)
-    return native.like(x, y), (mean, var, x.shape[0])
+    return native.like(x, y), None if mean is None or var is None else (mean, var, x.shape[0])
 
 
 class _InstanceNorm(Running):
@@ -126,8 +126,9 @@ class _InstanceNorm(Running):
         checks.channels(layer, x, self.num_features, weight=self.weight, running_mean=self.running_mean)
         if not self.training and self.track_running_stats:
             return native.with_stored(x, self._stored(), self.weight, self.bias, self.eps)
-        y, statistics = _with_own(layer, x, self.weight, self.bias, self.eps)
-        if self.training and self.running_mean is not None:
+        wanted = self.training and self.running_mean is not None
+        y, statistics = _with_own(layer, x, self.weight, self.bias, self.eps, wanted)
+        if statistics:
             if self.sync:
                 statistics = ranks.average(*statistics, self.process_group)
             # torch counts no batches here, and takes momentum=None for zero, other than in BatchNorm.

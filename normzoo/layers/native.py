@@ -12,8 +12,12 @@ from torch import Tensor
 
 def in_statistics_dtype(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
     """Parameters in the dtype of the statistics of x: float32, or float64 for float64."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return tuple(None if p is None else p.to(dtype) for p in parameters)
+    dtype = _statistics_dtype(x)
+    return tuple(p if p is None or p.dtype == dtype else p.to(dtype) for p in parameters)
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def in_one_dtype(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
@@ -28,8 +32,8 @@ def in_one_dtype(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
 
 def fresh_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Running mean and variance that with momentum 1 become those of the batch."""
-    mean, var = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
-    return in_statistics_dtype(x, mean, var)
+    dtype = _statistics_dtype(x)
+    return x.new_zeros(x.shape[1], dtype=dtype), x.new_ones(x.shape[1], dtype=dtype)
 
 
 def like(x: Tensor, y: Tensor) -> Tensor:
