@@ -197,7 +197,8 @@ class _Moments(Function):
         ctx.body = body
         ctx.mark_non_differentiable(pivot)
         ctx.set_materialize_grads(False)
-        return pivot, delta, m2, x.view_as(x), x.view_as(x), torch.zeros_like(delta)
+        carrier = torch.empty_like(delta)  # only its gradient says anything
+        return pivot, delta, m2, x.view_as(x), x.view_as(x), carrier
 
     @staticmethod
     def backward(ctx, *grads):
@@ -222,13 +223,14 @@ def _slope_and_offset(x, mask, pivot, delta, d_delta, d_m2) -> tuple[Tensor | No
     """Of the gradient that x gets through its statistics: slope · (x − pivot) + offset."""
     if d_delta is None and d_m2 is None:
         return None, None
-    slope, offset = torch.zeros_like(pivot), torch.zeros_like(pivot)
-    if d_delta is not None:
+    if d_delta is None:
+        offset = torch.zeros_like(pivot)
+    else:
         offset = d_delta / passes.divisor(passes.counts(x, mask, _of_samples(pivot, mask)))
-    if d_m2 is not None:
-        slope = 2 * d_m2
-        offset = offset - slope * delta
-    return slope, offset
+    if d_m2 is None:
+        return torch.zeros_like(pivot), offset
+    slope = 2 * d_m2
+    return slope, torch.addcmul(offset, slope, delta, value=-1)
 
 
 def _of_samples(pivot: Tensor, mask: Tensor | None) -> bool:

@@ -157,8 +157,9 @@ class Moments:
         scale = torch.rsqrt(self.var + eps)
         if weight is not None:
             scale = scale * weight
-        shift = -self.delta * scale
-        return scale, shift if bias is None else shift + bias
+        if bias is None:
+            return scale, -self.delta * scale
+        return scale, torch.addcmul(bias.to(scale.dtype), self.delta, scale, value=-1)
 
     def over_batch(self, weights: Tensor | None = None, group: Any = None) -> Moments:
         """One set for all samples, and for all ranks of the process group `group`.
