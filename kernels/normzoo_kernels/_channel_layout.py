@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ._layout import unit_of
+from ._layout import one_stride, unit_of
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,9 @@ def positions(x: Tensor) -> int:
     return x.shape[2:].numel()
 
 
-def _one_stride(x: Tensor) -> int | None:
-    """Entries from one position to the next where one number describes it; 0 for a single position."""
-    stride = expected = None
-    for size, step in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
-        if size <= 1:
-            continue
-        if expected is None:
-            stride = step
-        elif step != expected:
-            return None
-        expected = step * size
-    return stride or 0
-
-
 def view_as(x: Tensor, tokens: bool, *, broadcast: bool = False) -> View | None:
     """x in this order of axes, if it lies so. `broadcast` also takes an inner axis that is one entry."""
-    step = _one_stride(x)
+    step = one_stride(x.shape[2:], x.stride()[2:])
     if step is None:
         return None
     sample = x.stride(0) if x.shape[0] > 1 else 0

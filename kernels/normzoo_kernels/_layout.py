@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,11 @@ VECTOR = 16
 """Bytes of the widest access."""
 
 
-def row_stride(x: Tensor) -> int | None:
-    """Elements from one row (last dimension) to the next where one number describes it, else None."""
+def one_stride(sizes: Sequence[int], strides: Sequence[int], alone: int = 0) -> int | None:
+    """Entries from one place to the next over these dimensions taken as one; `alone` for a single place, None
+    where no one number describes it."""
     stride = expected = None
-    for size, step in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+    for size, step in zip(reversed(sizes), reversed(strides), strict=True):
         if size <= 1:
             continue
         if expected is None:
@@ -20,7 +23,12 @@ def row_stride(x: Tensor) -> int | None:
         elif step != expected:
             return None
         expected = step * size
-    return x.shape[-1] if stride is None else stride
+    return alone if stride is None else stride
+
+
+def row_stride(x: Tensor) -> int | None:
+    """Elements from one row (last dimension) to the next where one number describes it, else None."""
+    return one_stride(x.shape[:-1], x.stride()[:-1], alone=x.shape[-1])
 
 
 def order_of(x: Tensor) -> list[int]:
