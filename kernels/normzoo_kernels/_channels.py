@@ -62,6 +62,20 @@ def span_of(S, UNIT: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
+def work_of(
+    N, C, S, parts, TOKENS: tl.constexpr, UNIT: tl.constexpr, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr,
+    CB: tl.constexpr, NB: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """(part, population, channels, span of a chunk, first tile, end of the tiles) of this program."""
+    tiles = tiles_of(N, S, PER_SAMPLE, CHUNKED, NB, L)
+    per = tl.cdiv(tiles, parts)
+    part, population, block = job_of(parts, tl.cdiv(C, CB))
+    c = block * CB + tl.arange(0, CB)[:, None]
+    low = part * per
+    return part, population, c, span_of(S, 1 if TOKENS else UNIT, L), low, tl.minimum(low + per, tiles)
+
+
+@triton.jit
 def entries_before(
     i, N, S, span, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr, NB: tl.constexpr, L: tl.constexpr
 ):
@@ -233,14 +247,10 @@ def channel_moments(
     """Each part counts from the mean of its first tile, a fixed fraction of the part: what moves the pivot away
     from the other entries widens the spread of the part as well."""
     C, S = sizes(C, S, UNIT, TOKENS)
-    tiles = tiles_of(N, S, PER_SAMPLE, CHUNKED, NB, L)
-    per, blocks = tl.cdiv(tiles, parts), tl.cdiv(C, CB)
+    part, population, c, span, low, high = work_of(
+        N, C, S, parts, TOKENS, UNIT, PER_SAMPLE, CHUNKED, CB, NB, L
+    )  # fmt: skip
     populations = N if PER_SAMPLE else 1
-    span = span_of(S, 1 if TOKENS else UNIT, L)
-    part, population, block = job_of(parts, blocks)
-    c = block * CB + tl.arange(0, CB)[:, None]
-    low = part * per
-    high = tl.minimum(low + per, tiles)
     before = entries_before(low, N, S, span, PER_SAMPLE, CHUNKED, NB, L)
     slab = entries_before(low + 1, N, S, span, PER_SAMPLE, CHUNKED, NB, L) - before
     count = entries_before(high, N, S, span, PER_SAMPLE, CHUNKED, NB, L) - before
@@ -287,14 +297,10 @@ def channel_sums(
 ):  # fmt: skip
     """Sums of dy and of dy * (x - pivot). PIVOTS: each sample has its own."""
     C, S = sizes(C, S, UNIT, TOKENS)
-    tiles = tiles_of(N, S, PER_SAMPLE, CHUNKED, NB, L)
-    per, blocks = tl.cdiv(tiles, parts), tl.cdiv(C, CB)
+    part, population, c, span, low, high = work_of(
+        N, C, S, parts, TOKENS, UNIT, PER_SAMPLE, CHUNKED, CB, NB, L
+    )  # fmt: skip
     populations = N if PER_SAMPLE else 1
-    span = span_of(S, 1 if TOKENS else UNIT, L)
-    part, population, block = job_of(parts, blocks)
-    c = block * CB + tl.arange(0, CB)[:, None]
-    low = part * per
-    high = tl.minimum(low + per, tiles)
     if not PIVOTS:
         pivot = tl.load(pivot_ptr + c, mask=c < C, other=0.0)
         if mask_ptr is not None:

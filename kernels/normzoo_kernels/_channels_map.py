@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._channels import columns, entries, gradient, job_of, offsets, region_of, sizes, span_of, tiles_of
+from ._channels import columns, entries, gradient, job_of, offsets, region_of, sizes, work_of
 
 
 @triton.jit
@@ -33,11 +33,9 @@ def channel_map(
 ):  # fmt: skip
     """Tiles, populations and parts as in the statistics. PIVOTS, SCALES, SLOPES: each sample has its own."""
     C, S = sizes(C, S, UNIT, TOKENS)
-    tiles = tiles_of(N, S, PER_SAMPLE, CHUNKED, NB, L)
-    per, blocks = tl.cdiv(tiles, parts), tl.cdiv(C, CB)
-    span = span_of(S, 1 if TOKENS else UNIT, L)
-    part, population, block = job_of(parts, blocks)
-    c = block * CB + tl.arange(0, CB)[:, None]
+    _part, population, c, span, low, high = work_of(
+        N, C, S, parts, TOKENS, UNIT, PER_SAMPLE, CHUNKED, CB, NB, L
+    )  # fmt: skip
     pivot = _parameter(pivot_ptr, population, c, N, C, PIVOTS, 0, c < C)
     slope = _parameter(slope_ptr, population, c, N, C, SLOPES, 0, c < C)
     offset = _parameter(offset_ptr, population, c, N, C, SLOPES, 0, c < C)
@@ -49,8 +47,7 @@ def channel_map(
         offset1 = _parameter(offset_ptr, population, c, N, C, SLOPES, 1, c < C)
         if dy_ptr is not None:
             scale1 = _parameter(scale_ptr, population, c, N, C, SCALES, 1, c < C)
-    low = part * per
-    for i in tl.range(low, tl.minimum(low + per, tiles), num_stages=STAGES):
+    for i in tl.range(low, high, num_stages=STAGES):
         n, s, here = columns(i, population, N, S, span, PER_SAMPLE, CHUNKED, NB, L)
         at, valid, _ = entries(n, c, s, here, N, C, S, x_sample, x_step, UNIT, TOKENS, 0, NB, L)
         x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)

@@ -5,18 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._channels import (
-    columns,
-    entries,
-    job_of,
-    rebased,
-    region_of,
-    sizes,
-    span_of,
-    store_moments,
-    sum_pair,
-    tiles_of,
-)
+from ._channels import columns, entries, rebased, region_of, sizes, store_moments, sum_pair, work_of
 
 
 @triton.jit
@@ -55,17 +44,14 @@ def channel_moments_masked(
     """Of both regions. A region may begin anywhere, with few entries, so that no slab stands for it: every tile
     counts from its own mean."""
     C, S = sizes(C, S, UNIT, TOKENS)
-    tiles = tiles_of(N, S, PER_SAMPLE, CHUNKED, NB, L)
-    per, blocks = tl.cdiv(tiles, parts), tl.cdiv(C, CB)
+    part, population, c, span, low, high = work_of(
+        N, C, S, parts, TOKENS, UNIT, PER_SAMPLE, CHUNKED, CB, NB, L
+    )  # fmt: skip
     populations = N if PER_SAMPLE else 1
-    span = span_of(S, 1 if TOKENS else UNIT, L)
-    part, population, block = job_of(parts, blocks)
-    c = block * CB + tl.arange(0, CB)[:, None]
-    low = part * per
     zero = tl.zeros([CB, 1], tl.float32)
     count0, pivot0, delta0, square0 = zero, zero, zero, zero
     count1, pivot1, delta1, square1 = zero, zero, zero, zero
-    for i in tl.range(low, tl.minimum(low + per, tiles), num_stages=STAGES):
+    for i in tl.range(low, high, num_stages=STAGES):
         n, s, here = columns(i, population, N, S, span, PER_SAMPLE, CHUNKED, NB, L)
         at, touch, valid = entries(n, c, s, here, N, C, S, x_sample, x_step, UNIT, TOKENS, V, NB, L)
         x = tl.load(x_ptr + at, mask=touch, other=0.0).to(tl.float32)
