@@ -109,9 +109,12 @@ def channels(
 
 
 def running(
-    layer: str, mean: Tensor | None, var: Tensor | None, argument: str, own: bool
+    layer: str, x: Tensor, mean: Tensor | None, var: Tensor | None, argument: str, own: bool
 ) -> tuple[Tensor, ...]:
-    """Running mean and variance, or neither; needed unless `own`, the value of `argument`."""
+    """Running mean and variance, (C,) both, or neither; needed unless `own`, the value of `argument`."""
+    for name, t in (("running_mean", mean), ("running_var", var)):
+        if t is not None:
+            _beside(layer, name, t, x, x.shape[1:2])
     if mean is not None and var is not None:
         return mean, var
     if mean is not None or var is not None:
@@ -141,6 +144,11 @@ def choice(layer: str, argument: str, value: str, allowed: Sequence[str]) -> Non
         raise ValueError(f"{layer}: {argument} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, else float32: statistics are never taken in half precision."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32 where it is narrower: statistics are never taken in half precision."""
+    """x in the dtype of its statistics."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

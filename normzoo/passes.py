@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import at_least_float32
+from .checks import at_least_float32, statistics_dtype
 
 
 def moments(x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,8 +63,7 @@ def counts(x: Tensor, mask: Tensor | None, per_sample: bool) -> int | Tensor:
     if mask is None:
         return full
     hole = mask.unsqueeze(-1).flatten(1).sum(1) if per_sample else mask.sum()
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.stack((full - hole, hole)).unsqueeze(-1).to(dtype)
+    return torch.stack((full - hole, hole)).unsqueeze(-1).to(statistics_dtype(x))
 
 
 def divisor(n: Any) -> Any:

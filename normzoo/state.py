@@ -6,7 +6,7 @@ that nothing waits for the device and resuming is exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,12 @@ def moved(
         return [(old, average(old, new, factor).to(old.dtype)) for old, new in pairs] if count else []
     some = (count > 0).all()  # across ranks, all of which may have empty batches
     return [(old, torch.where(some, average(old, new, factor).to(old.dtype), old)) for old, new in pairs]
+
+
+def advance(running: Sequence[Tensor], statistics: Sequence[Any] | None, momentum: float) -> None:
+    """Moves a running mean and variance, if there are any, by (mean, variance, count) of a batch."""
+    if running and statistics and not recomputing():
+        commit(moved(zip(running, statistics, strict=False), statistics[-1], momentum))
 
 
 def finite(*statistics: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .. import checks, ranks
 from ..dispatch import use_kernel
 from ..engine import normalize
 from ..moments import Moments
-from ..state import Running, commit, moved, recomputing
+from ..state import Running, advance
 from . import native
 
 Statistics = tuple[Tensor, Tensor, Any]
@@ -56,15 +56,13 @@ def batch_norm(
             [ 1.0000]])
     """
     checks.channels("batch_norm", x, None, weight=weight, bias=bias)
-    checks.channels("batch_norm", x, None, running_mean=running_mean, running_var=running_var)
     checks.eps("batch_norm", eps)
     checks.momentum("batch_norm", momentum, average=False)
-    running = checks.running("batch_norm", running_mean, running_var, "training", training)
+    running = checks.running("batch_norm", x, running_mean, running_var, "training", training)
     if not training:
         return native.with_stored(x, running, weight, bias, eps)
     y, statistics = with_batch("batch_norm", x, weight, bias, eps, wanted=bool(running))
-    if statistics and not recomputing():
-        commit(moved(zip(running, statistics, strict=False), statistics[-1], momentum))
+    advance(running, statistics, momentum)
     return y
 
 

@@ -17,7 +17,7 @@ from .. import checks, ranks
 from ..dispatch import use_kernel
 from ..engine import normalize
 from ..moments import Moments
-from ..state import Running, commit, moved, recomputing
+from ..state import Running, advance
 from . import native
 from .batch import Statistics
 
@@ -55,15 +55,13 @@ def instance_norm(
              [-1.0000,  1.0000]]])
     """
     checks.channels("instance_norm", x, None, weight=weight, bias=bias)
-    checks.channels("instance_norm", x, None, running_mean=running_mean, running_var=running_var)
     checks.eps("instance_norm", eps)
     checks.momentum("instance_norm", momentum, average=False)
-    running = checks.running("instance_norm", running_mean, running_var, "use_input_stats", use_input_stats)
+    running = checks.running("instance_norm", x, running_mean, running_var, "use_input_stats", use_input_stats)
     if not use_input_stats:
         return native.with_stored(x, running, weight, bias, eps)
     y, statistics = _with_own("instance_norm", x, weight, bias, eps, wanted=bool(running))
-    if statistics and not recomputing():
-        commit(moved(zip(running, statistics, strict=False), statistics[-1], momentum))
+    advance(running, statistics, momentum)
     return y
 
 
@@ -123,10 +121,11 @@ class _InstanceNorm(Running):
         return self._forward(layer, input)
 
     def _forward(self, layer: str, x: Tensor) -> Tensor:
-        checks.channels(layer, x, self.num_features, weight=self.weight, running_mean=self.running_mean)
+        mean, var = self.running_mean, self.running_var
+        checks.channels(layer, x, self.num_features, weight=self.weight, running_mean=mean, running_var=var)
         if not self.training and self.track_running_stats:
             return native.with_stored(x, self._stored(), self.weight, self.bias, self.eps)
-        wanted = self.training and self.running_mean is not None
+        wanted = self.training and mean is not None
         y, statistics = _with_own(layer, x, self.weight, self.bias, self.eps, wanted)
         if statistics:
             if self.sync:

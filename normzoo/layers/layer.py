@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..dispatch import Reference, use_kernel
+from . import native
 
 
 def layer_norm(
@@ -50,11 +51,7 @@ def layer_norm(
 
         return norm("layer", x, shape, weight, bias, eps=eps, reference=Reference(again))
 
-    h = x
-    if (weight is not None and weight.dtype != x.dtype) or (bias is not None and bias.dtype != x.dtype):
-        # torch takes few mixtures, and not the same ones on every device
-        h = checks.at_least_float32(x)
-        weight, bias = (None if p is None else p.to(h.dtype) for p in (weight, bias))
+    h, weight, bias = native.in_one_dtype(x, weight, bias)
     y = F.layer_norm(h, shape, weight, bias, eps)
     return y if y.dtype == x.dtype else y.to(x.dtype)  # CUDA autocast returns float32
 

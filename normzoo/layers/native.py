@@ -9,15 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
+
 
 def in_statistics_dtype(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
     """Parameters in the dtype of the statistics of x: float32, or float64 for float64."""
-    dtype = _statistics_dtype(x)
+    dtype = checks.statistics_dtype(x)
     return tuple(p if p is None or p.dtype == dtype else p.to(dtype) for p in parameters)
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def in_one_dtype(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
@@ -32,7 +30,7 @@ def in_one_dtype(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
 
 def fresh_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Running mean and variance that with momentum 1 become those of the batch."""
-    dtype = _statistics_dtype(x)
+    dtype = checks.statistics_dtype(x)
     return x.new_zeros(x.shape[1], dtype=dtype), x.new_ones(x.shape[1], dtype=dtype)
 
 
