@@ -168,6 +168,8 @@ def test_process_groups_come_along():
         normzoo.convert(model, "batch_norm", include="1", sync=True, process_group=group)
         assert all(norm.sync and norm.process_group is group for norm in model)
         assert normzoo.plan(model, sync=False, process_group=None).verify(x).same
+        normzoo.convert(model, sync=False)
+        assert not any(norm.sync or norm.process_group for norm in model)
     finally:
         dist.destroy_process_group()
 

@@ -201,6 +201,8 @@ def _construct(old: nn.Module, norm: Norm, carried: Carried, choice: Choice) -> 
     like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), None)
     place = {} if like is None else {"device": like.device, "dtype": like.dtype}
     arguments = {**carried.arguments, **choice.options}
+    if arguments.get("sync") is False and "process_group" not in choice.options:
+        arguments["process_group"] = None  # that of the old norm goes with its sync
     parameters = inspect.signature(cls).parameters.values()
     if needed := [p.name for p in parameters if p.default is p.empty and p.name not in arguments]:
         raise Refused(f"{choice.entry.name} needs {' and '.join(needed)}; pass {needed[0]}=")
