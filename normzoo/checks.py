@@ -19,9 +19,9 @@ def normalized_shape(layer: str, shape: int | Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
-def eps(layer: str, value: float) -> None:
+def eps(layer: str, value: float, argument: str = "eps") -> None:
     if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-        raise ValueError(f"{layer}: eps is {value!r}; it must be a positive finite number")
+        raise ValueError(f"{layer}: {argument} is {value!r}; it must be a positive finite number")
 
 
 def positive(layer: str, argument: str, value: int) -> None:
@@ -39,6 +39,22 @@ def momentum(layer: str, value: float | None, *, average: bool = True) -> None:
             f"{layer}: momentum is {value!r}; it must be a number from 0 to 1, the weight of the new "
             f"statistics{end}"
         )
+
+
+def share(layer: str, argument: str, value: float) -> None:
+    """A number from 0 to 1."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(f"{layer}: {argument} is {value!r}; it must be a number from 0 to 1")
+
+
+def number(layer: str, argument: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{layer}: {argument} is {value!r}; it must be a finite number")
+
+
+def not_negative(layer: str, argument: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ValueError(f"{layer}: {argument} is {value!r}; it must be a finite number, 0 or more")
 
 
 def flag(layer: str, argument: str, value: bool) -> None:

@@ -6,7 +6,7 @@ that nothing waits for the device and resuming is exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -143,10 +143,12 @@ class Running(_NormBase):
             nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
+        return super().extra_repr() + self._options()
+
+    def _options(self) -> str:
+        """sync and nonfinite, where they are not the usual ones, for the end of extra_repr."""
         extra = ", sync=True" if self.sync else ""
-        if self.nonfinite != "propagate":
-            extra += f", nonfinite={self.nonfinite!r}"
-        return super().extra_repr() + extra
+        return extra if self.nonfinite == "propagate" else f"{extra}, nonfinite={self.nonfinite!r}"
 
     def _stored(self) -> tuple[Tensor, Tensor]:
         """The running mean and variance."""
@@ -168,11 +170,21 @@ class Running(_NormBase):
             factor = self.momentum
         if factor is None:
             factor = 0.0 if number is None else batches / number.to(mean.dtype)
-        updates = moved(((running_mean, mean), (running_var, var)), count, factor)
         counted = [] if tracked is None or number is None else [(tracked, number)]
+        self._commit(moved(((running_mean, mean), (running_var, var)), count, factor), counted)
+
+    def _commit(
+        self, updates: list[tuple[Tensor, Tensor]], counted: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> None:
+        """Writes new statistics, and counters along with them, as `nonfinite` says."""
         if self.batches_skipped is None or not updates:
             commit([*updates, *counted])
             return
         good = finite(*(new for _, new in updates))
         commit([*updates, *counted], good)
-        commit([(self.batches_skipped, self.batches_skipped + 1)], ~good)
+        self._count_skipped(lambda: good)
+
+    def _count_skipped(self, good: Callable[[], Tensor]) -> None:
+        """Counts a batch unless it is `good`, which is asked for only where batches are counted."""
+        if self.batches_skipped is not None:
+            commit([(self.batches_skipped, self.batches_skipped + 1)], ~good())

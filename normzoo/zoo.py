@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .layers.adab2n import AdaB2N
+from .layers.alpha import AlphaBatchNorm
 from .layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .layers.batch_channel import BatchChannelNorm
 from .layers.frozen import FrozenBatchNorm
 from .layers.ghost import GhostBatchNorm
 from .layers.group import GroupNorm
@@ -195,6 +198,46 @@ ZOO: tuple[Entry, ...] = (
         official="eladhoffer/bigBatch",
         arguments=(16, 2),
         variants=({}, {"split": "ceil", "stats": "scaled"}, {"split": "interleaved"}, {"affine": False}),
+        sample=_images,
+    ),
+    Entry(
+        cls=AlphaBatchNorm,
+        function=functional.alpha_batch_norm,
+        title="Alpha batch normalization",
+        family="channels",
+        layout="(N, C, *)",
+        kernel=True,
+        couples_samples=True,
+        paper="2110.04065",
+        variants=({}, {"source_weight": 0.0}, {"unbiased": False, "affine": False}, {"bias": False}),
+        sample=_images,
+    ),
+    Entry(
+        cls=AdaB2N,
+        function=functional.adab2n,
+        title="Adaptive balance of batch normalization",
+        family="channels",
+        layout="(N, C, *)",
+        kernel=True,
+        couples_samples=True,
+        paper="2310.08855",
+        official="lvyilin/AdaB2N",
+        arguments=(16, 3),
+        variants=({}, {"kappa": 0.4}, {"kappa": 0.0, "absent": "official"}, {"affine": False}),
+        sample=_images,
+    ),
+    Entry(
+        cls=BatchChannelNorm,
+        function=functional.batch_channel_norm,
+        title="Batch-channel normalization",
+        family="channels",
+        layout="(N, C, *)",
+        kernel=True,
+        couples_samples=True,
+        paper="1903.10520",
+        official="joe-siyuan-qiao/Batch-Channel-Normalization",
+        arguments=(16, 4),
+        variants=({}, {"channel_affine": "channel", "eps": 1e-3}, {"nonfinite": "skip", "momentum": None}),
         sample=_images,
     ),
 )

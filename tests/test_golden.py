@@ -38,6 +38,11 @@ class Adapter:
     """Our name of an official parameter or buffer; None for one that we do not have."""
     call: Callable[..., Tensor] = lambda layer, x, **others: layer(x, **others)
     """Calls the layer with x and, by name, the other recorded inputs, such as ``mask``."""
+    loss: Callable[[Any, Recording, int], Tensor] | None = None
+    """What the recorded step adds to the loss."""
+    after_step: Callable[[Any, Recording, int], None] = lambda layer, recording, step: None
+    after_eval: Callable[[Any, Recording, Callable[[str, Tensor], None]], None] = lambda *_: None
+    """Gets the function that compares a recorded tensor with ours."""
 
 
 def _ghost(config: dict, **options: Any) -> nn.Module:
@@ -55,6 +60,64 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def _alpha(config: dict) -> nn.Module:
+    """`prior` weighs the source, `alpha` the test batch."""
+    weight = {"test_weight": config["alpha"]} if "alpha" in config else {"source_weight": config["prior"]}
+    return normzoo.AlphaBatchNorm(config["num_features"], config["eps"], affine=config["affine"], **weight)
+
+
+def _of_wrapped(name: str) -> str | None:
+    """The official class holds the batch norm and an extractor of statistics, which ours does not need."""
+    return None if name.startswith("norm.") else name.removeprefix("layer.")
+
+
+def _frozen_by_eval(layer: normzoo.AlphaBatchNorm, recording: Recording, close: Callable) -> None:
+    """After .eval() the official class goes on with the statistics of the batch before; ours takes new ones."""
+    before, x = recording.read("eval.x"), recording.read("quirk_eval.x")
+    var, mean = torch.var_mean(before, (0, 2, 3))
+    a = layer.source_weight
+    stored = a * layer.running_mean + (1 - a) * mean, a * layer.running_var + (1 - a) * var
+    parts = (layer.weight, layer.bias)
+    close("quirk_eval.y", normzoo.functional.frozen_batch_norm(x, *stored, *parts, layer.eps))
+    assert not torch.allclose(layer(x), recording.tensors["quirk_eval.y"], rtol=1e-2)
+
+
+def _adab2n(config: dict) -> nn.Module:
+    names = ("num_features", "num_tasks", "eps", "momentum", "kappa", "init_weight", "affine")
+    return normzoo.AdaB2N(**{name: config[name] for name in names}, absent="official")
+
+
+def _balanced(layer: nn.Module, x: Tensor, task_ids: Tensor | None = None, labels: Any = None) -> Tensor:
+    return layer(x) if task_ids is None else layer(x, task_ids)
+
+
+def _regularised(layer: normzoo.AdaB2N, recording: Recording, step: int) -> Tensor:
+    tensors, tracked = recording.tensors, layer.num_batches_tracked
+    torch.testing.assert_close(layer.loss, tensors[f"aux.norm_loss.{step}"], rtol=1e-4, atol=1e-5)
+    tracked -= 1  # the rate of the step that is over
+    torch.testing.assert_close(torch.as_tensor(layer._rate()), tensors[f"aux.eta.{step}"])
+    tracked += 1
+    return tensors[f"aux.reg_coeff.{step}"] * layer.loss
+
+
+def _end_task(layer: normzoo.AdaB2N, recording: Recording, step: int) -> None:
+    if step in json.loads(recording.about["config"])["end_task_after_steps"]:
+        layer.end_task()
+
+
+def _bcn(config: dict) -> nn.Module:
+    sizes = (config["num_channels"], config["num_groups"], config["eps"])
+    estimate = config["estimate"]
+    rate = config["estbn_moving_speed"] if estimate else None
+    return normzoo.BatchChannelNorm(*sizes, estimate=estimate, update_rate=rate)
+
+
+def _of_stages(name: str) -> str | None:
+    if name == "bn.estbn_moving_speed":  # a setting of ours
+        return None
+    return name.removeprefix("bn.") if name.startswith("bn.") else f"channel_{name}"
+
+
 ADAPTERS = {
     "rmsnorm": Adapter(
         lambda config: normzoo.RMSNorm(config["last_dim"], config["eps"], elementwise_affine=False)
@@ -64,7 +127,15 @@ ADAPTERS = {
     "ghostbn-scaledmomentum": Adapter(
         partial(_ghost, stats="scaled"), relative=2e-5, absolute=1e-6, name=_last
     ),
+    "AlphaBatchNorm": Adapter(
+        _alpha, relative=1e-4, absolute=1e-5, name=_of_wrapped, after_eval=_frozen_by_eval
+    ),
+    "AdaB2N": Adapter(
+        _adab2n, relative=1e-4, absolute=1e-5, call=_balanced, loss=_regularised, after_step=_end_task
+    ),
+    "bcn": Adapter(_bcn, name=_of_stages),
 }
+ADAPTERS["BayesianBatchNorm"] = ADAPTERS["AlphaBatchNorm"]
 
 
 class Recording:
@@ -116,6 +187,8 @@ def replay(path: Path, adapter: Adapter) -> None:
 
     def close(key: str, found: Tensor) -> None:
         recorded = recording.read(key)
+        if key.startswith(("param.", "grad.")):
+            recorded = recorded.squeeze()  # (1, groups, 1) in official code
         assert found.shape == recorded.shape, f"{key}: {tuple(found.shape)}, recorded {tuple(recorded.shape)}"
         allowed = adapter.relative * recorded.abs().max().item() + adapter.absolute
         error = (found.detach().double() - recorded.double()).abs().max().item()
@@ -123,12 +196,14 @@ def replay(path: Path, adapter: Adapter) -> None:
 
     with torch.no_grad():
         for key, t in (*ours("param", "init"), *ours("buffer", "init")):
-            t.copy_(recording.read(key))
+            t.copy_(recording.read(key).view(t.shape))
     for step in range(int(recording.about["steps"])):
         x = recording.read(f"x.{step}").requires_grad_()
         layer.zero_grad()
         y = adapter.call(layer, x, **recording.others(step))
-        y.backward(recording.read(f"gy.{step}"))
+        gy = recording.read(f"gy.{step}")
+        total = (y * gy).sum()
+        (total if adapter.loss is None else total + adapter.loss(layer, recording, step)).backward()
         close(f"y.{step}", y)
         assert x.grad is not None
         close(f"gx.{step}", x.grad)
@@ -141,8 +216,10 @@ def replay(path: Path, adapter: Adapter) -> None:
                     p -= float(recording.about["lr"]) * p.grad
         for key, t in (*ours("param", step), *ours("buffer", step)):
             close(key, t)
+        adapter.after_step(layer, recording, step)
     x = recording.read("eval.x")
     close("eval.y", adapter.call(layer.eval(), x, **recording.others("eval")))
+    adapter.after_eval(layer, recording, close)
     assert not recording.unread, f"nothing replays {sorted(recording.unread)}"
 
 

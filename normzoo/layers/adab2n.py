@@ -1,0 +1,336 @@
+r"""AdaB2N, adaptive balance of batch normalization, for continual learning with replay.
+
+Lyu, Wang, Zhang et al., *Overcoming Recency Bias of Normalization Statistics in Continual Learning: Balance and
+Adaptation*, NeurIPS 2023, arXiv:2310.08855; code lvyilin/AdaB2N. Each task gets the weight that the mean of a
+Dirichlet posterior gives it, with the learned prior exp(task_weight) and the samples of the batch for counts.
+
+The authors' code loses the weight of a task that is absent from a batch, so that weights sum to less than one
+and the output is not centred; that is ``absent="official"``. The rate of the running averages is a closed form
+of num_batches_tracked here, which a checkpoint holds; theirs starts anew when training resumes.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks, ranks
+from ..engine import normalize
+from ..moments import Moments
+from ..side_inputs import side_input
+from ..state import Running, average, recomputing, snapshot
+from . import native
+
+ABSENT = ("renormalize", "official")
+
+
+def adab2n(
+    x: Tensor,
+    task_ids: Tensor | None = None,
+    task_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    absent: str = "renormalize",
+    cur_tasks: int | Tensor | None = None,
+) -> Tensor:
+    r"""y = weight · (x − mean) / sqrt(var + eps) + bias, statistics over the batch with tasks in balance.
+
+    Args:
+        x: (N, C, \*) or (N, C), contiguous or channels_last, any real floating dtype.
+        task_ids: (N,) of an integer dtype, the task of every sample, counted from 0; None weighs samples alike.
+        task_weight: (tasks,), the logarithm of the prior count of every task; needed with `task_ids`.
+        weight, bias: (C,) or None, of any floating dtype.
+        eps: added to the biased variance; positive.
+        absent: as in :class:`AdaB2N`.
+        cur_tasks: tasks that have ended, for ``absent="official"``; by default all others than the last.
+
+    Returns:
+        Shape, dtype and memory format of `x`, under autocast too.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not fit together, or a channel has one value.
+
+    >>> import torch
+    >>> x, ids = torch.tensor([[0.0], [0.0], [0.0], [8.0]]), torch.tensor([0, 0, 0, 1])
+    >>> adab2n(x, ids, torch.tensor([20.0, 20.0])).flatten()  # of equal weight, however many they are
+    tensor([-1.0000, -1.0000, -1.0000,  1.0000])
+    """
+    checks.channels("adab2n", x, None, weight=weight, bias=bias)
+    checks.eps("adab2n", eps)
+    checks.choice("adab2n", "absent", absent, ABSENT)
+    if task_ids is not None and task_weight is None:
+        raise ValueError(
+            "adab2n: task_ids are given and task_weight is None; it needs the weight of every task"
+        )
+    return _with_balance("adab2n", x, task_ids, task_weight, weight, bias, eps, absent, cur_tasks)[0]
+
+
+def _with_balance(
+    layer: str,
+    x: Tensor,
+    task_ids: Tensor | None,
+    task_weight: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    absent: str,
+    cur_tasks: int | Tensor | None,
+    sync: bool = False,
+    process_group: Any = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Any]]:
+    """(y, (mean, biased variance, count)) with the statistics of the batch, across ranks with `sync`."""
+    sync = sync and ranks.size(process_group) > 1
+    if x.numel() == x.shape[1] and not sync:
+        raise ValueError(
+            f"{layer}: Expected more than 1 value per channel when training, got input size {tuple(x.shape)}; "
+            "use a larger batch or eval mode"
+        )
+    if task_ids is not None and task_weight is not None:
+        _check_ids(layer, x, task_ids, task_weight)
+
+    def combine(m: Moments):
+        if task_ids is None or task_weight is None:
+            batch, lost = m, 0.0
+        else:
+            own = task_ids.unsqueeze(1) == torch.arange(len(task_weight), device=x.device)
+            n = own.sum(0).to(m.pivot.dtype)
+            n = ranks.total((n,), process_group)[0] if sync else n
+            ended = len(task_weight) - 1 if cur_tasks is None else cur_tasks
+            shares, lost = _shares(own, n, task_weight.to(n.dtype), ended if absent == "official" else -1)
+            batch = m.over_batch(shares)
+        batch = batch.across_ranks(process_group) if sync else batch
+        if absent == "renormalize" or task_ids is None:
+            scale, shift = batch.standardize(weight, bias, eps)
+            return scale, shift, (batch.mean, batch.var, batch.sets.count)
+        # Σ w x with Σ w = 1 − lost, and the squares around that.
+        missed = lost * batch.mean
+        mean, var = batch.mean - missed, (1 - lost) * (batch.var + missed.square())
+        scale = torch.rsqrt(var + eps)
+        scale = scale if weight is None else scale * weight
+        shift = (missed - batch.delta) * scale
+        return scale, shift if bias is None else shift + bias, (mean, var, batch.sets.count)
+
+    return normalize(x, combine, per_sample=task_ids is not None)
+
+
+def _check_ids(layer: str, x: Tensor, task_ids: Tensor, task_weight: Tensor) -> None:
+    if not isinstance(task_ids, Tensor) or task_ids.is_floating_point() or task_ids.dtype == torch.bool:
+        what = task_ids.dtype if isinstance(task_ids, Tensor) else f"of type {type(task_ids).__name__}"
+        raise TypeError(f"{layer}: task_ids is {what}; it must be a tensor of integers")
+    if task_ids.shape != x.shape[:1]:
+        raise ValueError(
+            f"{layer}: task_ids has shape {tuple(task_ids.shape)} but the input has shape {tuple(x.shape)}; it "
+            f"must be ({x.shape[0]},), one task for each sample"
+        )
+    for name, t in (("task_ids", task_ids), ("task_weight", task_weight)):
+        if t.device != x.device:
+            raise ValueError(
+                f"{layer}: {name} is on {t.device} but the input is on {x.device}; move one to the other"
+            )
+    # A look at ids that live on a device would wait for it; there strangers make the output NaN.
+    if task_ids.device.type == "cpu" and not torch.compiler.is_compiling() and task_ids.numel():
+        low, high = (int(t) for t in task_ids.aminmax())
+        if low < 0 or high >= len(task_weight):
+            raise ValueError(
+                f"{layer}: task_ids go from {low} to {high}; they must be from 0 to {len(task_weight) - 1}, "
+                f"for the {len(task_weight)} tasks it was made for"
+            )
+
+
+def _shares(own: Tensor, n: Tensor, psi: Tensor, ended: int | Tensor) -> tuple[Tensor, Tensor]:
+    """(w, lost): how much each sample counts, and what the absent ones of the tasks 0 … `ended` take with them.
+
+    own: (N, tasks), whether a sample is of a task; n: (tasks,), how many are, on all ranks.
+    """
+    present = n > 0
+    counted = present | (torch.arange(len(psi), device=psi.device) <= ended)
+    # The logarithm of exp(psi) + n, which cannot overflow; log 0 = -inf leaves psi.
+    concentration = torch.logaddexp(psi, n.log())
+    # A finite number, so that an empty batch has no NaN to differentiate.
+    pi = torch.where(counted, concentration, torch.finfo(psi.dtype).min).softmax(0)
+    # Not by index, whose backward pass would add in any order.
+    w = torch.where(own, pi / n.clamp(min=1), 0).sum(1)
+    w = torch.where(own.any(1), w, torch.nan)
+    return w, torch.where(present, 0, pi).sum()
+
+
+class AdaB2N(Running):
+    r"""Batch normalization that balances the statistics of old and new tasks, for continual learning with
+    replay.
+
+    In training the task k of a sample counts with the weight (exp(task_weight[k]) + n_k) / Σ_j (...), n_k the
+    samples of k in the batch and j the tasks that are there; the weight of a task is shared by its samples.
+    Eval mode is batch norm by the running statistics, and knows no tasks. Input (N, C, \*) or (N, C), output
+    alike in shape, dtype and memory format.
+
+    Task ids come with the call or from ``with continual.tasks(model, task_ids)``, and hold for that call alone;
+    a batch without ids weighs its samples alike. Current and replayed samples belong into one batch, and the
+    ids of all layers are those of the batch.
+
+    State: that of :class:`torch.nn.BatchNorm2d`, `task_weight` and `cur_tasks`, as in the authors' checkpoints,
+    which load. Unlike batch norm, the running variance averages biased variances, as in the paper's code.
+
+    Args:
+        num_features: C.
+        num_tasks: how many tasks there will be.
+        eps: added to the biased variance; positive.
+        momentum: weight of a batch in the running statistics where kappa is 1; above 0.
+        kappa: from 1 (an exponential average) to 0 (the plain average of all batches); between them the weight
+            begins at momentum^kappa and falls to 1 − (1 − momentum)^kappa.
+        init_weight: start value of task_weight, the logarithm of the prior count of a task.
+        affine: whether there are a weight and a bias.
+        absent: ``"renormalize"``: weights of the tasks in the batch sum to one; ``"official"``: a task that was
+            seen before and is absent from the batch keeps its weight to itself, which shrinks mean and
+            variance.
+        sync: take statistics and counts over all ranks of `process_group` (one more gather, for the counts).
+            Under DDP pass task ids from the first task on, or task_weight has no gradient.
+        process_group, nonfinite: as in :class:`normzoo.BatchNorm2d`.
+        bias: whether an affine layer has a bias.
+
+    Attributes:
+        cur_tasks: how many tasks have ended, a buffer; :meth:`end_task` counts. It makes a difference for
+            ``absent="official"`` alone.
+
+    An id that is none of 0 … num_tasks − 1 is an error where the ids are on the CPU; elsewhere, and in a
+    compiled graph, a look at them would stop the device, and such a batch becomes NaN instead.
+
+    Raises:
+        ValueError, TypeError: an argument, or the input of a call, does not fit.
+
+    >>> import torch
+    >>> layer = AdaB2N(1, num_tasks=2, init_weight=20.0)
+    >>> x, ids = torch.tensor([[0.0], [0.0], [0.0], [8.0]]), torch.tensor([0, 0, 0, 1])
+    >>> layer(x, ids).detach().flatten()
+    tensor([-1.0000, -1.0000, -1.0000,  1.0000])
+    >>> layer.running_mean  # 0.1 of the way to 4, the middle between the tasks
+    tensor([0.4000])
+    """
+
+    side_inputs = ("task_ids",)
+    cur_tasks: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        num_tasks: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        kappa: float = 1.0,
+        init_weight: float = 0.0,
+        affine: bool = True,
+        absent: str = "renormalize",
+        *,
+        sync: bool = False,
+        process_group: Any = None,
+        nonfinite: str = "propagate",
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        checks.positive("AdaB2N", "num_tasks", num_tasks)
+        checks.momentum("AdaB2N", momentum, average=False)
+        if momentum == 0:
+            raise ValueError("AdaB2N: momentum is 0; it must be positive, or the running statistics never move")
+        checks.share("AdaB2N", "kappa", kappa)
+        checks.number("AdaB2N", "init_weight", init_weight)
+        checks.choice("AdaB2N", "absent", absent, ABSENT)
+        self.num_tasks, self.kappa, self.init_weight, self.absent = num_tasks, kappa, init_weight, absent
+        self._loss: Tensor | None = None
+        self._differentiable = True
+        options = {"bias": bias, "sync": sync, "process_group": process_group, "nonfinite": nonfinite}
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype, **options)
+        self.task_weight = nn.Parameter(
+            torch.full((num_tasks,), float(init_weight), device=device, dtype=dtype)
+        )
+        self.register_buffer("cur_tasks", torch.zeros((), dtype=torch.long, device=device))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "task_weight" in self._parameters:  # torch's constructor calls this before there is one
+            nn.init.constant_(self.task_weight, self.init_weight)
+            self.cur_tasks.zero_()
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The paper's regulariser, of the last forward pass in training: the mean over channels of the squared
+        distances of mean and variance of the batch from the running ones, which are constants. None before.
+
+        Raises:
+            RuntimeError: that pass ran without gradients, and this is asked for with gradients.
+        """
+        if self._loss is not None and not self._differentiable and torch.is_grad_enabled():
+            raise RuntimeError(
+                "AdaB2N: its last forward pass in training ran without gradients (torch.no_grad, or activation "
+                "checkpointing with use_reentrant=True), so that the loss would train nothing; use "
+                "use_reentrant=False, or read it under torch.no_grad"
+            )
+        return self._loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A deep copy or a file has no part in the graph of the last pass.
+        return {**vars(self), "_loss": None}
+
+    def forward(self, x: Tensor, task_ids: Tensor | None = None) -> Tensor:
+        checks.channels("AdaB2N", x, self.num_features, weight=self.weight)
+        if not self.training:
+            return native.with_stored(x, self._stored(), self.weight, self.bias, self.eps)
+        if task_ids is None:
+            task_ids = side_input(self, "task_ids", required=False)
+        parameters = (self.task_weight, self.weight, self.bias, self.eps, self.absent, self.cur_tasks)
+        how = (*parameters, self.sync, self.process_group)
+        y, (mean, var, count) = _with_balance("AdaB2N", x, task_ids, *how)
+        if not recomputing():
+            rate = self._rate()
+            with _kept():
+                self._loss = self._distance(mean, var, rate)
+            self._differentiable = torch.is_grad_enabled()
+            self._track(mean, var, count, factor=rate)
+        return y
+
+    @torch.no_grad()
+    def end_task(self) -> None:
+        """The current task is over. Call it once after each task; :func:`normzoo.continual.end_task` does it
+        for a model.
+
+        Raises:
+            ValueError: all tasks have ended.
+        """
+        if int(self.cur_tasks) >= self.num_tasks:
+            raise ValueError(
+                f"AdaB2N: all of its {self.num_tasks} tasks have ended; make it with more num_tasks"
+            )
+        self.cur_tasks += 1
+
+    def extra_repr(self) -> str:
+        own = f"num_tasks={self.num_tasks}, kappa={self.kappa}, absent={self.absent!r}"
+        return f"{super().extra_repr()}, {own}"
+
+    def _rate(self) -> float | Tensor:
+        """The weight of this batch in the running statistics: 1/η_t = a^(t−1) / m^κ + (1 − a^(t−1)) / (1 − a),
+        a = (1 − m)^κ, the closed form of η_1 = m^κ, η_t = η_{t−1} / (η_{t−1} + a)."""
+        momentum, kappa, tracked = self.momentum or 0.0, self.kappa, self.num_batches_tracked
+        if kappa == 1 or momentum == 1 or tracked is None:
+            return momentum
+        before = snapshot(tracked).to(torch.float32)
+        if kappa == 0:
+            return 1 / (before + 1)
+        decay = kappa * math.log1p(-momentum)
+        left = torch.exp(before * decay)
+        return 1 / (left * momentum**-kappa + torch.expm1(before * decay) / math.expm1(decay))
+
+    def _distance(self, mean: Tensor, var: Tensor, rate: float | Tensor) -> Tensor:
+        pairs = zip((mean, var), self._stored(), strict=True)
+        squares = [(new - average(snapshot(old), new, rate)).square().mean() for new, old in pairs]
+        return squares[0] + squares[1]
+
+
+def _kept():
+    """What is saved inside is kept as it is: a recomputation would find running statistics that have moved."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
