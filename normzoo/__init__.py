@@ -11,8 +11,8 @@ from .conversion import recalibrate as recalibrate
 from .conversion import register_adapter as register_adapter
 from .conversion import unfreeze_batch_norm as unfreeze_batch_norm
 from .dispatch import backend as backend
-from .layers.adab2n import AdaB2N as AdaB2N
 from .layers.alpha import AlphaBatchNorm as AlphaBatchNorm
+from .layers.balance import AdaB2N as AdaB2N
 from .layers.batch import BatchNorm1d as BatchNorm1d
 from .layers.batch import BatchNorm2d as BatchNorm2d
 from .layers.batch import BatchNorm3d as BatchNorm3d

@@ -1,7 +1,7 @@
 """The layers as functions, and the two that fuse a residual addition."""
 
-from .layers.adab2n import adab2n as adab2n
 from .layers.alpha import alpha_batch_norm as alpha_batch_norm
+from .layers.balance import adab2n as adab2n
 from .layers.batch import batch_norm as batch_norm
 from .layers.batch_channel import batch_channel_norm as batch_channel_norm
 from .layers.frozen import frozen_batch_norm as frozen_batch_norm

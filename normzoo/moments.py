@@ -279,7 +279,7 @@ class Moments:
 
     def _check_parameter(self, method: str, name: str, t: Tensor | None) -> None:
         shape = self.pivot.shape
-        if t is None or t.dim() == 0 or t.shape == shape[-1:]:
+        if t is None or t.dim() == 0 or (t.dim() == 1 and t.shape == shape[-1:]):
             return
         if t.dim() != len(shape) or any(a != 1 and a != b for a, b in zip(t.shape, shape, strict=True)):
             raise ValueError(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .layers.adab2n import AdaB2N
 from .layers.alpha import AlphaBatchNorm
+from .layers.balance import AdaB2N
 from .layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .layers.batch_channel import BatchChannelNorm
 from .layers.frozen import FrozenBatchNorm
@@ -41,6 +41,8 @@ class Entry:
     """arXiv identifier."""
     stored: bool = False
     """Whether it takes stored statistics in training too, and has nothing to train."""
+    constant: bool = False
+    """Whether the statistics of the batch are constants for autograd."""
     official: str = ""
     """The authors' code, where there is any."""
     added: Callable | None = None
@@ -208,6 +210,7 @@ ZOO: tuple[Entry, ...] = (
         layout="(N, C, *)",
         kernel=True,
         couples_samples=True,
+        constant=True,
         paper="2110.04065",
         variants=({}, {"source_weight": 0.0}, {"unbiased": False, "affine": False}, {"bias": False}),
         sample=_images,

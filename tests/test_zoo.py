@@ -112,7 +112,10 @@ def test_the_function_is_the_layer(entry, kwargs):
 
 @pytest.mark.parametrize(("entry", "kwargs"), CASES)
 def test_derivatives(entry, kwargs):
-    """First and second, with respect to the input and every parameter, against finite differences."""
+    """First and second, with respect to the input and every parameter, against finite differences.
+
+    Those do not hold still what is a constant for autograd, so that there the input is left out.
+    """
     layer = trained(entry, kwargs, dtype=torch.float64)
     names = [name for name, _ in layer.named_parameters()]
 
@@ -121,11 +124,14 @@ def test_derivatives(entry, kwargs):
 
     leaves = [small(entry), *layer.parameters()]
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    leaves[0].requires_grad_(not entry.constant)
+    if not any(leaf.requires_grad for leaf in leaves):
+        return
     assert torch.autograd.gradcheck(call, leaves)
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=entry.family == "channels")
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", [p for p in ENTRIES if not p.values[0].constant])
 def test_gradient_penalty(entry):
     layer, x = trained(entry, dtype=torch.float64), entry.sample(dtype=torch.float64).requires_grad_()
 

@@ -216,8 +216,9 @@ class AlphaBatchNorm(Running):
 
     def extra_repr(self) -> str:
         what = "source_weight" if self.pseudo_count is None else "pseudo_count"
-        options = f", affine={self.affine}, unbiased={self.unbiased}{self._options()}"
-        return f"{self.num_features}, eps={self.eps}, {what}={getattr(self, what)}{options}"
+        affine = f"affine={self.affine}" + (", bias=False" if self.affine and self.bias is None else "")
+        said = f"eps={self.eps}, {what}={getattr(self, what)}, {affine}, unbiased={self.unbiased}"
+        return f"{self.num_features}, {said}{self._options()}"
 
 
 def _source(source_weight: float, test_weight: Any, pseudo_count: Any) -> tuple[float | None, float | None]:

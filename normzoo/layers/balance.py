@@ -106,6 +106,8 @@ def _with_balance(
         batch = batch.across_ranks(process_group) if sync else batch
         if absent == "renormalize" or task_ids is None:
             scale, shift = batch.standardize(weight, bias, eps)
+            if task_ids is None and task_weight is not None:
+                shift = shift + task_weight[:0].sum()  # a gradient of zero rather than none, for DDP
             return scale, shift, (batch.mean, batch.var, batch.sets.count)
         # Σ w x with Σ w = 1 − lost, and the squares around that.
         missed = lost * batch.mean
@@ -188,7 +190,6 @@ class AdaB2N(Running):
             seen before and is absent from the batch keeps its weight to itself, which shrinks mean and
             variance.
         sync: take statistics and counts over all ranks of `process_group` (one more gather, for the counts).
-            Under DDP pass task ids from the first task on, or task_weight has no gradient.
         process_group, nonfinite: as in :class:`normzoo.BatchNorm2d`.
         bias: whether an affine layer has a bias.
 
@@ -286,9 +287,10 @@ class AdaB2N(Running):
         y, (mean, var, count) = _with_balance("AdaB2N", x, task_ids, *how)
         if not recomputing():
             rate = self._rate()
-            with _kept():
-                self._loss = self._distance(mean, var, rate)
-            self._differentiable = torch.is_grad_enabled()
+            if not torch.compiler.is_exporting():
+                self._differentiable = torch.is_grad_enabled()
+                with _kept():
+                    self._loss = self._distance(mean, var, rate)
             self._track(mean, var, count, factor=rate)
         return y
 
