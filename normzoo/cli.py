@@ -126,7 +126,7 @@ def describe(entry: Entry, name: str = "") -> dict:
     Args:
         name: that of one of its classes, where it has several.
     """
-    cls = next((cls for cls in entry.classes if cls.__name__ == name), entry.cls)
+    cls = entry.called(name) or entry.cls
     parameters = inspect.signature(cls).parameters.values()
     bare = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
     return {

@@ -67,8 +67,17 @@ class Entry:
     def classes(self) -> tuple[type[nn.Module], ...]:
         return (self.cls, *self.others)
 
+    def called(self, name: str) -> type[nn.Module] | None:
+        """The one of its classes that is called `name`, in whatever spelling."""
+        return next((cls for cls in self.classes if _spelling(cls.__name__) == _spelling(name)), None)
+
     def make(self, **kwargs) -> nn.Module:
         return self.cls(*self.arguments, **kwargs)
+
+
+def _spelling(name: str) -> str:
+    """Equal for names that differ in case and underscores alone: AdaB2N, adab2n, ada_b2n."""
+    return name.replace("_", "").lower()
 
 
 def _images(*lead: int, **kwargs) -> Tensor:
@@ -246,17 +255,22 @@ ZOO: tuple[Entry, ...] = (
 )
 
 
-def find(name: str) -> Entry:
-    """The entry called `name`: snake case, or the class name.
+def find(name: str, caller: str = "normzoo", others: str = "") -> Entry:
+    """The entry called `name`: its name or that of a class; case and underscores make no difference.
+
+    Args:
+        caller: begins the error.
+        others: what else would do, for the error.
 
     Raises:
         ValueError: there is none.
     """
-    named = {known: entry for entry in ZOO for known in (entry.name, *(cls.__name__ for cls in entry.classes))}
-    if name in named:
-        return named[name]
-    lower = {known.lower(): known for known in named}
-    close = difflib.get_close_matches(name.lower(), lower, 1)
-    meant = f"; did you mean {lower[close[0]]}?" if close else ""
+    known = [(text, entry) for entry in ZOO for text in (entry.name, *(cls.__name__ for cls in entry.classes))]
+    for text, entry in known:
+        if _spelling(text) == _spelling(name):
+            return entry
+    shown = {_spelling(text): text for text, _ in reversed(known)}
+    close = difflib.get_close_matches(_spelling(name), shown, 1)
+    meant = f"; did you mean {shown[close[0]]}?" if close else ""
     names = ", ".join(entry.name for entry in ZOO)
-    raise ValueError(f"normzoo: there is no layer called {name!r}; there are {names}{meant}")
+    raise ValueError(f"{caller}: there is no layer called {name!r}; there are {names}{others}{meant}")

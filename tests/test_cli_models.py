@@ -275,7 +275,7 @@ REFUSED = {
     "convert own.py:small --out no/new": "there is no folder 'no'; make it first",
     "convert own.py:small --out own.py/new": "there is no folder 'own.py'; make it first",
     "convert own.py:on_meta --out new": "--out: the model has no weights to write",
-    "convert own.py:small --dry-run --to rms": "there is no layer called 'rms'; use one of layer_norm",
+    "convert own.py:small --dry-run --to rms": "there is no layer called 'rms'; there are layer_norm",
     "convert own.py:small --dry-run --to 9=same": "the rule '9' matches no norm",
     "convert own.py:small --dry-run --to re:(=same": "'(' after re: is no regular expression",
     "convert own.py:small --dry-run --to same --to keep": "--to is given twice for _default",

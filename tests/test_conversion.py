@@ -375,8 +375,11 @@ def test_second_conversion_says_so():
 
 def test_bad_targets():
     model = Net()
-    with pytest.raises(ValueError, match=r"there is no layer called 'layernorm'; use one of layer_norm"):
-        normzoo.convert(model, "layernorm")
+    with pytest.raises(
+        ValueError,
+        match=r"^convert: there is no layer called 'layer-norm'; there are layer_norm, .*, or 'same'; did you m",
+    ):
+        normzoo.convert(model, "layer-norm")
     with pytest.raises(
         ValueError, match=r"no rule takes a layer norm to crms_norm, only to layer_norm and rms_"
     ):

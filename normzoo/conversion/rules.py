@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..zoo import ZOO, Entry
+from ..zoo import ZOO, Entry, find
 from . import report
 from .norm import FAMILIES
 from .recognise import Site
@@ -127,21 +127,17 @@ def _choice(to: str | type[nn.Module], options: Mapping[str, Any]) -> Choice:
     for option in options:
         if option not in known:
             raise TypeError(f"convert: {entry.cls.__name__} takes no {option!r}; it takes {', '.join(known)}")
-    named = next((cls for cls in entry.classes if to in (cls, cls.__name__)), None)
+    named = to if isinstance(to, type) else entry.called(to)
     return Choice(entry, options, named if entry.others else None)
 
 
-def _classes(entry: Entry) -> tuple[str | type[nn.Module], ...]:
-    return (*entry.classes, *(cls.__name__ for cls in entry.classes))
-
-
 def _entry(to: str | type[nn.Module]) -> Entry:
-    entry = next((entry for entry in ZOO if to in (entry.name, *_classes(entry))), None)
+    if isinstance(to, str):
+        return find(to, "convert", f", or {SAME!r}")
+    entry = next((entry for entry in ZOO if to in entry.classes), None)
     if entry is not None:
         return entry
     possible = ", ".join(entry.name for entry in ZOO)
-    if isinstance(to, str):
-        raise ValueError(f"convert: there is no layer called {to!r}; use one of {possible}, or {SAME!r}")
     raise ValueError(
         f"convert: {to.__module__}.{to.__qualname__} is not a layer of normzoo; use one of {possible}, or a "
         "function of a site that returns a module"
