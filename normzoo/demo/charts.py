@@ -14,6 +14,7 @@ _STYLE: Any = {
     "font.size": 9,
     "svg.fonttype": "none",  # text stays text, in the font of the page
     "svg.hashsalt": "normzoo",  # or names inside the file would change from run to run
+    "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": _FAINT,
@@ -38,7 +39,7 @@ def there() -> bool:
 
 def loss_curve(curve: Sequence[tuple[int, float]], held_out: float, by_frequency: float) -> str:
     """Bits a character against steps, between what frequencies alone give and what held-out text needs."""
-    with _figure(2.4) as (axes, svg):
+    with figure(2.4) as (axes, svg):
         axes.plot(*zip(*curve, strict=True), color=_OURS, linewidth=1.5)
         last = curve[-1][0]
         levels = [(by_frequency, "by frequencies of characters"), (held_out, "held-out text, after training")]
@@ -61,7 +62,7 @@ def speed_bars(timings: Sequence[dict]) -> str:
         [row["speedup"]["median"] - row["speedup"]["p20"] for row in timings],
         [row["speedup"]["p80"] - row["speedup"]["median"] for row in timings],
     ]
-    with _figure(0.5 + 0.27 * len(timings)) as (axes, svg):
+    with figure(0.5 + 0.27 * len(timings)) as (axes, svg):
         bars = axes.barh(names, medians, xerr=around, color=_OURS, height=0.62, ecolor=_INK)
         axes.bar_label(bars, fmt="%.2f", padding=3)
         axes.axvline(1, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
@@ -74,8 +75,9 @@ def speed_bars(timings: Sequence[dict]) -> str:
 
 
 @contextmanager
-def _figure(height: float):
-    """Axes to draw on, and a function that gives the SVG element once the block has ended."""
+def figure(height: float, width: float = _WIDTH, columns: int = 1, background: str = "none"):
+    """Axes to draw on, an array of them where there are columns, which share the vertical axis; and a function
+    that gives the SVG element once the block has ended. Sizes are inches."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -86,7 +88,7 @@ def _figure(height: float):
         return text[text.index("<svg") :]  # without the prolog of a file
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        yield figure.subplots(), svg
+        made = Figure(figsize=(width, height), layout="constrained", facecolor=background)
+        yield made.subplots(ncols=columns, sharey=True), svg
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
+        made.savefig(drawn, format="svg", metadata=nothing)
