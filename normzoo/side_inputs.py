@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+
+from .state import recomputing
 
 NAMES = ("mask", "pad_mask", "task_ids", "t")
 
@@ -26,6 +29,13 @@ class _State(threading.local):
 
 
 _state = _State()
+
+_had: WeakSet[nn.Module] = WeakSet()
+"""Modules that were once given by a block what they can do without."""
+
+
+class MissingInput(ValueError):
+    """A layer needs a side input and there is none."""
 
 
 class inputs:
@@ -88,26 +98,38 @@ class inputs:
         del _state.frames[mine[-1]]
 
 
+_RECOMPUTES = (
+    "activation checkpointing recomputes; pass it to forward, or enter the block in the context_fn of a "
+    "checkpoint with use_reentrant=False"
+)
+
+
 def side_input(module: nn.Module, name: str, *, required: bool = True) -> Tensor | None:
     """The side input `name` of the innermost block of :class:`inputs` about `module`; None where it has none.
 
     Raises:
         ValueError: `required`, and there is none.
-        RuntimeError: this is a recomputation (activation checkpointing), and the block was not entered for it.
+        RuntimeError: this is a recomputation (activation checkpointing), and no block was entered for it though
+            one was before, for this pass or an earlier one.
     """
     for frame in reversed(_state.frames):
         if name in frame.block.values and id(module) in frame.block.modules:
             if not torch.compiler.is_compiling() and frame.task != torch._C._current_graph_task_id():
                 raise RuntimeError(
                     f"{type(module).__name__}: {name} comes from a `with inputs(...)` block that was entered "
-                    "before the backward pass, and may belong to another batch than the one that activation "
-                    "checkpointing recomputes; pass it to forward, or enter the block in checkpoint's "
-                    "context_fn"
+                    f"before the backward pass, and may belong to another batch than the one that {_RECOMPUTES}"
                 )
+            if not required and not torch.compiler.is_compiling():
+                _had.add(module)
             return frame.block.values[name]
     if required:
-        raise ValueError(
+        raise MissingInput(
             f"{type(module).__name__}: there is no {name}; pass it to forward, or call the model inside "
             f"`with normzoo.inputs(model, {name}=...)`"
+        )
+    if recomputing() and module in _had:
+        raise RuntimeError(
+            f"{type(module).__name__}: there is no {name} now, and there may have been one in the forward "
+            f"pass that {_RECOMPUTES}"
         )
     return None

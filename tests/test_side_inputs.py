@@ -130,6 +130,17 @@ def test_recomputation_refuses_the_block_of_another_batch():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_does_not_do_without(reentrant):
+    model, x = net(), torch.randn(3, 4, requires_grad=True)
+    layer, mask = model[1][0], torch.rand(3, 1)
+    checkpoint(layer, x, mask, use_reentrant=reentrant).sum().backward()  # it never had a t
+    with normzoo.inputs(model, t=torch.rand(3, 1)):
+        y = checkpoint(layer, x, mask, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match=r"Masked: there is no t now, .* recomputes; pass it to forward"):
+        y.sum().backward()
+
+
 def test_recomputation_with_its_own_block_is_right():
     model, x, mask = net(), torch.randn(3, 4), torch.rand(3, 1)
     with normzoo.inputs(model, mask=mask):
