@@ -19,7 +19,19 @@ NONFINITE = ("propagate", "skip")
 
 _library = torch.library.Library("normzoo", "FRAGMENT")
 _library.define("snapshot(Tensor state) -> Tensor")
-_library.impl("snapshot", torch.clone, "CompositeExplicitAutograd")
+
+
+def _snapshot(state: Tensor) -> Tensor:
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "normzoo: a compiled graph reads stored statistics in the backward pass, where they have moved, so "
+            "that gradients would be wrong; leave layers that normalize by them, or train by them, out of "
+            "activation checkpointing"
+        )
+    return state.clone()
+
+
+_library.impl("snapshot", _snapshot, "CompositeExplicitAutograd")
 torch.library.register_fake("normzoo::snapshot", torch.empty_like, lib=_library)
 
 
@@ -27,7 +39,8 @@ def snapshot(state: Tensor) -> Tensor:
     """The value of a buffer now, for a computation that is differentiated while the buffer moves on.
 
     An operator that torch.compile does not look into: it would otherwise read the buffer again in the backward
-    pass, after the update, and give wrong gradients without a word.
+    pass, after the update, and give wrong gradients without a word. Activation checkpointing makes it do so all
+    the same, and there the operator raises.
     """
     return torch.ops.normzoo.snapshot(state.detach())
 

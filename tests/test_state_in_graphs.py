@@ -9,9 +9,23 @@ import torch
 import torch._dynamo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from training import batches, close, compiled_is_eager, per_drop_in, per_dtype, per_layer, same, torchs, train
+from training import (
+    batches,
+    close,
+    compiled,
+    compiled_is_eager,
+    per_drop_in,
+    per_dtype,
+    per_estimate,
+    per_layer,
+    per_recomputed,
+    same,
+    tensors,
+    torchs,
+    train,
+)
 
-from normzoo import state
+from normzoo import AdaB2N, state
 from normzoo.layers.batch import batch_norm
 
 
@@ -48,14 +62,73 @@ def test_a_module_used_twice_is_torchs(make):
     close({k: t for k, t in found.items() if "skipped" not in k}, expected)
 
 
-@per_layer
+def block(norm):
+    return nn.Sequential(nn.Conv2d(3, 3, 1), norm, nn.Tanh())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner, reentrant=False):
+        super().__init__()
+        self.inner, self.reentrant = inner, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+@per_recomputed
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant, make):
-    plain = nn.Sequential(nn.Conv2d(3, 3, 1), make(), nn.Tanh())
+    plain = block(make())
     saving = copy.deepcopy(plain)
     xs = batches(3)
-    found = train(saving, xs, lambda x: checkpoint(saving, x, use_reentrant=reentrant))
+    found = train(saving, xs, Checkpointed(saving, reentrant))
     same(found, train(plain, xs))
+
+
+@per_recomputed
+def test_activation_checkpointing_in_a_graph(make):
+    """The layer is in one graph with its recomputation; Dynamo refuses one that keeps a loss."""
+    plain = block(make())
+    saving = copy.deepcopy(plain)
+    traced, xs = compiled(Checkpointed(saving)), batches(3)
+    if make.func is AdaB2N:
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="activation checkpointing"):
+            traced(xs[0])
+        torch._dynamo.reset()
+        traced = torch.compile(Checkpointed(saving), backend="aot_eager")  # leaves it out of the graph
+    close(train(saving, xs, traced), train(plain, xs))
+
+
+WAYS = {
+    "reentrant": lambda inner: Checkpointed(inner, reentrant=True),
+    "not reentrant": Checkpointed,
+    "in a graph": lambda inner: compiled(Checkpointed(inner)),
+    "in a graph, reentrant": lambda inner: compiled(Checkpointed(inner, reentrant=True)),
+    "around a graph": lambda inner: Checkpointed(compiled(inner)),
+}
+
+
+@per_estimate
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_activation_checkpointing_that_would_be_wrong_is_refused(way, make):
+    """By statistics that have moved since the forward pass."""
+    model = block(make())
+    y = way(model)(batches(1)[0].requires_grad_())
+    after = tensors(model)
+    with pytest.raises(RuntimeError, match=r"leave (it|layers that normalize by them, .*) out of"):
+        y.sum().backward()
+    same(tensors(model), after)
+    assert all(p.grad is None for p in model[:2].parameters())
+
+
+@pytest.mark.parametrize("kappa", [1.0, 0.4])
+def test_a_checkpoint_around_a_graph_does_not_count_a_loss_twice(kappa):
+    model = block(AdaB2N(3, 2, kappa=kappa))
+    y = Checkpointed(compiled(model))(batches(1)[0].requires_grad_())
+    after = tensors(model)
+    with pytest.raises(RuntimeError, match=r"or train by them, out of activation checkpointing"):
+        (y.sum() + model[1].loss).backward()
+    same(tensors(model), after)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

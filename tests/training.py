@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normzoo import BatchNorm2d, GhostBatchNorm, InstanceNorm2d
+from normzoo import AdaB2N, AlphaBatchNorm, BatchChannelNorm, BatchNorm2d, GhostBatchNorm, InstanceNorm2d
 
 LAYERS: dict[str, partial] = {
     "default": partial(BatchNorm2d, 3),
@@ -26,19 +26,30 @@ LAYERS: dict[str, partial] = {
     "ghost": partial(GhostBatchNorm, 3, 2),
     "ghost, skip": partial(GhostBatchNorm, 3, 2, momentum=None, split="interleaved", nonfinite="skip"),
     "ghost, scaled": partial(GhostBatchNorm, 3, 3, split="ceil", stats="scaled"),
+    "alpha": partial(AlphaBatchNorm, 3, source_weight=0.5),
+    "alpha, skip": partial(AlphaBatchNorm, 3, pseudo_count=2, nonfinite="skip"),
+    "adab2n": partial(AdaB2N, 3, 2),
+    "adab2n, skip": partial(AdaB2N, 3, 2, kappa=0.4, nonfinite="skip"),
+    "bcn": partial(BatchChannelNorm, 3, 1),
+    "bcn, estimate": partial(BatchChannelNorm, 3, 3, estimate=True, update_rate=0.2),
+    "bcn, estimate, skip": partial(
+        BatchChannelNorm, 3, 3, estimate=True, update_rate=0.2, order="mean_first", nonfinite="skip"
+    ),
 }
 """Constructors of layers for `batches`."""
 
 
-def _only(kind: Callable[[type], bool]) -> dict:
-    found = {name: make for name, make in LAYERS.items() if kind(make.func)}
+def _only(kind: Callable[[partial], bool]) -> dict:
+    found = {name: make for name, make in LAYERS.items() if kind(make)}
     return {"argvalues": found.values(), "ids": found}
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 per_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-per_drop_in = pytest.mark.parametrize("make", **_only(lambda cls: hasattr(nn, cls.__name__)))
+per_drop_in = pytest.mark.parametrize("make", **_only(lambda make: hasattr(nn, make.func.__name__)))
+per_estimate = pytest.mark.parametrize("make", **_only(lambda make: "estimate" in make.keywords))
+per_recomputed = pytest.mark.parametrize("make", **_only(lambda make: "estimate" not in make.keywords))
 per_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from .. import checks, ranks
 from ..engine import normalize
 from ..moments import Moments
+from ..passes import divisor
 from ..state import Running, finite, recomputing
 from . import native
 from .frozen import FrozenBatchNorm
@@ -93,7 +94,7 @@ def _with_mixed(
         share: Any = source_weight
         if share is None:
             samples = batch.sets.count / max(positions, 1) if sync else x.shape[0]
-            share = pseudo_count / (pseudo_count + samples)
+            share = pseudo_count / divisor(pseudo_count + samples)
         mean, var = (t.to(m.pivot.dtype) for t in stored)
         var_of_batch = (batch.sets.unbiased_var if unbiased else batch.var).detach()
         delta = share * (mean - m.pivot) + (1 - share) * batch.delta.detach()

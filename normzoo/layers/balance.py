@@ -67,6 +67,10 @@ def adab2n(
         raise ValueError(
             "adab2n: task_ids are given and task_weight is None; it needs the weight of every task"
         )
+    if not (cur_tasks is None or isinstance(cur_tasks, (int, Tensor))) or isinstance(cur_tasks, bool):
+        raise TypeError(
+            f"adab2n: cur_tasks is {cur_tasks!r}; it must be how many tasks have ended, an int or a tensor"
+        )
     return _with_balance("adab2n", x, task_ids, task_weight, weight, bias, eps, absent, cur_tasks)[0]
 
 
@@ -90,8 +94,10 @@ def _with_balance(
             f"{layer}: Expected more than 1 value per channel when training, got input size {tuple(x.shape)}; "
             "use a larger batch or eval mode"
         )
-    if task_ids is not None and task_weight is not None:
-        _check_ids(layer, x, task_ids, task_weight)
+    if task_weight is not None:
+        _check_task_weight(layer, x, task_weight)
+        if task_ids is not None:
+            _check_ids(layer, x, task_ids, task_weight)
 
     def combine(m: Moments):
         if task_ids is None or task_weight is None:
@@ -120,6 +126,24 @@ def _with_balance(
     return normalize(x, combine, per_sample=task_ids is not None)
 
 
+def _check_task_weight(layer: str, x: Tensor, task_weight: Tensor) -> None:
+    if not isinstance(task_weight, Tensor) or not task_weight.is_floating_point():
+        what = task_weight.dtype if isinstance(task_weight, Tensor) else f"of type {type(task_weight).__name__}"
+        raise TypeError(f"{layer}: task_weight is {what}; it must be a tensor of a real floating-point dtype")
+    if task_weight.dim() != 1:
+        raise ValueError(
+            f"{layer}: task_weight has shape {tuple(task_weight.shape)}; it must be (tasks,), one for each task"
+        )
+    _check_device(layer, "task_weight", task_weight, x)
+
+
+def _check_device(layer: str, name: str, t: Tensor, x: Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(
+            f"{layer}: {name} is on {t.device} but the input is on {x.device}; move one to the other"
+        )
+
+
 def _check_ids(layer: str, x: Tensor, task_ids: Tensor, task_weight: Tensor) -> None:
     if not isinstance(task_ids, Tensor) or task_ids.is_floating_point() or task_ids.dtype == torch.bool:
         what = task_ids.dtype if isinstance(task_ids, Tensor) else f"of type {type(task_ids).__name__}"
@@ -129,11 +153,7 @@ def _check_ids(layer: str, x: Tensor, task_ids: Tensor, task_weight: Tensor) -> 
             f"{layer}: task_ids has shape {tuple(task_ids.shape)} but the input has shape {tuple(x.shape)}; it "
             f"must be ({x.shape[0]},), one task for each sample"
         )
-    for name, t in (("task_ids", task_ids), ("task_weight", task_weight)):
-        if t.device != x.device:
-            raise ValueError(
-                f"{layer}: {name} is on {t.device} but the input is on {x.device}; move one to the other"
-            )
+    _check_device(layer, "task_ids", task_ids, x)
     # A look at ids that live on a device would wait for it; there strangers make the output NaN.
     if task_ids.device.type == "cpu" and not torch.compiler.is_compiling() and task_ids.numel():
         low, high = (int(t) for t in task_ids.aminmax())
@@ -190,6 +210,7 @@ class AdaB2N(Running):
             seen before and is absent from the batch keeps its weight to itself, which shrinks mean and
             variance.
         sync: take statistics and counts over all ranks of `process_group` (one more gather, for the counts).
+            All ranks have task ids, or none has.
         process_group, nonfinite: as in :class:`normzoo.BatchNorm2d`.
         bias: whether an affine layer has a bias.
 
@@ -198,7 +219,10 @@ class AdaB2N(Running):
             ``absent="official"`` alone.
 
     An id that is none of 0 … num_tasks − 1 is an error where the ids are on the CPU; elsewhere, and in a
-    compiled graph, a look at them would stop the device, and such a batch becomes NaN instead.
+    compiled graph, a look at them would stop the device, and the output for such a batch is NaN instead.
+
+    Activation checkpointing with use_reentrant=False gives the gradients of the plain layer, with :attr:`loss`
+    too. Under torch.compile it is an error, of Dynamo or of the backward pass.
 
     Raises:
         ValueError, TypeError: an argument, or the input of a call, does not fit.
@@ -316,11 +340,13 @@ class AdaB2N(Running):
         """The weight of this batch in the running statistics: 1/η_t = a^(t−1) / m^κ + (1 − a^(t−1)) / (1 − a),
         a = (1 − m)^κ, the closed form of η_1 = m^κ, η_t = η_{t−1} / (η_{t−1} + a)."""
         momentum, kappa, tracked = self.momentum or 0.0, self.kappa, self.num_batches_tracked
-        if kappa == 1 or momentum == 1 or tracked is None:
+        if kappa == 1 or tracked is None:
             return momentum
         before = snapshot(tracked).to(torch.float32)
         if kappa == 0:
             return 1 / (before + 1)
+        if momentum == 1:
+            return momentum
         decay = kappa * math.log1p(-momentum)
         left = torch.exp(before * decay)
         return 1 / (left * momentum**-kappa + torch.expm1(before * decay) / math.expm1(decay))

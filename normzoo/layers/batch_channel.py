@@ -166,11 +166,13 @@ class _Stages:
         if channels % groups:
             raise ValueError(f"{self.layer}: num_groups is {groups}; it must divide the {channels} channels")
         for name, t in (("channel_weight", self.channel_weight), ("channel_bias", self.channel_bias)):
-            if t is not None and t.shape not in ((groups,), (channels,)):
+            if isinstance(t, Tensor) and t.shape not in ((groups,), (channels,)):
                 raise ValueError(
                     f"{self.layer}: {name} has shape {tuple(t.shape)}; it must be ({groups},), one a group, or "
                     f"({channels},)"
                 )
+            wide = _each(t, channels) if isinstance(t, Tensor) else t
+            checks.channels(self.layer, x, None, **{name: wide})
         if x.numel() and x[0].numel() == groups:
             raise ValueError(
                 f"{self.layer}: Expected more than 1 value per group, got input size {tuple(x.shape)} for "
@@ -197,10 +199,9 @@ class BatchChannelNorm(Running):
     update_rate and Weight Standardization beside it, as the paper does.
 
     State: that of :class:`torch.nn.BatchNorm2d`, for the first stage, and `channel_weight` and `channel_bias`
-        for
-    the second. Checkpoints of the authors' code load as they are, those of the README (``bn.*``) and of their
-    ImageNet models (``pbn.*``): ``bn.weight`` → ``weight``, ``weight`` → ``channel_weight`` and so on, while
-    ``bn.estbn_moving_speed`` is a setting here, update_rate.
+    for the second. Checkpoints of the authors' code load as they are, those of the README (``bn.*``) and of
+    their ImageNet models (``pbn.*``): ``bn.weight`` → ``weight``, ``weight`` → ``channel_weight`` and so on,
+    while ``bn.estbn_moving_speed`` is a setting here, update_rate.
 
     Args:
         num_features: C.
