@@ -171,8 +171,8 @@ class _Stages:
                     f"{self.layer}: {name} has shape {tuple(t.shape)}; it must be ({groups},), one a group, or "
                     f"({channels},)"
                 )
-            wide = _each(t, channels) if isinstance(t, Tensor) else t
-            checks.channels(self.layer, x, None, **{name: wide})
+        weight, bias = (_each(t, channels) for t in (self.channel_weight, self.channel_bias))
+        checks.channels(self.layer, x, None, channel_weight=weight, channel_bias=bias)
         if x.numel() and x[0].numel() == groups:
             raise ValueError(
                 f"{self.layer}: Expected more than 1 value per group, got input size {tuple(x.shape)} for "
@@ -182,7 +182,7 @@ class _Stages:
 
 def _each(t: Tensor | None, channels: int) -> Tensor | None:
     """What is one a group, for every channel."""
-    if t is None or t.shape[0] == channels:
+    if not isinstance(t, Tensor) or t.shape[0] == channels:
         return t
     return t.unsqueeze(1).expand(-1, channels // t.shape[0]).flatten()
 
