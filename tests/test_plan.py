@@ -244,8 +244,19 @@ SOURCES = {
     "ghost_batch": [normzoo.GhostBatchNorm(12, 2), normzoo.GhostBatchNorm(12, 2, affine=False)],
     "group": [nn.GroupNorm(12, 12), nn.GroupNorm(12, 12, eps=1e-2, affine=False)],
     "instance": [nn.InstanceNorm2d(12), nn.InstanceNorm1d(12, affine=True)],
+    "alpha_batch": [normzoo.AlphaBatchNorm(12), normzoo.AlphaBatchNorm(12, pseudo_count=16, affine=False)],
+    "adab2n": [normzoo.AdaB2N(12, 3), normzoo.AdaB2N(12, 3, kappa=0.4, affine=False, absent="official")],
+    "batch_channel": [
+        normzoo.BatchChannelNorm(12, 4, channel_affine="channel", eps=1e-2),
+        normzoo.BatchChannelNorm(12, 4, estimate=True, update_rate=0.1, order="mean_first"),
+    ],
 }
-OPTIONS = {"ghost_batch_norm": {"ghost_batch_size": 2}, "group_norm": {"num_groups": 12}}
+OPTIONS = {
+    "ghost_batch_norm": {"ghost_batch_size": 2},
+    "group_norm": {"num_groups": 12},
+    "adab2n": {"num_tasks": 3, "momentum": 0.2},
+    "batch_channel_norm": {"num_groups": 4},
+}
 
 
 @pytest.mark.parametrize("rule", TRANSFERS.values(), ids=lambda rule: f"{rule.family} to {rule.target}")
@@ -262,7 +273,8 @@ def test_every_rule_keeps_its_claim(rule):
         shape = getattr(source, "normalized_shape", (12, 4) if "1d" in str(source) else (12, 2, 3))
         proof = made.verify(torch.randn(5, *shape))
         assert proof.same == (made.exactness in ("exact", "eval-exact")), source
-        assert proof.trained == (rule.family in ("batch", "ghost_batch") and rule.exactness == "exact")
+        of_batch = ("batch", "ghost_batch", "adab2n", "batch_channel")
+        assert proof.trained == (rule.family in of_batch and rule.exactness == "exact")
 
 
 def test_the_log(caplog):

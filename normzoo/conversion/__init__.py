@@ -1,6 +1,7 @@
 """Converting the norms of an existing model, and knowing what that did to it."""
 
-from . import channels as channels  # the rules for norms of channels
+from . import adapting as adapting  # the rules for norms that adapt to data
+from . import channels as channels  # for other norms of channels
 from . import rows as rows  # and for norms of rows
 from .calibration import recalibrate as recalibrate
 from .change import Plan as Plan

@@ -15,16 +15,17 @@ class _Adapted:
     then: tuple[str, ...]
     any_rank: bool
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *side: Any) -> Tensor:
         layer = super().forward  # type: ignore[misc]
-        y = layer(x.movedim(1, -1)).movedim(-1, 1) if self.over_channels else layer(x)
+        y = layer(x.movedim(1, -1), *side).movedim(-1, 1) if self.over_channels else layer(x, *side)
         for name in self.then:
             y = getattr(self, name)(y)
         return y
 
     def __reduce_ex__(self, protocol):
-        # The class is made at run time, so pickle cannot find it by name.
-        return _empty, (bare_class(type(self)), self.over_channels, self.then, self.any_rank), vars(self)
+        # The class is made at run time, so pickle cannot find it by name; the state may leave something out.
+        state = super().__reduce_ex__(protocol)[2]
+        return _empty, (bare_class(type(self)), self.over_channels, self.then, self.any_rank), state
 
 
 class _AnyRank:

@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import nn
 
-_READ = re.compile(r"\bself\.(\w+)\.(weight|bias|eps|variance_epsilon)\b(?!\s*\.\s*(?:dtype|device|shape))")
+_READ = re.compile(
+    r"\bself\.(\w+)\.(weight|bias|eps|variance_epsilon|running_mean|running_var)\b(?!\s*\.\s*(?:dtype|device|shape))"
+)
 _FUNCTIONAL = re.compile(r"\b(?:F|functional|torch)\.(\w*_norm|normalize)\(")
 # Methods that prepare or describe a module and compute nothing, such as zero_init_last. All others count, even
 # those that forward does not lead to: somebody outside the class may call them.

@@ -13,6 +13,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from ..layers.alpha import AlphaBatchNorm
+from ..layers.balance import AdaB2N
+from ..layers.batch_channel import BatchChannelNorm
 from . import report
 from .candidates import statistics
 from .examine import examine
@@ -33,12 +36,14 @@ def recalibrate(
     After a conversion that needs it, after averaging weights, or for data of another kind. All layers with
     running statistics take part: batch and instance norms of torch and of this library, their subclasses, and
     whatever has `momentum`, the weight of a batch, and ``reset_running_stats`` or buffers for a mean and a
-    variance.
+    variance. AlphaBatchNorm is left out: what it stores are the statistics of the source, which never move.
 
     During the pass these layers alone are in training mode. All else, dropout above all, is in eval mode, so
     that the statistics are of what the layers see in eval mode. (:func:`torch.optim.swa_utils.update_bn` leaves
     dropout on.) Afterwards modes and momenta are as before; parameters do not change, and num_batches_tracked
-    says how many batches there were. A layer that no batch reached keeps what it had.
+    says how many batches there were. A layer that no batch reached keeps what it had. AdaB2N averages with
+    equal weights whatever its kappa, and by task ids if `forward` gives them; BatchChannelNorm takes the
+    statistics of the batch with estimate=True too, so that a batch must not be too small for that.
 
     Args:
         model: any module.
@@ -75,6 +80,11 @@ def recalibrate(
         found = examine(model, "recalibrate")
         if way := thaw(found):
             raise ValueError(f"recalibrate: the running statistics are frozen: {way} first; {seen(found)}")
+        if any(site.family == "alpha_batch" for site in found):
+            raise ValueError(
+                "recalibrate: the statistics of AlphaBatchNorm are those of the source and never move; for new "
+                f'ones call convert(model, "batch_norm", types="alpha_batch") first; {seen(found)}'
+            )
         raise ValueError(f"recalibrate: the model has no layer with running statistics; {seen(found)}")
     if any(is_lazy(buffer) for module in norms for buffer in module.buffers(recurse=False)):
         raise ValueError("recalibrate: a lazy norm has no statistics yet; run the model once")
@@ -89,10 +99,12 @@ def recalibrate(
 
 
 _OF_CLASS = object()
-"""Stands for a momentum that is an attribute of the class."""
+"""Stands for a value that is an attribute of the class."""
 
 
 def _has_running_statistics(module: nn.Module) -> bool:
+    if isinstance(module, AlphaBatchNorm):
+        return False
     if not hasattr(module, "momentum") or getattr(module, "track_running_stats", True) is False:
         return False
     own = [buffer for buffer in module.buffers(recurse=False) if is_lazy(buffer) or buffer.is_floating_point()]
@@ -104,21 +116,24 @@ def _averaging(model: nn.Module, norms: list[nn.Module]) -> Iterator[None]:
     """The `norms` average what they see; an exception puts back what they had."""
     modes = {module: module.training for module in model.modules()}
     before = {module: _state(module) for module in norms}
-    momenta: dict[Any, Any] = {module: vars(module).get("momentum", _OF_CLASS) for module in norms}
+    settings: dict[Any, dict[str, Any]] = {
+        module: {name: vars(module).get(name, _OF_CLASS) for name in ("momentum", *_meanwhile(module))}
+        for module in norms
+    }
     runs = dict.fromkeys(norms, 0)
     handles = []
 
     def about_to_run(module: Any, args: Any) -> None:
         runs[module] += 1
-        if not _averages_by_itself(module):
+        if "momentum" not in _meanwhile(module):
             module.momentum = 1 / runs[module]  # that of the plain average
 
     try:
         model.eval()
-        for module in momenta:
+        for module in settings:
             module.training = True
-            if _averages_by_itself(module):
-                module.momentum = None
+            for name, value in _meanwhile(module).items():
+                setattr(module, name, value)
             _reset(module)
             handles.append(module.register_forward_pre_hook(about_to_run))
         yield
@@ -131,19 +146,25 @@ def _averaging(model: nn.Module, norms: list[nn.Module]) -> Iterator[None]:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-        for module, momentum in momenta.items():
-            if momentum is _OF_CLASS:
-                vars(module).pop("momentum", None)
-            else:
-                module.momentum = momentum
+        for module, before_that in settings.items():
+            for name, value in before_that.items():
+                if value is _OF_CLASS:
+                    vars(module).pop(name, None)
+                else:
+                    setattr(module, name, value)
     for module, number in runs.items():
         if not number:
             _restore(before[module])
 
 
-def _averages_by_itself(module: nn.Module) -> bool:
-    """Whether momentum=None means a plain average; to an instance norm it means none at all."""
-    return isinstance(module, _NormBase) and not isinstance(module, _InstanceNorm)
+def _meanwhile(module: nn.Module) -> dict[str, Any]:
+    """Attributes with which `module` averages plainly; where momentum is not among them, it has to be told."""
+    if isinstance(module, AdaB2N):
+        return {"kappa": 1.0}  # the weight of a batch is its momentum, then
+    if isinstance(module, BatchChannelNorm):
+        return {"momentum": None, "update_rate": None}
+    # To an instance norm momentum=None means no average at all.
+    return {"momentum": None} if isinstance(module, _NormBase) and not isinstance(module, _InstanceNorm) else {}
 
 
 def _state(module: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""Rules for norms of channels: batch, frozen, ghost, group and instance norms."""
+"""Rules for batch, frozen, ghost, group and instance norms; for those that adapt to data see adapting.py."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _OF_STATISTICS = (
 
 _OF_GROUPS = ("num_groups", "num_channels")
 
-_OF_GHOSTS = ("ghost_batch_size", "split", "stats")
+OF_GHOSTS = ("ghost_batch_size", "split", "stats")
 
 _IN_TRAINING = ("momentum", "sync", "process_group", "nonfinite")
 
 
-def _channels(norm: Norm, module: nn.Module) -> Carried:
+def of_channels(norm: Norm, module: nn.Module) -> Carried:
     """eps, weight and bias, as every norm of channels has them."""
     if norm.arguments:
         raise Refused(f"its callers may pass {', '.join(norm.arguments)}, and the layer takes the input alone")
@@ -41,20 +41,20 @@ def _channels(norm: Norm, module: nn.Module) -> Carried:
     return Carried({"eps": norm.eps}, {name: source for name, source in kept.items() if source})
 
 
-def _affine(carried: Carried, norm: Norm) -> None:
+def add_affine(carried: Carried, norm: Norm) -> None:
     carried.arguments |= {"affine": norm.weight is not None, "bias": norm.bias is not None}
 
 
-def _statistics(carried: Carried, norm: Norm) -> None:
+def add_statistics(carried: Carried, norm: Norm) -> None:
     carried.kept |= dict(
         zip(("running_mean", "running_var", "num_batches_tracked"), norm.statistics, strict=False)
     )
 
 
-def _running(norm: Norm, module: nn.Module) -> Carried:
+def running(norm: Norm, module: nn.Module) -> Carried:
     """What a norm with running statistics has, or may have."""
-    carried = _channels(norm, module)
-    _statistics(carried, norm)
+    carried = of_channels(norm, module)
+    add_statistics(carried, norm)
     stored = len(norm.statistics) >= 2
     carried.arguments |= {"num_features": norm.channels, "momentum": norm.momentum}
     carried.arguments |= {"track_running_stats": stored, "sync": False, "process_group": None}
@@ -77,37 +77,37 @@ def _running(norm: Norm, module: nn.Module) -> Carried:
 
 def _normalized(norm: Norm, module: nn.Module) -> Carried:
     """What a norm of samples keeps of any norm of channels."""
-    carried = _channels(norm, module)
-    _affine(carried, norm)
+    carried = of_channels(norm, module)
+    add_affine(carried, norm)
     carried.dropped = _OF_STATISTICS
     return carried
 
 
 @transfer("batch", "batch_norm", Exactness.EXACT, same=True)
 def _(norm: Norm, module: nn.Module) -> Carried:
-    carried = _running(norm, module)
-    _affine(carried, norm)
+    carried = running(norm, module)
+    add_affine(carried, norm)
     return carried
 
 
 @transfer("group", "group_norm", Exactness.EXACT, same=True)
 def _(norm: Norm, module: nn.Module) -> Carried:
-    carried = _channels(norm, module)
-    _affine(carried, norm)
+    carried = of_channels(norm, module)
+    add_affine(carried, norm)
     carried.arguments |= {"num_groups": norm.groups, "num_channels": norm.channels}
     return carried
 
 
 @transfer("instance", "instance_norm", Exactness.EXACT, same=True)
 def _(norm: Norm, module: nn.Module) -> Carried:
-    carried = _running(norm, module)
-    _affine(carried, norm)
+    carried = running(norm, module)
+    add_affine(carried, norm)
     return carried
 
 
 @transfer("frozen_batch", "frozen_batch_norm", Exactness.EXACT, same=True)
 def _(norm: Norm, module: nn.Module) -> Carried:
-    carried = _frozen(norm, module)
+    carried = frozen(norm, module)
     if carried.converted:  # statistics were frozen and the weights were not
         carried.exactness = Exactness.EVAL_EXACT
         carried.note = "weight and bias are constants from now on, in training too"
@@ -118,14 +118,14 @@ def _(norm: Norm, module: nn.Module) -> Carried:
     "batch", "frozen_batch_norm", Exactness.EVAL_EXACT, "weight, bias and statistics are constants, always"
 )
 def _(norm: Norm, module: nn.Module) -> Carried:
-    return _frozen(norm, module)
+    return frozen(norm, module)
 
 
-def _frozen(norm: Norm, module: nn.Module) -> Carried:
+def frozen(norm: Norm, module: nn.Module) -> Carried:
     if len(norm.statistics) < 2:
         raise Refused("it has no running statistics, by which a frozen batch norm normalises")
-    carried = _channels(norm, module)
-    _statistics(carried, norm)
+    carried = of_channels(norm, module)
+    add_statistics(carried, norm)
     carried.arguments["num_features"] = norm.channels
     carried.dropped = tuple(name for name in _OF_STATISTICS if name not in norm.statistics)
     for name in ("weight", "bias"):
@@ -146,8 +146,8 @@ def _frozen(norm: Norm, module: nn.Module) -> Carried:
     "in training it takes statistics of the batch; weight and bias become parameters that train",
 )
 def _(norm: Norm, module: nn.Module) -> Carried:
-    carried = _running(norm, module)
-    _affine(carried, norm)
+    carried = running(norm, module)
+    add_affine(carried, norm)
     for name in ("weight", "bias"):
         source = carried.kept.get(name)
         if source in module._buffers:
@@ -165,19 +165,25 @@ def _(norm: Norm, module: nn.Module) -> Carried:
 def _(norm: Norm, module: nn.Module) -> Carried:
     carried = _ghost(norm, module)
     if isinstance(module, GhostBatchNorm):
-        carried.arguments |= {name: getattr(module, name) for name in _OF_GHOSTS}
-        carried.in_training += _OF_GHOSTS
+        carried.arguments |= {name: getattr(module, name) for name in OF_GHOSTS}
+        carried.in_training += OF_GHOSTS
     return carried
 
 
 def _ghost(norm: Norm, module: nn.Module) -> Carried:
+    carried = moving(norm, module, "a ghost batch norm")
+    add_affine(carried, norm)
+    return carried
+
+
+def moving(norm: Norm, module: nn.Module, layer: str) -> Carried:
+    """As :func:`running`, for a layer whose statistics always move in training."""
     if len(norm.statistics) < 2:
-        raise Refused("it has no running statistics, by which a ghost batch norm normalises in eval mode")
-    carried = _running(norm, module)
+        raise Refused(f"it has no running statistics, by which {layer} normalises in eval mode")
+    carried = running(norm, module)
     if "track_running_stats" in carried.attributes:
-        raise Refused("its running statistics rest, and those of a ghost batch norm always move")
+        raise Refused(f"its running statistics rest, and those of {layer} always move")
     del carried.arguments["track_running_stats"]
-    _affine(carried, norm)
     return carried
 
 
@@ -185,9 +191,9 @@ def _ghost(norm: Norm, module: nn.Module) -> Carried:
     "ghost_batch", "batch_norm", Exactness.EVAL_EXACT, "in training it takes statistics of the whole batch"
 )
 def _(norm: Norm, module: nn.Module) -> Carried:
-    carried = _running(norm, module)
-    _affine(carried, norm)
-    carried.dropped = _OF_GHOSTS
+    carried = running(norm, module)
+    add_affine(carried, norm)
+    carried.dropped = OF_GHOSTS
     return carried
 
 
@@ -198,8 +204,8 @@ def _(norm: Norm, module: nn.Module) -> Carried:
     "weight, bias and statistics are constants, always",
 )
 def _(norm: Norm, module: nn.Module) -> Carried:
-    carried = _frozen(norm, module)
-    carried.dropped += _OF_GHOSTS
+    carried = frozen(norm, module)
+    carried.dropped += OF_GHOSTS
     return carried
 
 
@@ -222,13 +228,13 @@ def _(norm: Norm, module: nn.Module) -> Carried:
     "group", "instance_norm", Exactness.EXACT, "for groups of one channel; one value a channel is an error"
 )
 def _(norm: Norm, module: nn.Module) -> Carried:
-    carried = _channels(norm, module)
+    carried = of_channels(norm, module)
     if norm.groups != norm.channels:
         raise Refused(
             f"its groups have {norm.channels // norm.groups} channels, and an instance norm takes each channel "
             "alone; make it a group_norm"
         )
-    _affine(carried, norm)
+    add_affine(carried, norm)
     carried.dropped = _OF_GROUPS
     carried.arguments["num_features"] = norm.channels
     return carried
@@ -243,29 +249,29 @@ def _(norm: Norm, module: nn.Module) -> Carried:
     return carried
 
 
-_CALIBRATE = "running statistics start at 0 and 1: normzoo.recalibrate(model, batches) before eval mode"
+CALIBRATE = "running statistics start at 0 and 1: normzoo.recalibrate(model, batches) before eval mode"
 
 
-@transfer("group", "batch_norm", Exactness.CALIBRATE, _CALIBRATE)
+@transfer("group", "batch_norm", Exactness.CALIBRATE, CALIBRATE)
 def _(norm: Norm, module: nn.Module) -> Carried:
-    carried = _channels(norm, module)
-    _affine(carried, norm)
+    carried = of_channels(norm, module)
+    add_affine(carried, norm)
     carried.dropped = _OF_GROUPS
     carried.arguments["num_features"] = norm.channels
     return carried
 
 
-@transfer("instance", "batch_norm", Exactness.CALIBRATE, f"inputs need a batch dimension; {_CALIBRATE}")
+@transfer("instance", "batch_norm", Exactness.CALIBRATE, f"inputs need a batch dimension; {CALIBRATE}")
 def _(norm: Norm, module: nn.Module) -> Carried:
     if norm.statistics:
-        carried = _running(norm, module)
+        carried = running(norm, module)
         carried.exactness = Exactness.EVAL_EXACT
         carried.note = (
             "its running statistics go on, in training those of the batch; inputs need a batch dimension"
         )
     else:
-        carried = _channels(norm, module)
+        carried = of_channels(norm, module)
         carried.dropped = ("track_running_stats",)
         carried.arguments |= {"num_features": norm.channels, "momentum": norm.momentum}
-    _affine(carried, norm)
+    add_affine(carried, norm)
     return carried

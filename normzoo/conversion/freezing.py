@@ -19,7 +19,9 @@ from .surgery import Swap, refuse_wrapped
 
 logger = logging.getLogger("normzoo")
 
-_FAMILIES = ("batch", "ghost_batch")
+_FAMILIES = ("batch", "ghost_batch", "adab2n")
+_ADAPTING = ("alpha_batch", "batch_channel")
+"""Families of norms that take statistics of their input in eval mode too, which a frozen norm would not."""
 
 
 def freeze_batch_norm(model: nn.Module) -> nn.Module:
@@ -27,8 +29,10 @@ def freeze_batch_norm(model: nn.Module) -> nn.Module:
 
     It normalises by the stored statistics whatever the mode, so that ``model.train()`` wakes nothing, and its
     weight and bias are buffers, which do not train. The outputs in eval mode stay as they are. Batch norms are
-    those of torch (SyncBatchNorm too), of this library (GhostBatchNorm too) and whatever computes one, such as
-    timm's with an activation, which then follows the frozen norm. The keys of the state dict stay.
+    those of torch (SyncBatchNorm too), of this library (GhostBatchNorm and AdaB2N too) and whatever computes
+    one, such as timm's with an activation, which then follows the frozen norm. The keys of the state dict stay,
+    but for AdaB2N's task_weight and cur_tasks, which are away as long as it is frozen. AlphaBatchNorm and
+    BatchChannelNorm stay as they are: in eval mode too they depend on statistics of the input.
 
     :func:`unfreeze_batch_norm` gives back what was there: the old norms are kept for it, out of sight of the
     model. An optimizer that holds their parameters may go on holding them; they get no gradients.
@@ -58,7 +62,7 @@ def freeze_batch_norm(model: nn.Module) -> nn.Module:
         none = (
             "the batch norms of the model are frozen already" if thaw(found) else "the model has no batch norm"
         )
-        raise ValueError(f"freeze_batch_norm: {none}; {seen(found)}")
+        raise ValueError(f"freeze_batch_norm: {none}{_left(found)}; {seen(found)}")
     meant = {site.module for site in found if site.family in _FAMILIES}
     # Of these the log shall say that they stay.
     meant |= {site.module for site in found if site.norm is None and isinstance(site.module, _NormBase)}
@@ -68,7 +72,20 @@ def freeze_batch_norm(model: nn.Module) -> nn.Module:
         # Not as a child: its tensors are none of the model's.
         vars(frozen)[luggage.FROZEN_FROM] = (old, sources)
     tell(made)
+    if left := _left(found):
+        logger.warning("freeze_batch_norm: the batch norms are frozen%s", left)
     return root
+
+
+def _left(found: Sequence[Site]) -> str:
+    """What to know about norms with stored statistics that are not frozen; empty where there are none."""
+    kinds = {site.family: type(site.module).__name__ for site in found if site.family in _ADAPTING}
+    if not kinds:
+        return ""
+    names = " and ".join(kinds.values())
+    way = '; convert(model, "frozen_batch_norm", types="alpha_batch") lets the stored statistics count alone'
+    stay = f", and {names} stay, for in eval mode too they depend on statistics of the input"
+    return stay + (way if "alpha_batch" in kinds else "")
 
 
 def unfreeze_batch_norm(model: nn.Module) -> nn.Module:

@@ -11,7 +11,19 @@ from .. import functional
 from ..checks import at_least_float32
 from ..dispatch import backend
 
-FAMILIES = ("layer", "rms", "crms", "batch", "frozen_batch", "ghost_batch", "group", "instance")
+FAMILIES = (
+    "layer",
+    "rms",
+    "crms",
+    "batch",
+    "frozen_batch",
+    "ghost_batch",
+    "group",
+    "instance",
+    "alpha_batch",
+    "adab2n",
+    "batch_channel",
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ class Norm:
         """The dimensions of x that share statistics."""
         if self.family in ("layer", "rms", "crms"):
             return (self.axis,)
-        along = 1 if "batch" in self.family else 0
+        along = 1 if self.family.endswith(("batch", "adab2n")) else 0  # batch_channel ends on single samples
         return tuple(dim for dim in range(x.dim()) if dim != along)
 
     def _wide(self, weight: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..side_inputs import MissingInput
 from . import bypass, report
 from .change import Plan, Step
 from .examine import examine
@@ -226,7 +227,8 @@ def _measured(site: Site, norm: Norm, choice: Choice | nn.Module, made: Replacem
             trained = [trained_error(old, new, norm) for old, new in pairs]
     except Exception as failure:  # both may be code of the caller
         called = type(made.module).__name__
-        if not (needed := getattr(made.module, "side_inputs", ())):
+        needed = getattr(made.module, "side_inputs", ())
+        if not needed or not isinstance(failure, MissingInput):
             raise Refused(f"a test run of it beside the new {called} failed: {short(failure)}") from failure
         notes.append(f"not measured, as it takes {', '.join(needed)} from normzoo.inputs")
     else:

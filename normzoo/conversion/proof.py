@@ -42,7 +42,8 @@ def site_error(old: nn.Module, new: nn.Module, norm: Norm) -> tuple[float, bool]
 
 def trains_by_itself(norm: Norm) -> bool:
     """Whether it does in training what it does not do in eval mode."""
-    return norm.family in ("batch", "ghost_batch") or (norm.family == "instance" and bool(norm.statistics))
+    of_batch = ("batch", "ghost_batch", "adab2n", "batch_channel")
+    return norm.family in of_batch or (norm.family == "instance" and bool(norm.statistics))
 
 
 def trained_error(old: nn.Module, new: nn.Module, norm: Norm) -> tuple[float, bool]:

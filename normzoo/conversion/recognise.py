@@ -18,7 +18,10 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from ..layers.alpha import AlphaBatchNorm
+from ..layers.balance import AdaB2N
 from ..layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from ..layers.batch_channel import BatchChannelNorm
 from ..layers.frozen import FrozenBatchNorm
 from ..layers.ghost import GhostBatchNorm
 from ..layers.group import GroupNorm
@@ -159,7 +162,10 @@ def _looks_like_a_norm(module: nn.Module) -> bool:
     tag = getattr(cls, "kernel_layer_name", None)  # Hugging Face kernels
     named = any(_NAMED_NORM.search(base.__name__) for base in cls.__mro__) or "Norm" in str(tag)
     # A module around norms has parameters below it; an activation has none.
-    return named and not any(True for child in _children(module) for _ in child.parameters())
+    within = [child for child in _children(module) if any(True for _ in child.parameters())]
+    # A second stage around a norm, as in batch-channel norm, has parameters of its own too.
+    own = any(True for _ in module.parameters(recurse=False))
+    return named and (own or not within) and all(map(_looks_like_a_norm, within))
 
 
 def _children(module: nn.Module) -> list[nn.Module]:
@@ -251,11 +257,15 @@ def _stored(family: str) -> Callable[[Any], Norm]:
         names = ("running_mean", "running_var", "num_batches_tracked")
         stored = tuple(name for name in names if getattr(module, name, None) is not None)
         how: dict[str, Any] = _held(module, "weight", "bias") | {"statistics": stored, "axis": 1, "dims": dims}
-        if family != "frozen_batch":
+        if family not in ("frozen_batch", "alpha_batch"):  # whose statistics never move
             how["momentum"] = None if module.momentum is None else float(module.momentum)
         return Norm(family, (int(module.num_features),), _eps(module), **how)
 
     return describe
+
+
+def _batch_channel(module: Any) -> Norm:
+    return replace(_stored("batch_channel")(module), groups=module.num_groups)
 
 
 DIMENSIONS: dict[type[nn.Module], int] = {
@@ -285,6 +295,9 @@ KNOWN: dict[type[nn.Module], Callable[[Any], Norm]] = {
     GroupNorm: _group,
     FrozenBatchNorm: _stored("frozen_batch"),
     GhostBatchNorm: _stored("ghost_batch"),
+    AlphaBatchNorm: _stored("alpha_batch"),
+    AdaB2N: _stored("adab2n"),
+    BatchChannelNorm: _batch_channel,
     LayerNorm: _layer,
     RMSNorm: _rms,
     CRMSNorm: _crms,

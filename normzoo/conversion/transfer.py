@@ -64,6 +64,10 @@ class Carried:
     exactness: Exactness | None = None
     """Where this norm makes it another than the rule's."""
     note: str = ""
+    provided: dict[str, Any] = field(default_factory=dict)
+    """Attributes that the new layer must have; otherwise the conversion is approximate."""
+    one_of: tuple[str, ...] = ()
+    """Constructor arguments that say the same thing: one in the options overrules all that are carried."""
 
 
 Carry = Callable[[Norm, nn.Module], Carried]
@@ -161,7 +165,10 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
     kept: dict[str, str] = {}
     converted: dict[str, str] = {}
     lost: tuple[str, ...] = ()
-    notes = [carried.note or rule.note]
+    exactness, note = carried.exactness or rule.exactness, carried.note or rule.note
+    if any(getattr(new, name) != value for name, value in carried.provided.items()):
+        exactness, note = Exactness.APPROXIMATE, rule.note
+    notes = [note]
     for name, value in carried.attributes.items():
         setattr(new, name, value)
     for name, source in sources.items():
@@ -169,6 +176,10 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
             lost += (source,)
             continue
         value = getattr(old, source)
+        if value.shape != (place := getattr(new, name)).shape:
+            raise Refused(
+                f"its {source} has shape {(*value.shape,)}, and {name} of the layer {(*place.shape,)}"
+            )
         if name in carried.converted:
             converted[name] = source
             _put(new, name, carried.converted[name][1], value.requires_grad)
@@ -180,7 +191,6 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
     fresh = tuple(name for name in _own(new) if name not in sources)
     lost += tuple(name for name in carried.dropped if name in _own(old))
     lost += bring_along(old, new, leave={*sources.values(), *carried.dropped})
-    exactness = carried.exactness or rule.exactness
     changed = {k for k, v in choice.options.items() if carried.arguments.get(k, v) != v}
     if exactness in UNCHANGED and changed:
         exactness = Exactness.APPROXIMATE
@@ -196,13 +206,19 @@ def _said(options: Mapping[str, Any], names: Collection[str]) -> str:
     return f"{' and '.join(said)} {'differ' if said[1:] else 'differs'}"
 
 
+_ONLY_WITH = {"process_group": "sync", "update_rate": "estimate", "order": "estimate"}
+"""Constructor arguments that are an error where another is False."""
+
+
 def _construct(old: nn.Module, norm: Norm, carried: Carried, choice: Choice) -> nn.Module:
     cls = _class(norm, carried, choice)
     like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), None)
     place = {} if like is None else {"device": like.device, "dtype": like.dtype}
     arguments = {**carried.arguments, **choice.options}
-    if arguments.get("sync") is False and "process_group" not in choice.options:
-        arguments["process_group"] = None  # that of the old norm goes with its sync
+    overruled = {*carried.one_of} if {*carried.one_of} & {*choice.options} else set()
+    overruled |= {name for name, switch in _ONLY_WITH.items() if arguments.get(switch) is False}
+    for name in overruled - {*choice.options}:
+        arguments.pop(name, None)
     parameters = inspect.signature(cls).parameters.values()
     if needed := [p.name for p in parameters if p.default is p.empty and p.name not in arguments]:
         raise Refused(f"{choice.entry.name} needs {' and '.join(needed)}; pass {needed[0]}=")
