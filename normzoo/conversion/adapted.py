@@ -39,7 +39,7 @@ class _AnyRank:
 
 @functools.cache
 def adapted(
-    cls: type[nn.Module], over_channels: bool, then: tuple[str, ...], any_rank: bool = False
+    cls: type[nn.Module], over_channels: bool, then: tuple[str, ...], any_rank: bool
 ) -> type[nn.Module]:
     """`cls`, or a subclass of it.
 

@@ -236,14 +236,14 @@ def _class(norm: Norm, carried: Carried, choice: Choice) -> type[nn.Module]:
     """The class of the layer that takes the inputs of the norm."""
     entry = choice.entry
     if not entry.others:
-        return adapted(choice.cls or entry.cls, carried.over_channels, norm.after)
+        return adapted(choice.cls or entry.cls, carried.over_channels, norm.after, False)
     for cls in entry.classes:
         if norm.dims is not None and not carried.any_rank and DIMENSIONS[cls] == norm.dims:
             if choice.cls not in (None, cls):
                 raise Refused(
                     f"it takes the inputs of {a(cls.__name__)}, not those of {a(choice.cls.__name__)}"
                 )
-            return adapted(cls, carried.over_channels, norm.after)
+            return adapted(cls, carried.over_channels, norm.after, False)
     return adapted(choice.cls or entry.cls, carried.over_channels, norm.after, choice.cls is None)
 
 
