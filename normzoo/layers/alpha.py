@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from .. import checks, ranks
 from ..engine import normalize
@@ -20,7 +20,9 @@ from ..moments import Moments
 from ..passes import divisor
 from ..state import Running, finite, recomputing
 from . import native
+from .balance import AdaB2N
 from .frozen import FrozenBatchNorm
+from .ghost import GhostBatchNorm
 
 _USUAL = 0.9
 
@@ -176,7 +178,8 @@ class AlphaBatchNorm(Running):
         """The layer with the parameters and statistics of `bn`, the very same tensors, in the mode of `bn`.
 
         Args:
-            bn: a batch norm of torch or of this library, SyncBatchNorm too, with running statistics.
+            bn: a batch norm of torch or of this library, SyncBatchNorm too, with running statistics; one whose
+                eval mode is batch norm by these.
             source_weight: as in the constructor.
             options: further keyword arguments of the constructor.
 
@@ -184,7 +187,7 @@ class AlphaBatchNorm(Running):
             TypeError: `bn` is no batch norm.
             ValueError: it has no running statistics, or an option is out of its range.
         """
-        if not isinstance(bn, (_NormBase, FrozenBatchNorm)):
+        if not isinstance(bn, (_BatchNorm, FrozenBatchNorm, GhostBatchNorm, AdaB2N, AlphaBatchNorm)):
             raise TypeError(
                 f"AlphaBatchNorm: bn is of type {type(bn).__name__}; it must be a batch norm, such as "
                 "torch.nn.BatchNorm2d"
