@@ -135,7 +135,7 @@ def test_the_orders_differ():
 
 
 def test_no_gradient_through_estimates():
-    """Where the estimates are the statistics of the batch, values are those of batch mode, gradients are not."""
+    """Where the estimates are the statistics of the batch, values are those of batch mode alone."""
     layer, x = make(estimate=True, update_rate=1.0, order="mean_first"), torch.randn(4, C, 5).double()
     batch = make()
     batch.load_state_dict(layer.state_dict())
