@@ -1,5 +1,7 @@
 """normzoo: normalization layers for PyTorch, with their kernels, conversion and measurements."""
 
+from . import adapt as adapt
+from . import continual as continual
 from . import engine as engine
 from . import functional as functional
 from . import moments as moments
