@@ -179,6 +179,8 @@ def test_what_is_known_of_them():
     alpha, adab2n, batch_channel, _ = normzoo.inspect(model).sites
     assert [alpha.family, adab2n.family, batch_channel.family] == ["alpha_batch", "adab2n", "batch_channel"]
     assert batch_channel.norm.groups == 4 and {alpha.how, adab2n.how, batch_channel.how} == {"class"}
+    spans = [site.norm.span(torch.empty(2, 8, 3, 3)) for site in (alpha, adab2n, batch_channel)]
+    assert spans == [(0, 2, 3), (0, 2, 3), (1, 2, 3)]
     made = normzoo.plan(model, "batch_norm", types=("alpha_batch", "AdaB2N"))
     assert [step.action for step in made.steps] == ["convert", "convert", "keep", "keep"]
 
