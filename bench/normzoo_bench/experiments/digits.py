@@ -24,8 +24,8 @@ class Split(NamedTuple):
     labels: Tensor
 
 
-def load(seed: int = 0) -> tuple[Split, Split]:
-    """1000 images for training and 797 for tests, drawn by `seed`.
+def load(seed: int = 0, training: int = TRAINING) -> tuple[Split, Split]:
+    """So many images for training and the others for tests, drawn by `seed`.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -40,7 +40,7 @@ def load(seed: int = 0) -> tuple[Split, Split]:
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(bunch.target, dtype=torch.int64)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    kept, held_out = order[:TRAINING], order[TRAINING:]
+    kept, held_out = order[:training], order[training:]
     return Split(images[kept], labels[kept]), Split(images[held_out], labels[held_out])
 
 

@@ -1,0 +1,10 @@
+"""All experiments, by name."""
+
+from __future__ import annotations
+
+from . import adab2n_forgetting, alpha_digits, bcn_micro_batch
+from .experiment import Experiment
+
+EXPERIMENTS: dict[str, Experiment] = {
+    module.EXPERIMENT.name: module.EXPERIMENT for module in (alpha_digits, bcn_micro_batch, adab2n_forgetting)
+}

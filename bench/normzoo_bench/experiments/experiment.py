@@ -1,0 +1,151 @@
+"""An experiment, run over seeds: a document of numbers, and the table that is made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from normzoo.demo.charts import there
+from normzoo.files import whole
+from normzoo.terminal import progress
+
+from ..environment import environment, version
+
+FORM = 1
+"""Of the document; rises when a reader of older ones would go wrong."""
+
+
+COLORS = ("#0b7a75", "#d1682a", "#5b5ea6", "#26323b")
+"""Of the lines and points in a figure."""
+
+
+class Table(NamedTuple):
+    title: str
+    header: Sequence[str]
+    cells: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    name: str
+    says: str
+    """In one line, what is compared."""
+    settings: Any
+    """A dataclass with a field ``seeds``, their number."""
+    quick: Any
+    """The same, for a run of seconds that shows nothing but that all works."""
+    run: Callable[[Any, int], list[tuple[dict, dict]]]
+    """(settings, seed) -> what was tried, and the numbers it gave; the same trials in the same order always."""
+    table: Callable[[dict], Table]
+    """Of a document."""
+    draw: Callable[[dict], str]
+    """An SVG of a document."""
+
+
+def measure(experiment: Experiment, seeds: int | None = None, quick: bool = False) -> dict:
+    """Runs the seeds 0, 1, ... and returns the document, ready for JSON.
+
+    One row a trial: what was tried, and under ``values`` for each number a list with one entry a seed.
+    """
+    settings = experiment.quick if quick else experiment.settings
+    if seeds is not None:
+        settings = dataclasses.replace(settings, seeds=seeds)
+    rows: list[dict] = []
+    begun = time.perf_counter()
+    with _repeatable(), progress(experiment.name, settings.seeds) as step:
+        surroundings = environment("cpu") | {"scikit-learn": version("sklearn", "scikit-learn")}
+        for seed in range(settings.seeds):
+            for i, (tried, numbers) in enumerate(experiment.run(settings, seed)):
+                if seed == 0:
+                    rows.append({**tried, "values": {name: [] for name in numbers}})
+                for name, number in numbers.items():
+                    rows[i]["values"][name].append(round(number, 4))
+            step(f"seed {seed}")
+    return {
+        "form": FORM,
+        "experiment": experiment.name,
+        "quick": quick,
+        "environment": surroundings,
+        "settings": dataclasses.asdict(settings),
+        "seconds": round(time.perf_counter() - begun, 1),
+        "rows": rows,
+    }
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """One thread, because sums depend on how threads share them; the caller's generator stays as it is."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=()):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def values(document: dict, name: str, **tried: Any) -> list[float]:
+    """The numbers of that name, one a seed, of the one trial that fits `tried`."""
+    (row,) = (row for row in document["rows"] if row.items() >= tried.items())
+    return row["values"][name]
+
+
+def spread(numbers: Sequence[float], sign: str = "") -> str:
+    """``mean ± standard deviation`` over seeds, of one seed the number; `sign` is that of a format."""
+    text = f"{statistics.mean(numbers):{sign}.1f}"
+    return f"{text} ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else text
+
+
+def standard_error(numbers: Sequence[float]) -> float | None:
+    """Of their mean; None for one seed."""
+    return statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else None
+
+
+def command(document: dict) -> str:
+    return f"python -m normzoo_bench.experiments {document['experiment']}" + (" --quick" * document["quick"])
+
+
+def where(document: dict) -> str:
+    """How many seeds, on what, and how long it took, in a sentence."""
+    found, seeds = document["environment"], document["settings"]["seeds"]
+    return (
+        f"Mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}; {document['seconds']:.0f} s on one "
+        f"thread of {found['cpu'] or 'an unknown CPU'}, torch {found['torch']}, Python {found['python']}, "
+        f"scikit-learn {found['scikit-learn']}."
+    )
+
+
+def markdown(document: dict, table: Table) -> str:
+    """The command, the table, and where it was measured, for a page."""
+    lines = ["```", command(document), "```", "", table.title + ":", ""]
+    lines += ["| " + " | ".join(table.header) + " |", "|" + " --- |" * len(table.header)]
+    lines += ["| " + " | ".join(row) + " |" for row in table.cells]
+    return "\n".join([*lines, "", where(document), ""])
+
+
+def write(document: dict, experiment: Experiment, folder: Path) -> list[Path]:
+    """NAME.json, NAME.md and, where matplotlib is installed, NAME.svg."""
+    texts = {"json": _json(document), "md": markdown(document, experiment.table(document))}
+    if there():
+        texts["svg"] = experiment.draw(document)
+    paths = {folder / f"{experiment.name}.{ending}": text for ending, text in texts.items()}
+    for path, text in paths.items():
+        with whole(path) as part:
+            part.write_text(text, encoding="utf-8")
+    return list(paths)
+
+
+def _json(document: dict) -> str:
+    """One line a row, so that a change of a number is a change of a line."""
+    head = json.dumps({name: value for name, value in document.items() if name != "rows"}, indent=1)
+    rows = ",\n".join("  " + json.dumps(row) for row in document["rows"])
+    return head.removesuffix("\n}") + ',\n "rows": [\n' + rows + "\n ]\n}\n"
