@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from normzoo.continual import end_task, tasks
 from normzoo.demo.charts import figure
 
 from .digits import CLASSES, Split, accuracy, load
-from .experiment import COLORS, Experiment, Table, spread, standard_error, values
+from .experiment import COLORS, Experiment, Table, difference, spread, standard_error, values
 
 IMAGES = ("shifted", "plain")
 NORMS: dict[str, dict[str, float] | None] = {
@@ -163,7 +163,7 @@ def _table(document: dict) -> Table:
     for row in document["rows"]:
         numbers = row["values"]
         differences = [
-            "" if row["norm"] == "BN" else _difference(numbers[f"{what}, more than BN"])
+            "" if row["norm"] == "BN" else difference(numbers[f"{what}, more than BN"])
             for what in ("forgetting", "accuracy")
         ]
         tried = (row["images"], f"{row['head']}, {row['rate']:g}", row["norm"])
@@ -176,31 +176,28 @@ def _table(document: dict) -> Table:
     )
 
 
-def _difference(numbers: Sequence[float]) -> str:
-    error = standard_error(numbers)
-    return f"{statistics.mean(numbers):+.1f}" + ("" if error is None else f" ± {error:.1f}")
-
-
 def _draw(document: dict) -> str:
     regimes = document["settings"]["regimes"]
     with figure(3.2, 7.0, len(IMAGES), "white") as (panels, svg):
         for axes, images in zip(panels, IMAGES, strict=True):
-            for i, (name, color) in enumerate(zip(NORMS, COLORS, strict=True)):
+            axes.axhline(0, color=COLORS[-1], linewidth=0.8)
+            for i, (name, color) in enumerate(zip(list(NORMS)[1:], COLORS, strict=False)):
+                tried = {"images": images, "norm": name}
                 numbers = [
-                    values(document, "forgetting", images=images, norm=name, **regime) for regime in regimes
+                    values(document, "forgetting, more than BN", **tried, **regime) for regime in regimes
                 ]
-                places = [place + 0.15 * (i - 1.5) for place in range(len(regimes))]
+                places = [place + 0.2 * (i - 1) for place in range(len(regimes))]
                 look = {"fmt": "o", "color": color, "markersize": 4, "capsize": 2}
                 errors = [standard_error(of_regime) or 0 for of_regime in numbers]
-                axes.errorbar(places, [statistics.mean(n) for n in numbers], errors, label=name, **look)
+                axes.errorbar(places, list(map(statistics.mean, numbers)), errors, label=name, **look)
             axes.set_xticks(
                 range(len(regimes)), [f"{regime['head']}, {regime['rate']:g}" for regime in regimes]
             )
             axes.set_title(f"{images} digits")
-            axes.set_xlabel("head, rate")
-        panels[0].set_ylabel("forgetting (points), ± standard error")
-        panels[0].set_ylim(bottom=0)
-        panels[1].legend(frameon=False)
+        panels[0].set_ylabel("forgetting − BN's (points)")
+        panels[0].figure.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+        )
     return svg()
 
 

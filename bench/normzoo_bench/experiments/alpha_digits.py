@@ -11,7 +11,7 @@ from normzoo.adapt import configure
 from normzoo.demo.charts import figure
 
 from .digits import CORRUPTIONS, SmallCNN, accuracy, load, train
-from .experiment import COLORS, Experiment, Table, spread, values
+from .experiment import COLORS, Experiment, Table, deviation, spread, values
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _draw(document: dict) -> str:
             for batch, color in zip(settings["batch_sizes"], COLORS, strict=False):
                 tried = {"order": order, "batch": batch}
                 numbers = [values(document, "corrupted", **tried, source_weight=w) for w in weights]
-                around = [statistics.pstdev(of_weight) for of_weight in numbers]
+                around = [deviation(of_weight) or 0 for of_weight in numbers]
                 means = [statistics.mean(of_weight) for of_weight in numbers]
                 look = {"color": color, "marker": "o", "markersize": 3, "capsize": 2}
                 axes.errorbar(weights, means, around, label=f"batches of {batch}", **look)

@@ -99,15 +99,29 @@ def values(document: dict, name: str, **tried: Any) -> list[float]:
     return row["values"][name]
 
 
-def spread(numbers: Sequence[float], sign: str = "") -> str:
-    """``mean ± standard deviation`` over seeds, of one seed the number; `sign` is that of a format."""
-    text = f"{statistics.mean(numbers):{sign}.1f}"
-    return f"{text} ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else text
+def deviation(numbers: Sequence[float]) -> float | None:
+    """The standard deviation over seeds; None for one seed."""
+    return statistics.stdev(numbers) if len(numbers) > 1 else None
 
 
 def standard_error(numbers: Sequence[float]) -> float | None:
     """Of their mean; None for one seed."""
-    return statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else None
+    found = deviation(numbers)
+    return None if found is None else found / len(numbers) ** 0.5
+
+
+def spread(numbers: Sequence[float]) -> str:
+    """``mean ± standard deviation``, of one seed the number."""
+    return _around(f"{statistics.mean(numbers):.1f}", deviation(numbers))
+
+
+def difference(numbers: Sequence[float]) -> str:
+    """``mean ± standard error`` of differences, with their sign."""
+    return _around(f"{statistics.mean(numbers):+.1f}", standard_error(numbers))
+
+
+def _around(text: str, width: float | None) -> str:
+    return text if width is None else f"{text} ± {width:.1f}"
 
 
 def command(document: dict) -> str:
