@@ -115,9 +115,9 @@ def test_info_of_one_class_of_several(capsys):
 
 def test_usage_errors(capsys):
     for wrong, near in {
-        "batchnorm": "batch_norm",
-        "LayerNrom": "LayerNorm",
-        "batchnorm3D": "BatchNorm3d",
+        "batchnrm": "batch_norm",
+        "LayerNrom": "layer_norm",
+        "batchnrom3D": "BatchNorm3d",
     }.items():
         assert cli.main(["info", wrong]) == 2
         out, err = capsys.readouterr()
