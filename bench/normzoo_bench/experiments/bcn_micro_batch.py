@@ -26,7 +26,7 @@ class Regime:
 
 @dataclass(frozen=True)
 class Settings:
-    seeds: int = 8
+    seeds: int = 6
     regimes: tuple[Regime, ...] = (Regime(2, 0.005, 3), Regime(32, 0.05, 4))
     images: int = 800
     width: int = 16

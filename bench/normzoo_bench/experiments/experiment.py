@@ -124,8 +124,12 @@ def _around(text: str, width: float | None) -> str:
     return text if width is None else f"{text} ± {width:.1f}"
 
 
-def command(document: dict) -> str:
-    return f"python -m normzoo_bench.experiments {document['experiment']}" + (" --quick" * document["quick"])
+def command(document: dict, experiment: Experiment) -> str:
+    """What gives the document again."""
+    usual = experiment.quick if document["quick"] else experiment.settings
+    seeds = document["settings"]["seeds"]
+    options = " --quick" * document["quick"] + f" --seeds {seeds}" * (seeds != usual.seeds)
+    return f"python -m normzoo_bench.experiments {experiment.name}{options}"
 
 
 def where(document: dict) -> str:
@@ -138,9 +142,10 @@ def where(document: dict) -> str:
     )
 
 
-def markdown(document: dict, table: Table) -> str:
+def markdown(document: dict, experiment: Experiment) -> str:
     """The command, the table, and where it was measured, for a page."""
-    lines = ["```", command(document), "```", "", table.title + ":", ""]
+    table = experiment.table(document)
+    lines = ["```", command(document, experiment), "```", "", table.title + ":", ""]
     lines += ["| " + " | ".join(table.header) + " |", "|" + " --- |" * len(table.header)]
     lines += ["| " + " | ".join(row) + " |" for row in table.cells]
     return "\n".join([*lines, "", where(document), ""])
@@ -148,7 +153,7 @@ def markdown(document: dict, table: Table) -> str:
 
 def write(document: dict, experiment: Experiment, folder: Path) -> list[Path]:
     """NAME.json, NAME.md and, where matplotlib is installed, NAME.svg."""
-    texts = {"json": _json(document), "md": markdown(document, experiment.table(document))}
+    texts = {"json": _json(document), "md": markdown(document, experiment)}
     if there():
         texts["svg"] = experiment.draw(document)
     paths = {folder / f"{experiment.name}.{ending}": text for ending, text in texts.items()}
