@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 _INK, _FAINT, _OURS = "#26323b", "#b9c2c9", "#0b7a75"
+_HUES = ("#c24e00", "#0067a5", "#97478a", "#7a5f00", "#7d8890")
+_DASHES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), "-")  # or lines would be told apart by colour alone
 _WIDTH = 4.0  # inches; at the width of a phone the letters of 9 points stay legible
 
 _STYLE: Any = {
@@ -71,6 +73,23 @@ def speed_bars(timings: Sequence[dict]) -> str:
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("times the speed of torch")
+    return svg()
+
+
+def accuracy_curves(found: dict) -> str:
+    """Per cent right against the source weight, a line a corruption and one for their mean."""
+    weights = found["source_weights"]
+    best = found["shown"][1]
+    with figure(3.2) as (axes, svg):
+        axes.plot(weights, found["means"], color=_OURS, linewidth=2.5, label="mean of corrupted", zorder=3)
+        axes.plot(weights[best], found["means"][best], "o", color=_OURS, markersize=6, zorder=4)
+        for (name, right), color, dashes in zip(found["right"].items(), _HUES, _DASHES, strict=True):
+            axes.plot(weights, right, color=color, linestyle=dashes, linewidth=1.2, label=name)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 102)
+        axes.set_xlabel("source weight")
+        axes.set_ylabel("per cent right")
+        axes.figure.legend(loc="outside upper center", ncols=2, frameon=False, handlelength=3)
     return svg()
 
 

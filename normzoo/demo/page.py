@@ -31,11 +31,16 @@ def html(result: dict, settings: Settings) -> str:
             "loss": charts.loss_curve(result["curve"], *bounds),
             "speed": charts.speed_bars(result["timings"]),
         }
+        if result["images"]:
+            drawn["images"] = charts.accuracy_curves(result["images"])
     return pages.get_template("page.html").render(
         result=result,
         settings=settings,
         found=found,
         facts=printed.facts(found),
+        images=result["images"],
+        accuracies=printed.accuracies(result["images"]) if result["images"] else (),
+        missing=printed.MISSING,
         verdict=printed.verdict(result, settings),
         charts=drawn,
         spread=spread,

@@ -13,6 +13,8 @@ from ..terminal import say, table
 from .measurements import ROUNDING
 from .settings import Settings
 
+MISSING = "The second part, on images of digits, needs scikit-learn: pip install scikit-learn."
+
 
 def start(result: dict, model: nn.Module) -> None:
     env, text = result["environment"], result["text"]
@@ -61,6 +63,30 @@ def facts(found: dict) -> list[tuple[str, str]]:
     ]
 
 
+def images(result: dict) -> None:
+    found = result["images"]
+    if found is None:
+        _say(MISSING)
+        print()
+        return
+    _say(
+        f"A CNN with {found['norms']} batch norms learns {found['learnt']} handwritten digits; "
+        f"{found['tested']} others come corrupted, in batches of {found['batch']}."
+    )
+    print()
+    table("adapt.configure(model, source_weight=...); per cent right", *accuracies(found))
+    sys.stdout.flush()
+
+
+def accuracies(found: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """What is right by source weight: a header and rows."""
+    *corrupted, clean = found["right"]
+    columns = [found["right"][name] for name in corrupted] + [found["means"], found["right"][clean]]
+    rows = zip(found["source_weights"], *columns, strict=True)
+    header = ("source weight", *corrupted, "mean of these", clean)
+    return header, [(f"{weight:g}", *(f"{value:.1f}" for value in values)) for weight, *values in rows]
+
+
 def end(result: dict, settings: Settings) -> None:
     rows_by_dtype: dict[str, list] = {}
     for entry in result["timings"]:
@@ -75,22 +101,51 @@ def end(result: dict, settings: Settings) -> None:
 
 def verdict(result: dict, settings: Settings) -> list[str]:
     """What was shown, in a few sentences."""
+    return _of_conversion(result, settings) + _of_images(result["images"])
+
+
+def _of_conversion(result: dict, settings: Settings) -> list[str]:
     found = result["conversion"]
-    if not result["passed"]:
+    if not found["passed"]:
         return [
             "FAILED: the conversion did not replace every norm, did not keep every parameter, or changed the "
             f"function by {found['difference']:.1e}, where rounding explains {ROUNDING:.0e}; see its table."
         ]
-    exact = found["difference"] == 0
-    how = "to the last bit" if exact else f"to {found['difference']:.0e} of the largest entry"
     speedups = [entry["speedup"]["median"] for entry in result["timings"] if entry["layer"] == "RMSNorm"]
     return [
         f"Shown: one call replaced {found['norms']} norms of a trained model by normzoo's, which hold its own "
-        f"parameters; logits, loss and gradients stayed the same {how}.",
+        f"parameters; logits, loss and gradients stayed the same {_how_far(found)}.",
         "On a CPU normzoo.LayerNorm calls torch's own operator: the same numbers and the same speed are "
         f"expected of it. normzoo.RMSNorm runs at {min(speedups):.2f} to {max(speedups):.2f} times the speed "
         f"of torch's on this CPU, by the median of {settings.pairs} runs taken in turns.",
     ]
+
+
+def _of_images(found: dict | None) -> list[str]:
+    if found is None:
+        return [MISSING]
+    source, best, batch = (f"{found['means'][i]:.1f}%" for i in found["shown"])
+    weight = f"{found['source_weights'][found['shown'][1]]:g}"
+    norms, how_many = found["norms"], len(found["means"]) - 2
+    if not found["passed"]:
+        return [
+            f"FAILED: adapt.configure replaced {found['replaced']} of {norms} batch norms; source weight 1 "
+            f"changed the logits by {found['difference']:.1e}, where rounding explains {ROUNDING:.0e}; of the "
+            f"corrupted digits {source} were read right with source weight 1, {best} with {weight}, the best "
+            f"between, and {batch} with 0."
+        ]
+    return [
+        f"Shown: one call, adapt.configure(model, source_weight={weight}), put alpha-BN in place of the "
+        f"{norms} batch norms of a trained CNN. It then read {best} of the corrupted digits right, in batches "
+        f"of {found['batch']}; with stored statistics alone (source weight 1) {source}, with those of the "
+        f"batch alone (0) {batch}. Source weight 1 kept the logits as they were {_how_far(found)}.",
+        f"The {weight} is the best of {how_many} values by these very images, which flatters it.",
+    ]
+
+
+def _how_far(found: dict) -> str:
+    exact = found["difference"] == 0
+    return "to the last bit" if exact else f"to {found['difference']:.0e} of the largest entry"
 
 
 def _say(text: str) -> None:
