@@ -205,7 +205,7 @@ EXPERIMENT = Experiment(
     "adab2n-forgetting",
     "AdaB2N against batch norm in continual learning: forgetting, with and without a shift between tasks",
     Settings(),
-    Settings(seeds=2, training=160, width=8, regimes=(Regime("pooled", 0.1), Regime("flat", 0.03))),
+    Settings(seeds=2, training=200, tasks=2, width=8, regimes=(Regime("pooled", 0.1), Regime("flat", 0.03))),
     _run,
     _table,
     _draw,

@@ -1,0 +1,196 @@
+"""The experiments run and repeat, and what the page says of them holds for the numbers beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from normzoo_bench.experiments import adab2n_forgetting, digits, experiment
+from normzoo_bench.experiments.__main__ import main
+from normzoo_bench.experiments.catalog import EXPERIMENTS
+from normzoo_bench.experiments.experiment import difference, markdown, measure, spread, values
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+NAMES = list(EXPERIMENTS)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> Path:
+    """A folder with what a quick run of each writes."""
+    folder = tmp_path_factory.mktemp("quick")
+    for name in NAMES:
+        assert main([name, "--quick", "--output", str(folder)]) == 0
+    return folder
+
+
+def load(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_digits():
+    training, held_out = digits.load(3)
+    assert training.images.shape == (1000, 1, 8, 8) and held_out.images.shape == (797, 1, 8, 8)
+    assert training.images.dtype == torch.float32 and training.labels.dtype == torch.int64
+    both = torch.cat([training.images, held_out.images])
+    assert both.aminmax() == (0, 1) and len(both.flatten(1).unique(dim=0)) == len(both)
+    assert torch.equal(digits.load(3)[1].images, held_out.images)
+    assert not torch.equal(digits.load(4)[1].images, held_out.images)
+
+
+def test_corruptions():
+    images = torch.rand(500, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    seeded = torch.Generator().manual_seed
+    shown = {name: corrupt(images, seeded(1)) for name, corrupt in digits.CORRUPTIONS.items()}
+    assert all(x.shape == images.shape and x.dtype == images.dtype for x in shown.values())
+    assert torch.equal(shown["noise"], digits.noise(images, seeded(1)))
+    assert not torch.equal(shown["noise"], digits.noise(images, seeded(2)))
+    assert (shown["noise"] - images).std().item() == pytest.approx(0.3, rel=0.02)
+    torch.testing.assert_close(shown["contrast"], 0.3 + 0.4 * images)
+    torch.testing.assert_close(shown["brightness"], images + 0.5)
+    torch.testing.assert_close(shown["blur"][:, :, 3, 4], images[:, :, 2:5, 3:6].mean((2, 3)))
+    corner = images[:, :, :2, :2] * torch.tensor([[4, 2], [2, 1]]) / 9
+    torch.testing.assert_close(shown["blur"][:, :, 0, 0], corner.sum((2, 3)))
+
+
+def test_network_and_training():
+    training, held_out = digits.load()
+
+    def trained(seed: int) -> nn.Module:
+        torch.manual_seed(0)
+        return digits.train(digits.SmallCNN(), *training, seed=seed, epochs=4)
+
+    model, again, other = trained(0), trained(0), trained(1)
+    assert not model.training and digits.accuracy(model, *held_out) > 90
+    assert torch.equal(model[0].weight, again[0].weight) and not torch.equal(model[0].weight, other[0].weight)
+    grouped = digits.SmallCNN(lambda channels: nn.GroupNorm(4, channels), width=8)
+    assert [m.num_channels for m in grouped if isinstance(m, nn.GroupNorm)] == [8, 16, 16]
+    assert grouped(held_out.images[:3]).shape == (3, 10)
+
+
+def test_accuracy_in_batches_and_order():
+    seen = []
+
+    class Echo(nn.Module):
+        """Right about all digits but the 3."""
+
+        def forward(self, images):
+            seen.append(images.flatten().tolist())
+            return nn.functional.one_hot(images.flatten().long() % 10, 10) * (images.flatten() != 3)[:, None]
+
+    labels = torch.tensor([5, 3, 0, 9, 3])
+    images = labels.float().view(5, 1, 1, 1)
+    assert digits.accuracy(Echo(), images, labels, batch_size=2) == 60
+    assert seen == [[5, 3], [0, 9], [3]]
+    seen.clear()
+    assert digits.accuracy(Echo(), images, labels, 3, labels.argsort(stable=True)) == 60
+    assert seen == [[0, 3, 3], [5, 9]]
+
+
+def test_reservoir_gives_each_the_same_chance():
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.zeros(40)
+    for _ in range(400):
+        memory = _full(adab2n_forgetting.Reservoir(10, generator), 40)
+        kept[torch.stack(memory.labels)] += 1
+    # 400 draws of probability 1/4: 100 with a standard deviation of 8.7.
+    assert kept.sum() == 4000 and kept.min() > 70 and kept.max() < 130
+
+
+def test_reservoir_keeps_and_draws():
+    memory = _full(adab2n_forgetting.Reservoir(10, torch.Generator().manual_seed(0)), 40)
+    assert len(memory.labels) == 10 and memory.labels == memory.images
+    assert len(memory.draw(4).labels.unique()) == 4 and len(memory.draw(99).labels) == 10
+
+
+def _full(memory: adab2n_forgetting.Reservoir, count: int) -> adab2n_forgetting.Reservoir:
+    for part in torch.arange(count).split(7):
+        memory.put(part, part)
+    return memory
+
+
+def test_tasks_and_forgetting():
+    split = digits.Split(torch.arange(10.0).view(10, 1, 1, 1) / 10, torch.arange(10))
+    plain, shifted = (adab2n_forgetting._of_tasks(split, 5, flag) for flag in (False, True))
+    assert [task.labels.tolist() for task in plain] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert plain[3].images.flatten().tolist() == pytest.approx([0.6, 0.7])
+    assert shifted[0].images.flatten().tolist() == pytest.approx([-0.8, 0.1 * 1.6 - 0.8])
+    assert shifted[4].images.flatten().tolist() == pytest.approx([0.8 * 0.4 + 0.8, 0.9 * 0.4 + 0.8])
+    after = [[90.0, 0.0, 0.0], [95.0, 80.0, 0.0], [50.0, 70.0, 99.0]]
+    assert adab2n_forgetting._forgetting(after) == (45 + 10) / 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quick_run(quick, name):
+    document = load(quick, name)
+    assert document["experiment"] == name and document["quick"] and document["environment"]["threads"] == 1
+    assert document["settings"] == json.loads(json.dumps(dataclasses.asdict(EXPERIMENTS[name].quick)))
+    counts = {len(seeds) for row in document["rows"] for seeds in row["values"].values()}
+    assert counts == {2}
+    assert (quick / f"{name}.md").read_text(encoding="utf-8") == markdown(document, EXPERIMENTS[name])
+    drawn = (quick / f"{name}.svg").read_text(encoding="utf-8")
+    assert drawn.startswith("<svg") and drawn == EXPERIMENTS[name].draw(document)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_seed_gives_the_same_numbers_again(quick, name):
+    torch.manual_seed(5)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    again = measure(EXPERIMENTS[name], seeds=1, quick=True)
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
+    first = load(quick, name)["rows"]
+    assert [row["values"] for row in again["rows"]] == [
+        {number: seeds[:1] for number, seeds in row["values"].items()} for row in first
+    ]
+    assert any(seeds[0] != seeds[1] for row in first for seeds in row["values"].values())
+    assert f"{name} --quick --seeds 1\n" in markdown(again, EXPERIMENTS[name]) and EXPERIMENTS[name].draw(again)
+
+
+def test_what_is_printed(capsys, quick, monkeypatch):
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(re.search(rf"^{name} +\w", listed, re.M) for name in NAMES)
+    document = load(quick, "bcn-micro-batch")
+    stub = lambda asked, seeds, fast: document if (seeds, fast) == (3, True) else None  # noqa: E731
+    monkeypatch.setattr(sys.modules[main.__module__], "measure", stub)
+    assert main(["bcn-micro-batch", "--quick", "--seeds", "3"]) == 0
+    out, err = capsys.readouterr()
+    cell = spread(values(document, "accuracy", batch=2, norm="BN"))
+    assert re.search(rf"^2 +BN +{re.escape(cell)} ", out, re.M) and "over 2 seeds" in out and not err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["alpha"],
+            "there is no experiment 'alpha'; there are alpha-digits, bcn-micro-batch, adab2n-forgetting",
+        ),
+        (["alpha-digits", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
+        (["alpha-digits", "--output", "/nowhere"], "there is no folder /nowhere; make it first"),
+    ],
+)
+def test_wrong_usage(capsys, arguments, said):
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_scikit_learn(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ModuleNotFoundError, match="come with scikit-learn, which is not installed; try `pip"):
+        digits.load()
+    monkeypatch.setattr(sys.modules[main.__module__], "find_spec", lambda name: None)
+    assert main(["alpha-digits"]) == 2
+    assert "try `pip install scikit-learn`" in capsys.readouterr().err
+
+
+def test_means_and_spreads():
+    assert spread([1.0, 3.0]) == "2.0 ± 1.4" and spread([2.04]) == "2.0"
+    assert difference([-1.0, -3.0]) == "-2.0 ± 1.0" and difference([2.0]) == "+2.0"
+    assert experiment.standard_error([0.0, 0.0]) == 0 and experiment.standard_error([1.0]) is None
