@@ -18,7 +18,8 @@ html_show_copyright = False
 
 # No intersphinx and no math renderer: the build needs no network, nor do the pages.
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+# Parts of pages, which include them.
+exclude_patterns = ["_build", "experiments/*.md"]
 myst_heading_anchors = 3
 # Single backticks in docstrings are code.
 default_role = "code"
