@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from training import compiled, same, tensors
 from zoo_cases import step
 
@@ -135,6 +136,14 @@ def test_bad_batches_are_counted_and_forgotten(way):
     assert torch.equal(call(good), expected)
     before["batches_skipped"] += 1
     same(tensors(layer), before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_counts_no_bad_batch(reentrant):
+    layer = make(torch.float32, nonfinite="skip")
+    x = torch.full((2, C, 3), float("nan"), requires_grad=True)
+    checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+    assert layer.batches_skipped == 1
 
 
 def frozen_layer() -> FrozenBatchNorm:

@@ -214,7 +214,7 @@ class AlphaBatchNorm(Running):
         how = (self.eps, self.source_weight, self.unbiased, self.pseudo_count or 0.0)
         ranks_of = (self.sync, self.process_group)
         y, batch = _with_mixed("AlphaBatchNorm", x, self._stored(), self.weight, self.bias, *how, *ranks_of)
-        if batch and x.numel() and not recomputing():
+        if batch and not recomputing():
             self._count_skipped(lambda: finite(*batch))
         return y
 

@@ -25,10 +25,11 @@ class ChannelNorm:
     per_sample: bool = False
     masked: bool = False
     expanded: bool = False
+    constant: bool = False  # the statistics are: the gradient of x is a map of dy alone
 
     @property
     def name(self) -> str:
-        kind = "gn" if self.per_sample else "bn"
+        kind = "gn" if self.per_sample else "alpha" if self.constant else "bn"
         size = "x".join(map(str, (self.samples, self.channels, *self.size)))
         parts = [kind, "bwd" if self.backward else "fwd", size]
         parts += [self.layout] if self.layout != "planes" else []
@@ -56,7 +57,10 @@ class ChannelNorm:
 
         def backward() -> None:
             launcher(channels.sums)(dy, x, mask, pivot, self.per_sample)
-            launcher(channels.dx)(dy, x, mask, pivot, scale, shift, shift)
+            if self.constant:
+                launcher(channels.apply)(dy, mask, pivot, scale, shift)
+            else:
+                launcher(channels.dx)(dy, x, mask, pivot, scale, shift, shift)
 
         return (backward if self.backward else forward), x
 
@@ -68,7 +72,7 @@ class ChannelNorm:
         # Planes of 49 start anywhere: the statistics read the vectors in which one ends and the next starts
         # for both, one right after the other.
         edges = 0.15 * reads if small and planes else 0
-        yield Bound("x_passes", most=2 * reads + 1 + edges + 0.03)
+        yield Bound("x_passes", most=2 * reads + (not self.constant) + edges + 0.03)
         yield Bound("launches", most=2 if planes and (small or self.per_sample) else 3)
         yield Bound("copies", most=0)
         yield Bound("arguments", most=13 + self.masked + 2 * self.expanded)
@@ -97,6 +101,10 @@ def channel_cases() -> Iterator[Case]:
         yield replace(small, per_sample=True).case(SWEPT)
         yield replace(middle, layout="last").case(ON_SM90)
         yield ChannelNorm(backward, 768, (), samples=32 * 197).case(ON_SM90)
+        for layout in ("planes", "last"):  # adab2n with task ids, batch_channel_norm
+            yield replace(large, per_sample=True, layout=layout).case(ON_SM90)
+            if backward:
+                yield replace(large, constant=True, layout=layout).case(ON_SM90)
         yield replace(large, masked=True).case(ON_SM90)
         yield replace(middle, masked=True).case(ON_SM90)
         # Every function for every target.
