@@ -40,6 +40,17 @@ def test_the_formula(shape, absent, ids):
     torch.testing.assert_close(adab2n(x, ids, *given), found)
 
 
+@per_absent
+def test_one_image_is_its_task(absent):
+    layer, x, ids = make(absent=absent), sample()[:1], torch.tensor([1])
+    y, mean, _ = by_hand(x, ids, layer.task_weight, layer.weight, layer.bias, 1 if absent == "official" else -1)
+    old = layer.running_mean.clone()
+    torch.testing.assert_close(layer(x, ids), y)
+    torch.testing.assert_close(layer.running_mean, 0.9 * old + 0.1 * mean)
+    if absent == "renormalize":
+        torch.testing.assert_close(y, layer(x))
+
+
 def test_a_task_that_is_absent():
     """The authors' code loses its weight, which leaves the batch off its centre."""
     x, ids = sample(), torch.tensor(IDS["one absent"])
