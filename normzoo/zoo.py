@@ -41,6 +41,8 @@ class Entry:
     """arXiv identifier."""
     stored: bool = False
     """Whether it takes stored statistics in training too, and has nothing to train."""
+    eval_statistics: bool = False
+    """Whether it takes statistics of the input in eval mode too, where it couples samples in training."""
     constant: bool = False
     """Whether the statistics of the batch are constants for autograd."""
     official: str = ""
@@ -219,6 +221,7 @@ ZOO: tuple[Entry, ...] = (
         layout="(N, C, *)",
         kernel=True,
         couples_samples=True,
+        eval_statistics=True,
         constant=True,
         paper="2110.04065",
         variants=({}, {"source_weight": 0.0}, {"unbiased": False, "affine": False}, {"bias": False}),
@@ -246,6 +249,7 @@ ZOO: tuple[Entry, ...] = (
         layout="(N, C, *)",
         kernel=True,
         couples_samples=True,
+        eval_statistics=True,
         paper="1903.10520",
         official="joe-siyuan-qiao/Batch-Channel-Normalization",
         arguments=(16, 4),

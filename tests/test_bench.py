@@ -118,6 +118,14 @@ def test_passes_of_each_family():
     counts = {"rms_norm": [2, 2, 3, 5], "group_norm": [3, 3, 5, 8], "frozen_batch_norm": [2, 2, 2, 4]}
     for name, count in counts.items():
         assert [passes(find(name), "any", d) for d in DIRECTIONS] == count
+    by_mode = {
+        "batch_norm": ([3, 3, 5, 8], [2, 2, 3, 5]),
+        "alpha_batch_norm": ([3, 3, 3, 6], [3, 3, 3, 6]),
+        "batch_channel_norm": ([3, 3, 5, 8], [3, 3, 5, 8]),
+    }
+    for name, counts in by_mode.items():
+        for mode, count in zip(("training", "eval"), counts, strict=True):
+            assert [passes(find(name), mode, d) for d in DIRECTIONS] == count
 
 
 def test_a_sweep_has_no_size_twice():

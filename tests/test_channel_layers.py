@@ -62,6 +62,21 @@ def test_fresh_layers_hold_what_torchs_hold(entry, cls):
     torch.testing.assert_close({name: held.get(name) for name in wanted}, dict(wanted), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("entry", CHANNELS)
+def test_what_an_entry_says_of_statistics(entry):
+    """Stored statistics make an affine map of every pixel; constant ones take one gradient to one pixel."""
+    layer, x = trained(entry, dtype=torch.float64), entry.sample(dtype=torch.float64)
+    alone = entry.stored
+    for mode, stored in (("training", alone), ("eval", alone or entry.couples_samples)):
+        layer.train(mode == "training")
+        bend = layer(2 * x) - 2 * layer(x) + layer(0 * x)
+        affine = stored and not (entry.eval_statistics and mode == "eval")
+        assert (bend.abs().max() < 1e-12) == affine, mode
+    x.requires_grad_()
+    layer.train()(x)[0, 0, 0, 0].backward()
+    assert (x.grad.count_nonzero() == 1) == (entry.constant or entry.stored)
+
+
 BAD_ARGUMENTS = {
     "eps": [0, "1e-5"],
     "momentum": [-0.1, 1.5, float("nan"), "0.1"],

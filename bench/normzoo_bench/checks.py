@@ -100,7 +100,9 @@ def _results(
     call: Callable[[Tensor], Tensor], parameters: dict[str, Tensor], buffers: Buffers
 ) -> dict[str, Tensor]:
     y = call(buffers.x)
-    grads = torch.autograd.grad(y, (buffers.x, *parameters.values()), buffers.dy)
+    # A gradient of zero for a parameter of the other mode.
+    wanted = (buffers.x, *parameters.values())
+    grads = torch.autograd.grad(y, wanted, buffers.dy, allow_unused=True, materialize_grads=True)
     return dict(zip(("y", "dx", *parameters), (y.detach(), *grads), strict=True))
 
 

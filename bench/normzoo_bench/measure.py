@@ -72,7 +72,7 @@ def call_of(contender: Contender, direction: str, buffers: Sequence[Buffers]) ->
 
     def both(i: int) -> object:
         x, dy = buffers[i]
-        return torch.autograd.grad(contender.call(x), (x, *wanted), dy)
+        return torch.autograd.grad(contender.call(x), (x, *wanted), dy, allow_unused=True)
 
     if direction != "backward":
         return both if direction == "both" else forward
@@ -80,7 +80,7 @@ def call_of(contender: Contender, direction: str, buffers: Sequence[Buffers]) ->
 
     def backward(i: int) -> object:
         x, dy = buffers[i]
-        return torch.autograd.grad(outputs[i], (x, *wanted), dy, retain_graph=True)
+        return torch.autograd.grad(outputs[i], (x, *wanted), dy, retain_graph=True, allow_unused=True)
 
     return backward
 

@@ -139,10 +139,12 @@ def passes(entry: Entry, mode: str, direction: str) -> int:
 
     Rows: x and y forward; dy, x and dx backward. Channels need the whole of x before the first output, so
     they read it twice, and in the backward pass dy and x twice; with stored statistics once, and x not at all
-    where there is nothing to train.
+    where there is nothing to train. Statistics that are constants for autograd need no second read there.
     """
     if entry.stored:
         forward, backward = 2, 2
+    elif entry.family == "rows" or (mode == "eval" and not entry.eval_statistics):
+        forward, backward = 2, 3
     else:
-        forward, backward = (2, 3) if entry.family == "rows" or mode == "eval" else (3, 5)
+        forward, backward = 3, 3 if entry.constant else 5
     return {"forward": forward, "saving": forward, "backward": backward, "both": forward + backward}[direction]
