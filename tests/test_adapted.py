@@ -121,19 +121,22 @@ def test_episodes_know_nothing_of_each_other():
 @pytest.mark.parametrize("episodic", [False, True])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_grad_mode(mode, episodic):
+    model = configure(nn.Sequential(nn.BatchNorm2d(3), net()), 0.5, train_affine=True)
+    first = Adapted(model, OPTIMIZERS["Adam"](collect_params(model)[0]))
     stream = [images(8, i) for i in range(3)]
-    wrapped = adapted(episodic=episodic)
+    first(stream[0])  # the optimizer has a state
+    wrapped = Adapted(model, first.optimizer, episodic=episodic)
     twin = copy.deepcopy(wrapped)
     wanted = [twin(x) for x in stream]
     with mode():
         inner = Adapted(wrapped.model, wrapped.optimizer, episodic=episodic)
-        given = [x.clone() for x in stream]
-        got = [inner(x) for x in given]
+        got = [inner(x.clone()) for x in stream]
         inner.reset()
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    got = [inner(x) for x in stream]  # and outside, with the state that was made inside
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    assert got[0].add_(1).is_inference() is False
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    for each in (inner, copy.deepcopy(inner)):  # outside, with the state that was made inside
+        got = [each(x) for x in stream]
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        each.reset()
 
 
 def test_without_an_optimizer_it_only_runs():
@@ -232,9 +235,21 @@ def resting():
     return Adapted(model, torch.optim.SGD(model[1].parameters(), 0.1))
 
 
+def beside():
+    wrapped = adapted()
+    other = wrapped.model[4].bias.requires_grad_()
+    wrapped.loss = lambda y: other.sum()
+    return wrapped(images())
+
+
 @pytest.mark.parametrize(
     "make, error, words",
     [
+        (
+            beside,
+            ValueError,
+            "the loss does not depend on the parameters that the optimizer trains; do the model",
+        ),
         (
             resting,
             ValueError,

@@ -88,9 +88,10 @@ class Adapted(nn.Module):
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.steps, self.episodic = steps, episodic
         self.updates_skipped = 0
-        with torch.inference_mode(False), torch.no_grad():
-            self._start = {name: t.detach().clone() for name, t in self._tensors().items()}
-            self._start_of_optimizer = None if optimizer is None else _state(optimizer)
+        self._start = {name: t.detach().clone() for name, t in self._tensors().items()}
+        self._start_of_optimizer = (
+            None if optimizer is None else _copied((optimizer.state, optimizer.param_groups))
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.episodic:
@@ -146,15 +147,17 @@ class Adapted(nn.Module):
         if not isinstance(loss, Tensor) or loss.dim():
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
             raise ValueError(f"Adapted: the loss is of {what}; it must be a scalar tensor, such as a mean")
-        if not loss.requires_grad:
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        optimizer.zero_grad()
+        if loss.requires_grad:
+            loss.backward(inputs=trained)
+        gradients = [p.grad for p in trained if p.grad is not None]
+        if not gradients:
             raise ValueError(
                 "Adapted: the loss does not depend on the parameters that the optimizer trains; do the model "
                 "and the loss keep the graph?"
             )
-        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        optimizer.zero_grad()
-        loss.backward(inputs=trained)
-        good = _all_finite(loss.detach(), *(p.grad for p in trained if p.grad is not None))
+        good = _all_finite(loss.detach(), *gradients)
         if good:
             optimizer.step()
         else:
@@ -179,13 +182,11 @@ def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
         )
 
 
-def _state(optimizer: Optimizer) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
-    """A copy of the state and the groups; the parameters are the same."""
-    return _copied((optimizer.state, optimizer.param_groups))
-
-
 def _copied(saved: tuple[Any, Any]) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
-    # Not by load_state_dict, which casts the state to the dtype of the parameters.
+    """Of the state and the groups of an optimizer; the parameters are the same.
+
+    load_state_dict would cast the state to the dtype of the parameters.
+    """
     state, groups = saved
     settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     copies = [
