@@ -77,6 +77,22 @@ def test_what_an_entry_says_of_statistics(entry):
     assert (x.grad.count_nonzero() == 1) == (entry.constant or entry.stored)
 
 
+@pytest.mark.parametrize("entry", CHANNELS)
+def test_torch_func_with_the_state_handed_in(entry):
+    layer, x = trained(entry), entry.sample()
+    state = {name: t.detach().clone() for name, t in (*layer.named_parameters(), *layer.named_buffers())}
+    wanted = {name: state.pop(name) for name, _ in layer.named_parameters()}
+
+    def loss(parameters, x):
+        own = {name: t.clone() for name, t in state.items()}  # what moves has to be made inside
+        return torch.func.functional_call(layer, parameters | own, (x,)).pow(3).sum()
+
+    grads, dx = torch.func.grad(loss, (0, 1))(wanted, x)
+    layer(x.requires_grad_()).pow(3).sum().backward()
+    torch.testing.assert_close(dx, x.grad)
+    torch.testing.assert_close(grads, {name: p.grad for name, p in layer.named_parameters()})
+
+
 BAD_ARGUMENTS = {
     "eps": [0, "1e-5"],
     "momentum": [-0.1, 1.5, float("nan"), "0.1"],

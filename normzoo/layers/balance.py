@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, ranks
+from ..dispatch import transformed
 from ..engine import normalize
 from ..moments import Moments
 from ..side_inputs import side_input
@@ -311,7 +312,7 @@ class AdaB2N(Running):
         y, (mean, var, count) = _with_balance("AdaB2N", x, task_ids, *how)
         if not recomputing():
             rate = self._rate()
-            if not torch.compiler.is_exporting():
+            if not (torch.compiler.is_exporting() or transformed()):  # of which nothing may stay behind
                 self._differentiable = torch.is_grad_enabled()
                 with _kept():
                     self._loss = self._distance(mean, var, rate)
