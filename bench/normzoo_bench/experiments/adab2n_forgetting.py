@@ -39,7 +39,7 @@ class Regime:
 
 @dataclass(frozen=True)
 class Settings:
-    seeds: int = 12
+    seeds: int = 24
     regimes: tuple[Regime, ...] = (Regime("pooled", 0.03), Regime("pooled", 0.1), Regime("flat", 0.03))
     training: int = 1297
     tasks: int = 5
