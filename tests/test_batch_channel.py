@@ -14,7 +14,7 @@ from zoo_cases import step
 from normzoo import BatchChannelNorm
 from normzoo.functional import batch_channel_norm
 
-C, GROUPS = 6, 3
+C, GROUPS = 12, 3
 SHAPES = {
     "1d": (5, C),
     "sequences": (5, C, 4),
@@ -109,8 +109,6 @@ def hold(layer: BatchChannelNorm, composed: nn.Module, shape, steps: int = 3) ->
 def test_it_is_group_norm_of_batch_norm(momentum, channel_affine, shape):
     """Each of the two has its own eps."""
     layer = make(channel_affine=channel_affine, eps=0.3, batch_eps=0.01, momentum=momentum)
-    if shape == SHAPES["1d"]:
-        assert layer.num_groups * 2 == C  # two values a group, for want of more
     hold(layer, Composed(layer), shape)
 
 
@@ -193,10 +191,10 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("x", [make() for make in HARD.values()], ids=HARD)
+@pytest.mark.parametrize("values", HARD.values(), ids=HARD)
 @pytest.mark.parametrize("options", [{}, {"estimate": True, "update_rate": 1.0}], ids=["batch", "estimate"])
-def test_hard_ranges(options, x):
-    layer, dy = make(torch.float32, **options), torch.randn(x.shape)
+def test_hard_ranges(options, values):
+    layer, x, dy = make(torch.float32, **options), values(), torch.randn(4, C, 8, 8)
     if options:
         layer(x)  # the running statistics are where the values are
     exact, plain = copy.deepcopy(layer).double(), Composed(layer, Estimates(layer) if options else None)
@@ -207,9 +205,13 @@ def test_hard_ranges(options, x):
     for name in ("y", "dx"):
         assert_as_good(name, found[name], theirs[name], wanted[name], hard=True)
     if not options:  # a running mean in float32 has no digits for what lies below it
-        assert (found["y"].double() - wanted["y"]).abs().max() < 2e-5
-    for name, t in exact.named_buffers():
-        torch.testing.assert_close(layer.get_buffer(name).to(t), t, rtol=2e-6, atol=1e-6)
+        assert (found["y"].double() - wanted["y"]).abs().max() < 1e-4
+    spread = exact.running_var.sqrt()
+    assert ((layer.running_mean - exact.running_mean).abs() <= 2e-6 * (exact.running_mean.abs() + spread)).all()
+    torch.testing.assert_close(layer.running_var.double(), exact.running_var, rtol=5e-6, atol=0)
+    exact.load_state_dict(layer.state_dict())
+    stored = layer.eval()(x), exact.eval()(x.double())
+    assert (stored[0] - stored[1]).abs().max() < 1e-4
 
 
 # State
@@ -270,7 +272,7 @@ def test_a_bad_batch_is_skipped_in_estimate_mode():
     x, before = torch.randn(4, C, 3), tensors(layer)
     x[0, 3, 1] = float("nan")
     y = layer(x)
-    assert y[:, 2:4].isnan().all() and y[:, :2].isfinite().all() and y[:, 4:].isfinite().all()
+    assert y[:, :4].isnan().all() and y[:, 4:].isfinite().all()
     before["batches_skipped"] += 1
     same(tensors(layer), before)
     spreading(x)
@@ -285,7 +287,7 @@ def test_compiled_with_groups_of_channels():
 # Refusals
 
 BAD = {
-    "groups": ({"num_groups": 4}, ValueError, "num_groups is 4; it must divide num_features = 6"),
+    "groups": ({"num_groups": 5}, ValueError, "num_groups is 5; it must divide num_features = 12"),
     "no groups": ({"num_groups": 0}, ValueError, "num_groups is 0; it must be a positive int"),
     "no rate": ({"estimate": True}, ValueError, "estimate=True needs update_rate, the weight of a batch"),
     "zero rate": ({"estimate": True, "update_rate": 0}, ValueError, "update_rate is 0; it must be above 0"),
@@ -317,7 +319,7 @@ def test_arguments_that_do_not_fit_are_refused(options, error, match):
 def test_functions_refuse_what_does_not_fit():
     x = torch.randn(3, C, 2)
     for changed, error, match in (
-        ({"num_groups": 4}, ValueError, "num_groups is 4; it must divide the 6 channels"),
+        ({"num_groups": 5}, ValueError, "num_groups is 5; it must divide the 12 channels"),
         (
             {"channel_weight": torch.ones(2)},
             ValueError,
