@@ -117,7 +117,8 @@ def spread(numbers: Sequence[float]) -> str:
 
 def difference(numbers: Sequence[float]) -> str:
     """``mean ± standard error`` of differences, with their sign."""
-    return _around(f"{statistics.mean(numbers):+.1f}", standard_error(numbers))
+    mean = round(statistics.mean(numbers), 1) + 0.0  # no minus before a zero
+    return _around(f"{mean:+.1f}".replace("-", "−"), standard_error(numbers))
 
 
 def _around(text: str, width: float | None) -> str:
