@@ -1,25 +1,25 @@
-"""The experiments run and repeat, and what the page says of them holds for the numbers beside it."""
+"""The experiments: their parts, that they run and repeat, and their command."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
-import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from normzoo_bench.experiments import adab2n_forgetting, digits, experiment
+from normzoo import AdaB2N
+from normzoo.continual import tasks
+from normzoo_bench.experiments import adab2n_forgetting, bcn_micro_batch, digits, experiment
 from normzoo_bench.experiments.__main__ import main
 from normzoo_bench.experiments.catalog import EXPERIMENTS
 from normzoo_bench.experiments.experiment import difference, markdown, measure, spread, values
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-COMMITTED = DOCS / "experiments"
 NAMES = list(EXPERIMENTS)
 
 
@@ -128,6 +128,52 @@ def test_tasks_and_forgetting():
     assert adab2n_forgetting._forgetting(after) == (45 + 10) / 2
 
 
+def test_new_and_replayed_images_go_together(monkeypatch):
+    """In a step with replay the layers get 20 images at once, and the task of each."""
+    batches, ids = [], []
+    settings = adab2n_forgetting.Settings(training=400, tasks=3, width=4)
+    parts = [adab2n_forgetting._of_tasks(split, 3, False) for split in digits.load(0, settings.training)]
+    model = adab2n_forgetting._network(partial(AdaB2N, num_tasks=3), settings.width, "pooled")
+    model[0].register_forward_pre_hook(lambda module, x: batches.append(len(x[0])) if model.training else None)
+
+    def recorded(of: nn.Module, task_ids: torch.Tensor):
+        ids.append(task_ids.tolist())
+        return tasks(of, task_ids)
+
+    monkeypatch.setattr(adab2n_forgetting, "tasks", recorded)
+    after = adab2n_forgetting._learnt(model, *parts, settings, 0.03, 0)
+    counts = [len(part.labels) for part in parts[0]]
+    steps = [min(10, count - i) for count in counts for i in range(0, count, 10)]
+    assert batches == [10, *(new + 10 for new in steps[1:])] == list(map(len, ids))
+    in_first, in_last = ids[: counts[0] // 10], ids[-1]
+    assert {task for of_step in in_first for task in of_step} == {0}
+    assert set(in_last[: steps[-1]]) == {2} and {0, 1} <= {task for of_step in ids[-5:] for task in of_step}
+    assert [len(row) for row in after] == [3, 3, 3]
+    assert all(layer.cur_tasks == 3 for layer in model.modules() if isinstance(layer, AdaB2N))
+
+
+def test_micro_batch_networks():
+    settings = bcn_micro_batch.Settings()
+    made = {name: norm(16) for name, norm in bcn_micro_batch._norms(settings).items()}
+    assert isinstance(made["BN"], nn.BatchNorm2d) and isinstance(made["GN"], nn.GroupNorm)
+    assert made["GN"].num_groups == made["BCN, batch"].num_groups == made["BCN, estimate"].num_groups == 4
+    assert not made["BCN, batch"].estimate
+    assert made["BCN, estimate"].estimate and made["BCN, estimate"].update_rate == 0.02
+    shapes: list[torch.Size] = []
+    network = bcn_micro_batch._network(bcn_micro_batch._norms(settings)["BN"], 16)
+    for norm in (module for module in network if isinstance(module, nn.BatchNorm2d)):
+        norm.register_forward_pre_hook(lambda module, x: shapes.append(x[0].shape))
+    assert network(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    assert [shape[2] for shape in shapes] == [8, 4, 4, 2, 2, 1], "two values a channel at the end"
+
+
+def test_order_is_that_of_the_batches(quick):
+    document = load(quick, "alpha-digits")
+    tried = {"batch": 4, "source_weight": 0}
+    iid, in_order = (values(document, "clean", order=order, **tried) for order in ("iid", "sorted by class"))
+    assert all(a < b for a, b in zip(in_order, iid, strict=True))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_quick_run(quick, name):
     document = load(quick, name)
@@ -205,154 +251,3 @@ def test_means_and_spreads():
     assert difference([-1.0, -3.0]) == "−2.0 ± 1.0" and difference([2.0]) == "+2.0"
     assert difference([-0.04]) == "+0.0"
     assert experiment.standard_error([0.0, 0.0]) == 0 and experiment.standard_error([1.0]) is None
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_page_shows_what_was_measured(name, page):
-    document, here = load(COMMITTED, name), EXPERIMENTS[name]
-    again = (
-        f"run `python -m normzoo_bench.experiments {name} --output docs/experiments` and read the page again"
-    )
-    assert document["form"] == experiment.FORM and not document["quick"], again
-    assert document["settings"] == json.loads(json.dumps(dataclasses.asdict(here.settings))), again
-    assert document["environment"]["changed"] is False, "measured with files that are in no commit"
-    seeds = document["settings"]["seeds"]
-    assert seeds >= 5
-    assert {len(found) for row in document["rows"] for found in row["values"].values()} == {seeds}
-    assert (COMMITTED / f"{name}.md").read_text(encoding="utf-8") == markdown(document, here)
-    texts = [
-        re.findall(r">([^<>\n]+)</t", drawn)
-        for drawn in ((COMMITTED / f"{name}.svg").read_text(encoding="utf-8"), here.draw(document))
-    ]
-    assert texts[0] == texts[1] and len(texts[0]) > 10
-    assert f"{{include}} experiments/{name}.md" in page and f"](experiments/{name}.svg)" in page
-
-
-@pytest.fixture(scope="module")
-def page() -> str:
-    return " ".join((DOCS / "experiments.md").read_text(encoding="utf-8").split())
-
-
-def below(first: list[float], second: list[float]) -> bool:
-    """In every seed."""
-    return all(a < b for a, b in zip(first, second, strict=True))
-
-
-def test_words_on_alpha(page):
-    document = load(COMMITTED, "alpha-digits")
-
-    def right(order: str, batch: int, weight: float, images: str = "corrupted") -> list[float]:
-        return values(document, images, order=order, batch=batch, source_weight=weight)
-
-    small = {weight: right("iid", 4, weight) for weight in (0, 0.2, 1)}
-    assert below(small[0], small[0.2]) and below(small[1], small[0.2])
-    batch, mixed, source = (spread(small[weight]) for weight in (0, 0.2, 1))
-    assert f"of 0.2 gives {mixed} per cent, against {batch} for the batch alone and {source} for the" in page
-    rows = {weight: right("sorted by class", 4, weight) for weight in (0, 0.5, 1)}
-    assert below(rows[0], rows[0.5]) and below(rows[1], rows[0.5])
-    assert f"0.5 gives {spread(rows[0.5])}, against {spread(rows[0])} and {spread(rows[1])}." in page
-    gains = [a - b for a, b in zip(rows[0.5], rows[1], strict=True)]
-    assert f"the last by {min(gains):.1f} points at least and {max(gains):.1f} at most." in page
-
-    large = {weight: right("iid", 64, weight) for weight in document["settings"]["source_weights"]}
-    assert max(map(statistics.mean, large.values())) == statistics.mean(large[0])
-    assert f"{spread(large[0])} against {spread(large[0.2])} at 0.2" in page
-    clean = [spread(right("sorted by class", 4, weight, "clean")) for weight in (1, 0.5)]
-    assert f"clean ones in sorted batches of 4 fall from {clean[0]} to {clean[1]}." in page
-    for order in ("iid", "sorted by class"):
-        for batch in (4, 16, 64):
-            means = [statistics.mean(right(order, batch, w, "clean")) for w in (0, 0.2, 0.5, 0.7, 0.9, 1)]
-            assert means[-1] > max(means) - 0.05, "clean images are read best by stored statistics"
-
-
-def test_table_on_the_page_of_adaptation():
-    document = load(COMMITTED, "alpha-digits")
-    text = (DOCS / "adapt.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^\| batches of (\d+), (shuffled|sorted by class) \| (.*) \|$", text, re.M)
-    assert len(lines) == 4
-    for batch, order, cells in lines:
-        tried = {"order": order.replace("shuffled", "iid"), "batch": int(batch)}
-        weights = (1, 0.9, 0.7, 0.5, 0.2, 0)
-        means = [statistics.mean(values(document, "corrupted", **tried, source_weight=w)) for w in weights]
-        shown = [f"{mean:.1f}" if mean < max(means) else f"**{mean:.1f}**" for mean in means]
-        assert cells.split(" | ") == shown
-    sorted_by_class = {"order": "sorted by class", "batch": 64}
-    clean = [
-        statistics.mean(values(document, "clean", **sorted_by_class, source_weight=w)) for w in (1, 0.5, 0)
-    ]
-    said = "{:.1f} % are right with the source alone, {:.1f} % with 0.5 and {:.1f} % with the batch alone."
-    assert said.format(*clean) in " ".join(text.split())
-
-
-def test_stored_statistics_alone_know_no_batches():
-    document = load(COMMITTED, "alpha-digits")
-    rows = [row["values"] for row in document["rows"] if row["source_weight"] == 1]
-    assert len(rows) == 6 and all(row == rows[0] for row in rows)
-    corruptions = [rows[0][name] for name in digits.CORRUPTIONS]
-    assert rows[0]["corrupted"] == pytest.approx(
-        [sum(of) / 4 for of in zip(*corruptions, strict=True)], abs=1e-3
-    )
-
-
-def test_words_on_batch_channel_norm(page):
-    document = load(COMMITTED, "bcn-micro-batch")
-    small, large = (
-        {row["norm"]: row["values"]["accuracy"] for row in document["rows"] if row["batch"] == batch}
-        for batch in (2, 32)
-    )
-    worst = min(small.pop("BCN, estimate"))
-    bn, gn, bcn = (max(small.pop(name)) for name in ("BN", "GN", "BCN, batch"))
-    assert not small and worst > max(bn, gn, bcn)
-    others = f"{bn:.1f} for BN, {bcn:.1f} for BCN in batch mode, {gn:.1f} for GN."
-    assert f"Its worst seed, {worst:.1f}, is above the best of each of the others: {others}" in page
-    estimate = large["BCN, estimate"]
-    ahead = f"BN ({spread(large['BN'])}) and BCN in batch mode ({spread(large['BCN, batch'])}) are ahead of it"
-    assert f"{ahead} ({spread(estimate)})" in page
-    assert below(estimate, large["BN"]) and below(estimate, large["BCN, batch"])
-
-
-def test_words_on_adab2n(page):
-    document = load(COMMITTED, "adab2n-forgetting")
-
-    def more(what: str, images: str, norm: str, head: str = "pooled") -> list[list[float]]:
-        """The differences from BN, for each rate."""
-        tried = {"images": images, "norm": norm, "head": head}
-        return [
-            row["values"][f"{what}, more than BN"] for row in document["rows"] if row.items() >= tried.items()
-        ]
-
-    def sure(found: list[float]) -> bool:
-        return abs(statistics.mean(found)) > 2 * (experiment.standard_error(found) or 0)
-
-    strong, weak, slow = "AdaB2N, init_weight 3", "AdaB2N", "AdaB2N, init_weight 3, kappa 0.8"
-    shifted, plain = (more("forgetting", images, strong) for images in ("shifted", "plain"))
-    gained = more("accuracy", "plain", strong)
-    less = (
-        "Under the shift by {} points at a rate of 0.03 and {} at 0.1; on plain digits by less, {} and {}, and"
-    )
-    assert less.format(*map(difference, shifted + plain)) in page
-    assert f"accuracy is higher, too, by {difference(gained[0])} and {difference(gained[1])}." in page
-    assert all(map(sure, shifted + plain + gained)) and all(statistics.mean(found) > 0 for found in gained)
-    pairs = zip(shifted, plain, strict=True)
-    assert all(statistics.mean(a) < statistics.mean(b) < 0 for a, b in pairs)
-
-    unsure = more("accuracy", "shifted", strong)
-    assert f"under the shift, {difference(unsure[0])} and {difference(unsure[1])}, which is within two" in page
-    assert not any(map(sure, unsure))
-    flat = [
-        found
-        for images in ("shifted", "plain")
-        for norm in (strong, weak, slow)
-        for found in more("forgetting", images, norm, "flat")
-    ]
-    assert len(flat) == 6 and not any(map(sure, flat))
-    assert f"in forgetting is {max(abs(statistics.mean(found)) for found in flat):.1f} points at most" in page
-    of_bn = values(document, "forgetting", images="shifted", head="flat", norm="BN")
-    assert f"little there ({spread(of_bn)} under the shift)" in page
-    default = more("forgetting", "shifted", weak)
-    assert f"its {difference(default[0])} and {difference(default[1])} are less than half" in page
-    assert all(
-        abs(statistics.mean(a)) < abs(statistics.mean(b)) / 2 for a, b in zip(default, shifted, strict=True)
-    )
-    pairs = zip(more("forgetting", "shifted", slow), shifted, strict=True)
-    assert all(statistics.mean(a) > statistics.mean(b) for a, b in pairs)
