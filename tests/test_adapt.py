@@ -274,7 +274,7 @@ def untracked():
         (
             lambda: nn.BatchNorm2d(3),
             {"test_weight": 0.1, "pseudo_count": 1},
-            "test_weight and pseudo_count are given; they say the same, pass one",
+            "test_weight and pseudo_count are given; each sets the weight of the source, pass one",
         ),
     ],
 )

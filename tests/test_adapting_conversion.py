@@ -112,7 +112,7 @@ def test_alpha_again_with_another_source():
     assert normzoo.plan(model, pseudo_count=16).exactness is Exactness.EXACT
     synced = normzoo.convert(normzoo.AlphaBatchNorm(8, sync=True), "same", source_weight=0.2)
     assert synced.sync and not normzoo.convert(nn.SyncBatchNorm(8), "alpha_batch_norm").sync
-    with pytest.raises(ValueError, match="test_weight and pseudo_count are given; they say the same"):
+    with pytest.raises(ValueError, match="test_weight and pseudo_count are given; each sets the weight"):
         normzoo.convert(model, pseudo_count=1, test_weight=0.1)
     assert model[0] is old and model(x).isfinite().all()
 

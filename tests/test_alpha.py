@@ -237,8 +237,9 @@ def test_what_is_no_batch_norm_is_refused(source, error, match):
         ({"pseudo_count": -1}, "pseudo_count is -1; it must be a finite number, 0 or more"),
         (
             {"source_weight": 0.5, "test_weight": 0.5},
-            "test_weight and source_weight are given; they say the same",
+            "test_weight and source_weight are given; each sets the weight of the source",
         ),
+        ({"source_weight": 0.9, "pseudo_count": 4}, "pseudo_count and source_weight are given"),  # the default
         ({"pseudo_count": 4, "test_weight": 0.5}, "test_weight and pseudo_count are given"),
     ],
     ids=str,

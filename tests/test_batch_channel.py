@@ -310,6 +310,25 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(
+    ("options", "rate", "told"),
+    [
+        ({"estimate": True, "update_rate": 0.1}, 0.1, False),
+        ({"estimate": True, "update_rate": 0.1}, 0.0, False),
+        ({"estimate": True, "update_rate": 0.2}, 0.1, True),
+        ({}, 0.1, True),
+    ],
+    ids=str,
+)
+def test_another_rate_in_a_checkpoint_of_the_authors_is_told(options, rate, told, caplog):
+    saved = BatchChannelNorm(C, GROUPS).state_dict()
+    own = {name: saved[f"channel_{name}"].view(1, -1, 1) for name in ("weight", "bias")}
+    of_first = {f"bn.{name}": t for name, t in saved.items() if not name.startswith("channel_")}
+    speed = {"bn.estbn_moving_speed": torch.full((1,), rate)}
+    BatchChannelNorm(C, GROUPS, **options).load_state_dict(own | of_first | speed)
+    assert ("estbn_moving_speed=0.1; here estimate=" in caplog.text) == told
+
+
 @pytest.mark.parametrize(("options", "error", "match"), BAD.values(), ids=BAD)
 def test_arguments_that_do_not_fit_are_refused(options, error, match):
     with pytest.raises(error, match=f"BatchChannelNorm: {match}"):

@@ -13,7 +13,7 @@ from ..conversion import TRANSFERS, Site, plan, report
 from ..conversion.examine import examine
 from ..conversion.rules import seen
 from ..conversion.surgery import refuse_wrapped
-from ..layers.alpha import AlphaBatchNorm
+from ..layers.alpha import USUAL, AlphaBatchNorm
 from .wrapper import Adapted
 
 logger = logging.getLogger("normzoo")
@@ -21,7 +21,7 @@ logger = logging.getLogger("normzoo")
 
 def configure(
     model: nn.Module,
-    source_weight: float = 0.9,
+    source_weight: float = USUAL,
     *,
     test_weight: float | None = None,
     pseudo_count: float | None = None,

@@ -24,7 +24,8 @@ from .balance import AdaB2N
 from .frozen import FrozenBatchNorm
 from .ghost import GhostBatchNorm
 
-_USUAL = 0.9
+USUAL = float("0.9")
+"""The source weight where none is given: this very object, which tells it from a 0.9 that is."""
 
 
 def alpha_batch_norm(
@@ -33,7 +34,7 @@ def alpha_batch_norm(
     running_var: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    source_weight: float = _USUAL,
+    source_weight: float = USUAL,
     eps: float = 1e-5,
     unbiased: bool = True,
 ) -> Tensor:
@@ -152,7 +153,7 @@ class AlphaBatchNorm(Running):
         self,
         num_features: int,
         eps: float = 1e-5,
-        source_weight: float = _USUAL,
+        source_weight: float = USUAL,
         affine: bool = True,
         unbiased: bool = True,
         *,
@@ -173,7 +174,7 @@ class AlphaBatchNorm(Running):
 
     @classmethod
     def from_batch_norm(
-        cls, bn: _NormBase | FrozenBatchNorm, source_weight: float = _USUAL, **options: Any
+        cls, bn: _NormBase | FrozenBatchNorm, source_weight: float = USUAL, **options: Any
     ) -> AlphaBatchNorm:
         """The layer with the parameters and statistics of `bn`, the very same tensors, in the mode of `bn`.
 
@@ -228,11 +229,14 @@ class AlphaBatchNorm(Running):
 def _source(source_weight: float, test_weight: Any, pseudo_count: Any) -> tuple[float | None, float | None]:
     """(source_weight, pseudo_count), one of them None."""
     given = {"test_weight": test_weight, "pseudo_count": pseudo_count}
-    if source_weight != _USUAL:
+    if source_weight is not USUAL:
         given["source_weight"] = source_weight
     said = [name for name, value in given.items() if value is not None]
     if len(said) > 1:
-        raise ValueError(f"AlphaBatchNorm: {' and '.join(said)} are given; they say the same, pass one of them")
+        raise ValueError(
+            f"AlphaBatchNorm: {' and '.join(said)} are given; each sets the weight of the source, pass "
+            "one of them"
+        )
     if pseudo_count is not None:
         checks.not_negative("AlphaBatchNorm", "pseudo_count", pseudo_count)
         return None, pseudo_count

@@ -12,6 +12,8 @@ corrects the start from 0 and 1.
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from .. import checks, ranks
 from ..engine import normalize
 from ..moments import Moments
 from ..state import Running, advance, average, moved, recomputing, snapshot
+
+logger = logging.getLogger("normzoo")
 
 ORDERS = ("variance_first", "mean_first")
 CHANNEL_AFFINE = ("group", "channel")
@@ -201,7 +205,8 @@ class BatchChannelNorm(Running):
     State: that of :class:`torch.nn.BatchNorm2d`, for the first stage, and `channel_weight` and `channel_bias`
     for the second. Checkpoints of the authors' code load as they are, those of the README (``bn.*``) and of
     their ImageNet models (``pbn.*``): ``bn.weight`` → ``weight``, ``weight`` → ``channel_weight`` and so on,
-    while ``bn.estbn_moving_speed`` is a setting here, update_rate.
+    while ``bn.estbn_moving_speed`` is a setting here, update_rate; the logger ``normzoo`` warns where they
+    differ.
 
     Args:
         num_features: C.
@@ -299,16 +304,28 @@ class BatchChannelNorm(Running):
         return y
 
     def extra_repr(self) -> str:
-        own = f", num_groups={self.num_groups}, channel_affine={self.channel_affine!r}"
+        said = f"{self.num_features}, num_groups={self.num_groups}, eps={self.eps}, momentum={self.momentum}"
         if self.estimate:
-            own += f", estimate=True, update_rate={self.update_rate}"
-        return super().extra_repr() + own
+            said += f", estimate=True, update_rate={self.update_rate}, order={self.order!r}"
+        said += f", batch_eps={self.batch_eps}, channel_affine={self.channel_affine!r}"
+        return said + self._options()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for official in (prefix + "bn.", prefix + "pbn."):
             if official + "running_mean" in state_dict:
+                self._compare_rate(state_dict.pop(official + "estbn_moving_speed", None))
                 _rename(state_dict, prefix, official)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _compare_rate(self, official: Tensor | None) -> None:
+        """Tells of a checkpoint that was trained at another rate; 0 is one that was never set."""
+        rate = 0.0 if official is None or official.is_meta else float(official)
+        if rate and not math.isclose(rate, self.update_rate or 0.0, rel_tol=1e-6):
+            logger.warning(
+                "BatchChannelNorm: the checkpoint was trained in estimate mode with estbn_moving_speed=%g; "
+                "here estimate=%s and update_rate=%s, which stay",
+                *(rate, self.estimate, self.update_rate),
+            )
 
 
 def _check_rate(estimate: bool, update_rate: float | None, order: str) -> None:
@@ -335,6 +352,5 @@ def _rename(state_dict: dict[str, Any], prefix: str, official: str) -> None:
     for name in ("weight", "bias"):
         if prefix + name in state_dict:
             state_dict[f"{prefix}channel_{name}"] = state_dict.pop(prefix + name).flatten()
-    state_dict.pop(official + "estbn_moving_speed", None)
     for name in [name for name in state_dict if name.startswith(official)]:
         state_dict[prefix + name.removeprefix(official)] = state_dict.pop(name)
