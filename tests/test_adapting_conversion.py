@@ -114,6 +114,12 @@ def test_alpha_again_with_another_source():
     assert synced.sync and not normzoo.convert(nn.SyncBatchNorm(8), "alpha_batch_norm").sync
     with pytest.raises(ValueError, match="test_weight and pseudo_count are given; each sets the weight"):
         normzoo.convert(model, pseudo_count=1, test_weight=0.1)
+    for given in ({"test_weight": 0.5}, {"pseudo_count": 4}):  # 0.9 is the default, and given all the same
+        for norm in (model, nn.BatchNorm2d(8)):
+            with pytest.raises(
+                ValueError, match="and source_weight are given; each sets the weight of the source"
+            ):
+                normzoo.convert(norm, "alpha_batch_norm", source_weight=0.9, **given)
     assert model[0] is old and model(x).isfinite().all()
 
 
@@ -228,10 +234,62 @@ def test_adab2n_again():
     assert new.task_weight is old.task_weight and new.cur_tasks is old.cur_tasks and new.cur_tasks == 1
     assert (new.absent, new.kappa, new.init_weight, new.num_tasks) == ("official", 1.0, 1.0, 3)
     with pytest.raises(
-        ValueError, match=r"its task_weight has shape \(3,\), and task_weight of the layer \(5,\)"
+        ValueError, match="task_weight has 3 entries and that of the layer 2; there can be more, but"
     ):
-        normzoo.convert(model, num_tasks=5)
+        normzoo.convert(model, num_tasks=2)
     assert model[0] is old
+
+
+@pytest.mark.parametrize("to", ["same", "adab2n"])
+def test_adab2n_for_more_tasks(to):
+    old, last = normzoo.AdaB2N(8, 3, init_weight=1.0), nn.Conv2d(8, 2, 1)
+    model = stirred(nn.Sequential(old, last))
+    old.task_weight.data.copy_(torch.tensor([1.5, -2.0, 0.5]))
+    old.end_task()
+    optimizer = torch.optim.SGD(
+        [{"params": [*last.parameters()]}, {"params": [*old.parameters()], "lr": 0.5}], lr=0.1, momentum=0.9
+    )
+    x, ids = images(), torch.tensor([0, 0, 1, 2, 4, 4])
+    with normzoo.inputs(model, task_ids=ids.clamp(max=2)):
+        model(x).sum().backward()
+    optimizer.step()
+    values, ended, momenta = old.task_weight.detach().clone(), old.cur_tasks, optimizer.state[old.weight]
+    made = normzoo.plan(model, to, num_tasks=5, init_weight=3.0)
+    (step,) = made.steps
+    assert step.exactness is Exactness.EVAL_EXACT and made.verify(x).same
+    assert "num_tasks=5 differ from the old norm in training" in step.reason
+    assert step.tensors["converted"] == ("task_weight",) and step.tensors["new"] == step.tensors["lost"] == ()
+    assert step.tensors["kept"] == (*STATE, "cur_tasks") and step.parameters_change
+    made.apply(optimizer)
+    new = model[0]
+    assert torch.equal(new.task_weight, torch.cat((values, torch.full((2,), 3.0))))
+    assert new.num_tasks == 5 and new.cur_tasks is ended and ended == 1
+    with torch.no_grad():
+        new.task_weight[0] += 1
+    assert torch.equal(old.task_weight, values)
+    group = optimizer.param_groups[1]["params"]
+    assert any(p is new.task_weight for p in group) and not any(p is old.task_weight for p in group)
+    assert new.task_weight not in optimizer.state and optimizer.state[new.weight] is momenta
+    with normzoo.inputs(model, task_ids=ids):
+        y = model(x)
+    torch.testing.assert_close(y, last(adab2n(x, ids, new.task_weight, new.weight, new.bias)))
+    y.sum().backward()
+    assert new.task_weight.grad[4] != 0
+    made.revert()
+    assert model[0] is old and any(p is old.task_weight for p in group)
+
+
+def test_adab2n_grows_as_it_is():
+    """Frozen, in a dtype of its own, on meta, or not at all where another module shares the weights."""
+    norm = normzoo.AdaB2N(4, 2, dtype=torch.float64).requires_grad_(False)
+    norm.task_weight.data = norm.task_weight.data.half()
+    new = normzoo.convert(norm, num_tasks=3)
+    assert new.task_weight.dtype == torch.float16 and not new.task_weight.requires_grad
+    assert normzoo.convert(normzoo.AdaB2N(4, 2, device="meta"), num_tasks=3).task_weight.shape == (3,)
+    model = nn.Sequential(normzoo.AdaB2N(4, 2), normzoo.AdaB2N(4, 2))
+    model[1].task_weight = model[0].task_weight
+    with pytest.raises(ValueError, match="shares its parameters, and a new task_weight would untie them"):
+        normzoo.convert(model, num_tasks=3)
 
 
 @pytest.mark.parametrize("holds", ["both", "weight", "nothing"])
@@ -262,7 +320,8 @@ def test_group_to_batch_channel(affine, caplog):
     model = nn.Sequential(group)
     made = normzoo.plan(model, "batch_channel_norm")
     (step,) = made.steps
-    assert step.exactness is Exactness.CALIBRATE and "nearly the identity" in step.reason
+    assert step.exactness is Exactness.EVAL_EXACT and "the identity at first" in step.reason
+    assert made.verify(x).same and step.tensors["converted"] == step.tensors["lost"] == ()
     assert step.tensors["kept"] == (("channel_weight", "channel_bias") if affine else ())
     assert ("weight is called channel_weight from now on" in step.reason) == affine
     wanted = group(x)
@@ -270,10 +329,16 @@ def test_group_to_batch_channel(affine, caplog):
     new = model[0]
     assert (new.eps, new.num_groups, new.channel_affine) == (1e-2, 4, "channel")
     assert not affine or (new.channel_weight is group.weight and new.channel_bias is group.bias)
-    torch.testing.assert_close(model.eval()(x), wanted, rtol=1e-4, atol=1e-4)
+    small = x * 1e-3  # for which an eps that is off by batch_eps would show
+    torch.testing.assert_close(model.eval()(small), group(small), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(model(x), wanted)
     assert_no_leftovers(new)
     calibrated = normzoo.recalibrate(model, [x])[0]
     assert calibrated.num_batches_tracked == 1 and calibrated.running_mean.abs().min() > 0.5
+    assert (model(x) - wanted).abs().max() > 0.01 and not caplog.records
+    for batch_eps, exactness in ((0.5, Exactness.EVAL_EXACT), (2.0, Exactness.APPROXIMATE)):
+        (step,) = normzoo.plan(group, "batch_channel_norm", batch_eps=batch_eps).steps
+        assert step.exactness is exactness and step.make().module.running_var.min() >= 0
     if affine:
         with pytest.raises(
             ValueError, match=r"weight has shape \(8,\), and channel_weight of the layer \(4,\)"

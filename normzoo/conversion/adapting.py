@@ -7,7 +7,7 @@ from torch import nn
 from ..layers.alpha import AlphaBatchNorm
 from ..layers.balance import AdaB2N
 from ..layers.batch_channel import BatchChannelNorm
-from .channels import CALIBRATE, OF_GHOSTS, add_affine, add_statistics, frozen, moving, of_channels, running
+from .channels import OF_GHOSTS, add_affine, add_statistics, frozen, moving, of_channels, running
 from .norm import Norm
 from .transfer import Carried, Exactness, Refused, transfer
 
@@ -84,7 +84,7 @@ def _source_alone(module: nn.Module) -> bool:
     "alpha_batch",
     "batch_norm",
     Exactness.APPROXIMATE,
-    "in eval mode the stored statistics count alone, in training those of the batch; momentum is 0.1 again",
+    "in eval mode the stored statistics count alone, in training the batch's; momentum is 0.1 unless given",
 )
 def _(norm: Norm, module: nn.Module) -> Carried:
     carried = running(norm, module)
@@ -128,6 +128,7 @@ def _(norm: Norm, module: nn.Module) -> Carried:
         carried.arguments |= {name: getattr(module, name) for name in _OF_TASKS}
         carried.kept |= {"task_weight": "task_weight", "cur_tasks": "cur_tasks"}
         carried.in_training += _OF_TASKS
+        carried.growing = ("task_weight",)
     return carried
 
 
@@ -165,15 +166,22 @@ def _(norm: Norm, module: nn.Module) -> Carried:
 @transfer(
     "group",
     "batch_channel_norm",
-    Exactness.CALIBRATE,
-    f"a first stage over the batch goes before, new and nearly the identity at first; {CALIBRATE}",
+    Exactness.EVAL_EXACT,
+    "a first stage goes before, over the batch: the identity at first; training and recalibrate() change it",
 )
 def _(norm: Norm, module: nn.Module) -> Carried:
     carried = of_channels(norm, module)
     carried.kept = {f"channel_{name}": source for name, source in carried.kept.items()}
     carried.arguments |= {"num_features": norm.channels, "num_groups": norm.groups, "channel_affine": "channel"}
     carried.dropped = ("num_channels",)
+    carried.begin = _as_identity
     return carried
+
+
+def _as_identity(layer: nn.Module) -> None:
+    """Lets a first stage without weights change nothing in eval mode, up to rounding."""
+    if isinstance(layer, BatchChannelNorm) and layer.running_var is not None:
+        layer.running_var.fill_(max(1 - layer.batch_eps, 0))
 
 
 @transfer("batch_channel", "batch_channel_norm", Exactness.EXACT, same=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..zoo import Entry
@@ -53,6 +54,10 @@ class Carried:
     """Attributes of the new layer that were computed: the name of the old tensor, and the value."""
     dropped: tuple[str, ...] = ()
     """Tensors and attributes of the old norm that mean nothing to the new layer."""
+    growing: tuple[str, ...] = ()
+    """Of `kept`, what is converted where the options ask for more entries: the old ones come first."""
+    begin: Callable[[nn.Module], None] | None = None
+    """Changes the start values of the new layer, before it takes over tensors."""
     attributes: dict[str, Any] = field(default_factory=dict)
     """What to set on the new layer, which its constructor has no argument for."""
     in_training: tuple[str, ...] = ()
@@ -169,20 +174,30 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
     if any(getattr(new, name) != value for name, value in carried.provided.items()):
         exactness, note = Exactness.APPROXIMATE, rule.note
     notes = [note]
+    if carried.begin is not None:
+        carried.begin(new)
     for name, value in carried.attributes.items():
         setattr(new, name, value)
     for name, source in sources.items():
         if getattr(new, name) is None:  # the options want no weight, or no bias
             lost += (source,)
             continue
-        value = getattr(old, source)
-        if value.shape != (place := getattr(new, name)).shape:
-            raise Refused(
-                f"its {source} has shape {(*value.shape,)}, and {name} of the layer {(*place.shape,)}"
-            )
-        if name in carried.converted:
+        value, place = getattr(old, source), getattr(new, name)
+        _, computed = carried.converted.get(name, (source, None))
+        if value.shape != place.shape:
+            if name not in carried.growing:
+                raise Refused(
+                    f"its {source} has shape {(*value.shape,)}, and {name} of the layer {(*place.shape,)}"
+                )
+            if len(place) < len(value):
+                raise Refused(
+                    f"its {source} has {len(value)} entries and that of the layer {len(place)}; there can be "
+                    "more, but not fewer"
+                )
+            computed = torch.cat((value.detach(), place.detach()[len(value) :].to(value)))
+        if computed is not None:
             converted[name] = source
-            _put(new, name, carried.converted[name][1], value.requires_grad)
+            _put(new, name, computed, value.requires_grad)
         else:
             kept[name] = source
             _put(new, name, value, value.requires_grad)
