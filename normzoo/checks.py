@@ -149,9 +149,13 @@ def _beside(layer: str, name: str, p: Tensor, x: Tensor, shape: tuple[int, ...])
         )
     if p.dtype is not x.dtype and not p.is_floating_point():
         raise TypeError(f"{layer}: {name} is {p.dtype}; it must be of a real floating-point dtype")
-    if p.device != x.device:
+    same_device(layer, name, p, x)
+
+
+def same_device(layer: str, name: str, t: Tensor, x: Tensor) -> None:
+    if t.device != x.device:
         raise ValueError(
-            f"{layer}: {name} is on {p.device} but the input is on {x.device}; move one to the other"
+            f"{layer}: {name} is on {t.device} but the input is on {x.device}; move one to the other"
         )
 
 

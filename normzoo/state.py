@@ -78,7 +78,7 @@ def moved(
     """
     if not isinstance(count, Tensor):
         return [(old, average(old, new, factor).to(old.dtype)) for old, new in pairs] if count else []
-    some = (count > 0).all()  # across ranks, all of which may have empty batches
+    some = (count != 0).all()  # across ranks, all of which may have empty batches; a NaN goes on
     return [(old, torch.where(some, average(old, new, factor).to(old.dtype), old)) for old, new in pairs]
 
 

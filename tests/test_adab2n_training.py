@@ -54,16 +54,42 @@ def test_inductor_is_eager():
 
 
 def test_an_unknown_task_in_a_graph():
-    """A look at the ids would stop a device: the batch is NaN, and the state stays."""
+    """A look at the ids would stop a device: the batch is NaN, and is skipped as such."""
     layer, x = make(nonfinite="skip"), sample()
     before = tensors(layer)
     call = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for strange in (TASKS, -1):
         y = call(x, torch.tensor([0, 1, strange, 1, 0, 2]))
         assert y.isnan().all()
-    for name in ("running_mean", "running_var"):
-        assert torch.equal(layer.get_buffer(name), before[name])
+    before["batches_skipped"] += 2
+    assert all(torch.equal(t, before[name]) for name, t in tensors(layer).items())
     assert call(x, torch.tensor([0, 1, 0, 1, 0, 2])).isfinite().all()
+
+
+def test_an_unknown_task_in_a_graph_propagates():
+    layer = make()
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(sample(), torch.tensor([0, 1, TASKS, 1, 0, 2]))
+    assert layer.running_mean.isnan().all() and layer.running_var.isnan().all()
+
+
+def test_ids_that_have_no_values_to_look_at():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layer, x = make(), sample()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = normzoo.functional.adab2n(mode.from_tensor(x), torch.zeros(6, dtype=torch.long), layer.task_weight)
+    assert y.shape == x.shape
+    ids = torch.stack([torch.tensor([0, 0, 1, 1, 0, 1]), torch.tensor([1, 1, 1, 0, 0, 0])])
+    each = torch.vmap(lambda k: normzoo.functional.adab2n(x, k, layer.task_weight))(ids)
+    expected = [normzoo.functional.adab2n(x, k, layer.task_weight) for k in ids]
+    torch.testing.assert_close(each, torch.stack(expected))
+
+
+def test_what_is_reset_has_no_loss():
+    layer = make()
+    layer(sample())
+    layer.reset_parameters()
+    assert layer.loss is None
 
 
 # State
@@ -146,7 +172,7 @@ def test_ids_that_do_not_fit_are_refused(ids, error, match):
     with pytest.raises(error, match=f"AdaB2N: .*{match}"):
         layer(x, ids)
     same(tensors(layer), before)
-    assert layer.loss is loss
+    assert torch.equal(layer.loss, loss)
     with pytest.raises(error, match=f"adab2n: .*{match}"):
         adab2n(x, ids, layer.task_weight)
 

@@ -212,6 +212,11 @@ REFUSED = {
         TypeError,
         "bn is of type Ins",
     ),
+    "one with an activation": (
+        lambda: type("NormAct", (nn.BatchNorm2d,), {"forward": lambda self, x: x.relu()})(C),
+        TypeError,
+        "bn is of type NormAct; .* no forward of its own",
+    ),
     "batch-channel norm": (lambda: normzoo.BatchChannelNorm(C, 2), TypeError, "bn is of type BatchChannelNorm"),
     "a class": (lambda: nn.BatchNorm2d, TypeError, "bn is of type type"),
     "no statistics": (
@@ -259,3 +264,21 @@ def test_functions_want_their_statistics():
         alpha_batch_norm(x, stored, stored, source_weight=2)
     with pytest.raises(ValueError, match=r"alpha_batch_norm: running_var has shape \(3,\)"):
         alpha_batch_norm(x, stored, torch.ones(3))
+
+
+def test_a_stored_nan_counts_for_nothing_where_the_batch_counts_alone():
+    layer, x = make(source_weight=0.0), torch.randn(4, C, 3).double()
+    clean = layer(x)
+    layer.running_mean[0] = layer.running_var[1] = float("nan")
+    assert torch.equal(layer(x), clean)
+
+
+def test_a_batch_whose_variance_overflows_is_counted():
+    layer = make(torch.float32, nonfinite="skip")
+    layer(1e25 * torch.randn(4, C, 3))
+    assert layer.batches_skipped == 1
+
+
+def test_from_batch_norm_keeps_nonfinite():
+    layer = AlphaBatchNorm.from_batch_norm(normzoo.BatchNorm2d(C, nonfinite="skip"))
+    assert layer.nonfinite == "skip" and layer.batches_skipped == 0

@@ -366,6 +366,8 @@ def test_one_value_a_group_is_refused(options):
             ValueError, match=r"BatchChannelNorm: Expected more than 1 value per group.* fewer gro"
         ):
             layer.train(mode)(torch.randn(4, C, 1, 1))
+        with pytest.raises(ValueError, match="Expected more than 1 value per"):
+            layer(torch.randn(1, C))
     same(tensors(layer), before)
     single = make(torch.float32, **options)
     if options:

@@ -104,6 +104,36 @@ for (case, (number, rounds)), (name, make), way in itertools.product(
             check(number, **{label: (make, way, rounds, tasks)})(one_process)
 
 
+def _maps_of_different_sizes() -> tuple[Tensor, Tensor, Tensor]:
+    """That of this rank, and those of both."""
+    of_ranks = torch.randn(2, C, 2, 2).double(), torch.randn(2, C, 4, 4).double()
+    return of_ranks[dist.get_rank()], *of_ranks
+
+
+@check(2)
+def tasks_of_maps_of_different_sizes():
+    """A sample counts as one, whatever the size of its map."""
+    ours, alone = pair(FORMS["adab2n"])
+    x, small, large = _maps_of_different_sizes()
+    y = ours(x, torch.full((2,), dist.get_rank()))
+    # Repeated pixels leave mean and variance of a sample as they are.
+    whole = alone(torch.cat((small.repeat(1, 1, 2, 2), large)), torch.tensor([0, 0, 1, 1]))
+    torch.testing.assert_close(y, whole[2:] if dist.get_rank() else whole[:2, :, :2, :2])
+
+
+@check(2)
+def samples_of_maps_of_different_sizes():
+    """A pseudo-count stands against samples, and not against pixels."""
+    ours, alone = pair(FORMS["pseudo_count"], unbiased=False)
+    x, small, large = _maps_of_different_sizes()
+    values = torch.cat([t.transpose(0, 1).flatten(1) for t in (small, large)], 1)
+    share = 3 / (3 + 4)
+    alone.running_mean.lerp_(values.mean(1), 1 - share)
+    alone.running_var.lerp_(values.var(1, correction=0), 1 - share)
+    alone.source_weight, alone.pseudo_count = 1.0, None
+    torch.testing.assert_close(ours(x), alone(x))
+
+
 @check(2, **{name: (FORMS[name],) for name in ("official", "estimate")})
 def in_a_graph(make):
     compare(*pair(make), compiled, [(2, 3), (2, 3)], make.func is AdaB2N)

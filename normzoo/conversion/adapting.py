@@ -14,7 +14,7 @@ from .transfer import Carried, Exactness, Refused, transfer
 _SOURCE = ("source_weight", "test_weight", "pseudo_count")
 _OF_ALPHA = ("source_weight", "pseudo_count", "unbiased")
 _OF_TASKS = ("num_tasks", "kappa", "init_weight", "absent")
-_ALL_OF_TASKS = (*_OF_TASKS, "task_weight", "cur_tasks", "_loss", "_differentiable")
+_ALL_OF_TASKS = (*_OF_TASKS, "task_weight", "cur_tasks", "_pulled", "_differentiable")
 _OF_STAGES = ("num_groups", "batch_eps", "channel_affine", "estimate", "update_rate", "order")
 
 _MIXED = "in every mode the batch at hand has a part in the statistics, which never move"

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .. import checks, ranks
 from ..engine import normalize
@@ -21,6 +21,7 @@ from ..passes import divisor
 from ..state import Running, finite, recomputing
 from . import native
 from .balance import AdaB2N
+from .batch import BatchNorm2d
 from .frozen import FrozenBatchNorm
 from .ghost import GhostBatchNorm
 
@@ -84,8 +85,7 @@ def _with_mixed(
     if source_weight == 1:
         return native.with_stored(x, stored, weight, bias, eps), ()
     sync = sync and ranks.size(process_group) > 1
-    positions = x.shape[2:].numel()
-    if x.shape[0] * positions == 1 and not sync and (unbiased or source_weight == 0):
+    if x.numel() == x.shape[1] and not sync and (unbiased or source_weight == 0):
         raise ValueError(
             f"{layer}: Expected more than 1 value per channel, got input size {tuple(x.shape)}, which has no "
             "variance to mix in; use a larger batch, source_weight=1 for the stored statistics alone, or "
@@ -96,18 +96,30 @@ def _with_mixed(
         batch = m.across_ranks(process_group) if sync else m
         share: Any = source_weight
         if share is None:
-            samples = batch.sets.count / max(positions, 1) if sync else x.shape[0]
+            samples: Any = x.shape[0]
+            if sync:
+                (samples,) = ranks.total((m.pivot.new_full((), samples),), process_group)
             share = pseudo_count / divisor(pseudo_count + samples)
-        mean, var = (t.to(m.pivot.dtype) for t in stored)
         var_of_batch = (batch.sets.unbiased_var if unbiased else batch.var).detach()
-        delta = share * (mean - m.pivot) + (1 - share) * batch.delta.detach()
-        scale = torch.rsqrt(share * var + (1 - share) * var_of_batch + eps)
+        delta, var = batch.delta.detach(), var_of_batch
+        if source_weight != 0:  # or a NaN that counts for nothing would spread
+            stored_mean, stored_var = (t.to(m.pivot.dtype) for t in stored)
+            delta = share * (stored_mean - m.pivot) + (1 - share) * delta
+            var = share * stored_var + (1 - share) * var
+        scale = torch.rsqrt(var + eps)
         if weight is not None:
             scale = scale * weight
         shift = -delta * scale
         return scale, shift if bias is None else shift + bias, (batch.mean.detach(), var_of_batch)
 
     return normalize(x, combine)
+
+
+_KNOWN = (
+    *(cls.forward for cls in (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNorm2d)),
+    *(cls.forward for cls in (FrozenBatchNorm, GhostBatchNorm, AdaB2N)),
+)
+"""What batch norms that :class:`AlphaBatchNorm` is made from do in eval mode is all that they do there."""
 
 
 class AlphaBatchNorm(Running):
@@ -179,19 +191,19 @@ class AlphaBatchNorm(Running):
         """The layer with the parameters and statistics of `bn`, the very same tensors, in the mode of `bn`.
 
         Args:
-            bn: a batch norm of torch or of this library, SyncBatchNorm too, with running statistics; one whose
-                eval mode is batch norm by these.
+            bn: a batch norm of torch or of this library, SyncBatchNorm too, with running statistics.
             source_weight: as in the constructor.
             options: further keyword arguments of the constructor.
 
         Raises:
-            TypeError: `bn` is no batch norm.
+            TypeError: `bn` is no batch norm, or one with a forward of its own, such as one with an activation,
+                for which there is :func:`normzoo.convert`.
             ValueError: it has no running statistics, or an option is out of its range.
         """
-        if not isinstance(bn, (_BatchNorm, FrozenBatchNorm, GhostBatchNorm, AdaB2N, AlphaBatchNorm)):
+        if not isinstance(bn, nn.Module) or type(bn).forward not in (*_KNOWN, cls.forward):
             raise TypeError(
                 f"AlphaBatchNorm: bn is of type {type(bn).__name__}; it must be a batch norm, such as "
-                "torch.nn.BatchNorm2d"
+                "torch.nn.BatchNorm2d, with no forward of its own; normzoo.convert takes others apart"
             )
         if bn.running_mean is None or bn.running_var is None:
             raise ValueError(
@@ -199,14 +211,15 @@ class AlphaBatchNorm(Running):
                 "batch; take a layer that was trained with track_running_stats=True"
             )
         where = {"device": bn.running_mean.device, "dtype": bn.running_mean.dtype}
-        affine = {"affine": bn.weight is not None, "bias": bn.bias is not None}
-        new = cls(bn.num_features, bn.eps, source_weight, **(affine | options), **where)
+        kept: dict[str, Any] = {"affine": bn.weight is not None, "bias": bn.bias is not None}
+        kept["nonfinite"] = getattr(bn, "nonfinite", "propagate")
+        new = cls(bn.num_features, bn.eps, source_weight, **(kept | options), **where)
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             held = getattr(bn, name)
             if held is None or getattr(new, name) is None:
                 continue
-            if name in new._parameters and not isinstance(held, torch.nn.Parameter):
-                held = torch.nn.Parameter(held, requires_grad=False)
+            if name in new._parameters and not isinstance(held, nn.Parameter):
+                held = nn.Parameter(held, requires_grad=False)
             setattr(new, name, held)
         return new.train(bn.training)
 

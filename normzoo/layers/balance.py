@@ -12,7 +12,6 @@ of num_batches_tracked here, which a checkpoint holds; theirs starts anew when t
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +26,8 @@ from ..state import Running, average, recomputing, snapshot
 from . import native
 
 ABSENT = ("renormalize", "official")
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def adab2n(
@@ -109,7 +110,8 @@ def _with_balance(
             n = ranks.total((n,), process_group)[0] if sync else n
             ended = len(task_weight) - 1 if cur_tasks is None else cur_tasks
             shares, lost = _shares(own, n, task_weight.to(n.dtype), ended if absent == "official" else -1)
-            batch = m.over_batch(shares)
+            # By samples, whatever the size of their maps is on this rank.
+            batch = m.over_batch(shares / max(x.shape[2:].numel(), 1))
         batch = batch.across_ranks(process_group) if sync else batch
         if absent == "renormalize" or task_ids is None:
             scale, shift = batch.standardize(weight, bias, eps)
@@ -135,18 +137,11 @@ def _check_task_weight(layer: str, x: Tensor, task_weight: Tensor) -> None:
         raise ValueError(
             f"{layer}: task_weight has shape {tuple(task_weight.shape)}; it must be (tasks,), one for each task"
         )
-    _check_device(layer, "task_weight", task_weight, x)
-
-
-def _check_device(layer: str, name: str, t: Tensor, x: Tensor) -> None:
-    if t.device != x.device:
-        raise ValueError(
-            f"{layer}: {name} is on {t.device} but the input is on {x.device}; move one to the other"
-        )
+    checks.same_device(layer, "task_weight", task_weight, x)
 
 
 def _check_ids(layer: str, x: Tensor, task_ids: Tensor, task_weight: Tensor) -> None:
-    if not isinstance(task_ids, Tensor) or task_ids.is_floating_point() or task_ids.dtype == torch.bool:
+    if not isinstance(task_ids, Tensor) or task_ids.dtype not in _INTEGERS:
         what = task_ids.dtype if isinstance(task_ids, Tensor) else f"of type {type(task_ids).__name__}"
         raise TypeError(f"{layer}: task_ids is {what}; it must be a tensor of integers")
     if task_ids.shape != x.shape[:1]:
@@ -154,9 +149,10 @@ def _check_ids(layer: str, x: Tensor, task_ids: Tensor, task_weight: Tensor) -> 
             f"{layer}: task_ids has shape {tuple(task_ids.shape)} but the input has shape {tuple(x.shape)}; it "
             f"must be ({x.shape[0]},), one task for each sample"
         )
-    _check_device(layer, "task_ids", task_ids, x)
+    checks.same_device(layer, "task_ids", task_ids, x)
     # A look at ids that live on a device would wait for it; there strangers make the output NaN.
-    if task_ids.device.type == "cpu" and not torch.compiler.is_compiling() and task_ids.numel():
+    seen = type(task_ids) is Tensor and task_ids.device.type == "cpu" and task_ids.numel()
+    if seen and not (torch.compiler.is_compiling() or transformed()):
         low, high = (int(t) for t in task_ids.aminmax())
         if low < 0 or high >= len(task_weight):
             raise ValueError(
@@ -174,8 +170,7 @@ def _shares(own: Tensor, n: Tensor, psi: Tensor, ended: int | Tensor) -> tuple[T
     counted = present | (torch.arange(len(psi), device=psi.device) <= ended)
     # The logarithm of exp(psi) + n, which cannot overflow; log 0 = -inf leaves psi.
     concentration = torch.logaddexp(psi, n.log())
-    # A finite number, so that an empty batch has no NaN to differentiate.
-    pi = torch.where(counted, concentration, torch.finfo(psi.dtype).min).softmax(0)
+    pi = torch.where(counted, concentration, -torch.inf).softmax(0)
     # Not by index, whose backward pass would add in any order.
     w = torch.where(own, pi / n.clamp(min=1), 0).sum(1)
     w = torch.where(own.any(1), w, torch.nan)
@@ -266,7 +261,8 @@ class AdaB2N(Running):
         checks.number("AdaB2N", "init_weight", init_weight)
         checks.choice("AdaB2N", "absent", absent, ABSENT)
         self.num_tasks, self.kappa, self.init_weight, self.absent = num_tasks, kappa, init_weight, absent
-        self._loss: Tensor | None = None
+        self._pulled: tuple[tuple[Tensor, Tensor], ...] = ()
+        """Mean and variance of the last batch in training, each with where it is drawn to."""
         self._differentiable = True
         options = {"bias": bias, "sync": sync, "process_group": process_group, "nonfinite": nonfinite}
         super().__init__(num_features, eps, momentum, affine, True, device, dtype, **options)
@@ -277,6 +273,7 @@ class AdaB2N(Running):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
+        self._pulled = ()
         if "task_weight" in self._parameters:  # torch's constructor calls this before there is one
             nn.init.constant_(self.task_weight, self.init_weight)
             self.cur_tasks.zero_()
@@ -289,17 +286,20 @@ class AdaB2N(Running):
         Raises:
             RuntimeError: that pass ran without gradients, and this is asked for with gradients.
         """
-        if self._loss is not None and not self._differentiable and torch.is_grad_enabled():
+        if not self._pulled:
+            return None
+        if not self._differentiable and torch.is_grad_enabled():
             raise RuntimeError(
                 "AdaB2N: its last forward pass in training ran without gradients (torch.no_grad, or activation "
                 "checkpointing with use_reentrant=True), so that the loss would train nothing; use "
                 "use_reentrant=False, or read it under torch.no_grad"
             )
-        return self._loss
+        of_mean, of_var = ((found - target).square().mean() for found, target in self._pulled)
+        return of_mean + of_var
 
     def __getstate__(self) -> dict[str, Any]:
         # A deep copy or a file has no part in the graph of the last pass.
-        return {**vars(self), "_loss": None}
+        return {**vars(self), "_pulled": ()}
 
     def forward(self, x: Tensor, task_ids: Tensor | None = None) -> Tensor:
         checks.channels("AdaB2N", x, self.num_features, weight=self.weight)
@@ -311,11 +311,11 @@ class AdaB2N(Running):
         how = (*parameters, self.sync, self.process_group)
         y, (mean, var, count) = _with_balance("AdaB2N", x, task_ids, *how)
         if not recomputing():
-            rate = self._rate()
+            rate = self._rate(mean.dtype)
             if not (torch.compiler.is_exporting() or transformed()):  # of which nothing may stay behind
                 self._differentiable = torch.is_grad_enabled()
-                with _kept():
-                    self._loss = self._distance(mean, var, rate)
+                stored = zip((mean, var), self._stored(), strict=True)
+                self._pulled = tuple((new, average(snapshot(old), new, rate)) for new, old in stored)
             self._track(mean, var, count, factor=rate)
         return y
 
@@ -337,13 +337,13 @@ class AdaB2N(Running):
         own = f"num_tasks={self.num_tasks}, kappa={self.kappa}, absent={self.absent!r}"
         return f"{super().extra_repr()}, {own}"
 
-    def _rate(self) -> float | Tensor:
+    def _rate(self, dtype: torch.dtype = torch.float32) -> float | Tensor:
         """The weight of this batch in the running statistics: 1/η_t = a^(t−1) / m^κ + (1 − a^(t−1)) / (1 − a),
         a = (1 − m)^κ, the closed form of η_1 = m^κ, η_t = η_{t−1} / (η_{t−1} + a)."""
         momentum, kappa, tracked = self.momentum or 0.0, self.kappa, self.num_batches_tracked
         if kappa == 1 or tracked is None:
             return momentum
-        before = snapshot(tracked).to(torch.float32)
+        before = snapshot(tracked).to(dtype)
         if kappa == 0:
             return 1 / (before + 1)
         if momentum == 1:
@@ -351,15 +351,3 @@ class AdaB2N(Running):
         decay = kappa * math.log1p(-momentum)
         left = torch.exp(before * decay)
         return 1 / (left * momentum**-kappa + torch.expm1(before * decay) / math.expm1(decay))
-
-    def _distance(self, mean: Tensor, var: Tensor, rate: float | Tensor) -> Tensor:
-        pairs = zip((mean, var), self._stored(), strict=True)
-        squares = [(new - average(snapshot(old), new, rate)).square().mean() for new, old in pairs]
-        return squares[0] + squares[1]
-
-
-def _kept():
-    """What is saved inside is kept as it is: a recomputation would find running statistics that have moved."""
-    if torch.compiler.is_compiling():
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
