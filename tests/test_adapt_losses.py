@@ -88,6 +88,16 @@ def test_core_of_one_sample_tells_nothing():
     torch.testing.assert_close(logits.grad, torch.zeros(1, 4))
 
 
+@pytest.mark.parametrize("loss", [entropy_loss, core_loss])
+@pytest.mark.parametrize("shape", [(0, 4), (2, 4, 0), (0, 4, 3, 3)])
+def test_an_empty_batch_has_no_loss(loss, shape):
+    logits = torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+    value = loss(logits)
+    value.backward()
+    assert value.isnan() and value.shape == () and value.dtype == torch.float32
+    assert logits.grad.shape == shape
+
+
 @pytest.mark.parametrize("name", ["entropy_loss", "core_loss"])
 def test_what_is_no_logits(name):
     loss = getattr(adapt, name)

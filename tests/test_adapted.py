@@ -143,6 +143,7 @@ def test_without_an_optimizer_it_only_runs():
     model = configure(net(), 0.5)
     wrapped, x, state = Adapted(model, episodic=True), images(), copied(model)
     assert torch.equal(wrapped(x), model(x)) and same(model, state)
+    assert wrapped(x.requires_grad_()).requires_grad
     wrapped.reset()
     with torch.inference_mode():
         assert torch.equal(wrapped(x), model(x))
@@ -206,6 +207,23 @@ def test_a_bad_batch_teaches_nothing(what, caplog):
     assert wrapped.updates_skipped == 1
 
 
+@pytest.mark.parametrize("loss", [entropy_loss, core_loss])
+def test_an_empty_batch_teaches_nothing(loss):
+    wrapped = adapted("momentum", loss=loss)
+    wrapped(images())
+    state = copied(wrapped)
+    assert wrapped(images(0)).shape == (0, 4)
+    assert same(wrapped, state) and wrapped.updates_skipped == 1
+
+
+def test_momentum_goes_on_with_a_gradient_of_zero():
+    wrapped = adapted("momentum", loss=core_loss)
+    wrapped(images())
+    state = copied(wrapped)
+    wrapped(images(1))  # one sample tells the correlation of classes nothing
+    assert not same(wrapped, state) and wrapped.updates_skipped == 0
+
+
 def test_models_with_other_signatures():
     class Two(nn.Module):
         def __init__(self):
@@ -242,6 +260,29 @@ def beside():
     return wrapped(images())
 
 
+def again(other=False):
+    wrapped = adapted()
+    configure(wrapped.model, 0.5)
+    wrapped.model[4].bias.requires_grad_(other)
+    return wrapped(images())
+
+
+class Sharp(torch.optim.SGD):
+    """As those that look around before they step."""
+
+    def step(self, closure):
+        closure()
+        return super().step()
+
+
+def closed(make, scheduled=False):
+    model = configure(net(), train_affine=True)
+    optimizer = make(collect_params(model)[0])
+    if scheduled:  # which puts its own step over that of the optimizer
+        torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    return Adapted(model, optimizer)
+
+
 @pytest.mark.parametrize(
     "make, error, words",
     [
@@ -259,6 +300,25 @@ def beside():
             strangers,
             ValueError,
             "the optimizer has 2 parameters that the model has not; make the optimizer after",
+        ),
+        (
+            again,
+            ValueError,
+            r"the loss .*; 2 of the optimizer's parameters do not require grad any more; was configure called",
+        ),
+        (lambda: again(other=True), ValueError, "the loss does not .*; 2 of the optimizer's parameters do not"),
+        (lambda: closed(torch.optim.LBFGS), ValueError, "the step of LBFGS needs a closure, and"),
+        (lambda: closed(torch.optim.LBFGS, True), ValueError, "the step of LBFGS needs a closure, and"),
+        (lambda: closed(Sharp), ValueError, "the step of Sharp needs a closure, and"),
+        (
+            lambda: Adapted(adapted()),
+            ValueError,
+            r"the model is wrapped \(Adapted\) already; pass the model in",
+        ),
+        (
+            lambda: Adapted(nn.Sequential(Adapted(net()))),
+            ValueError,
+            r"the model is wrapped \(Adapted\) already",
         ),
         (lambda: adapted(steps=0), ValueError, "steps is 0; it must be a positive int"),
         (lambda: adapted(steps=True), ValueError, "steps is True"),

@@ -33,8 +33,9 @@ def configure(
     They then mix the statistics of the training data with those of the batch at hand, which needs no training.
     Batch norms are those of torch (1d, 2d, 3d, SyncBatchNorm), of this library (GhostBatchNorm and AdaB2N too),
     and frozen ones, whose weight and bias become parameters; the model itself may be one. The keys of the state
-    dict stay, but for what AdaB2N has more, so that it loads into the model as it was, and back. Other norms
-    with stored statistics, such as BatchChannelNorm, stay as they are, and the logger ``normzoo`` warns.
+    dict stay, so that it loads into the model as it was, and back, but for AdaB2N, whose task_weight and
+    cur_tasks go. Other norms with stored statistics, such as BatchChannelNorm, stay as they are, and the logger
+    ``normzoo`` warns.
 
     All of the model is put into eval mode: dropout and stochastic depth do nothing, and other norms use what
     they have stored. ``eval()`` and ``train()`` afterwards make no difference to the batch norms, which mix in
@@ -42,7 +43,8 @@ def configure(
 
     No parameter requires grad any more, but for weight and bias of the batch norms with `train_affine`.
 
-    Called again, it sets the weights anew, on the same layers.
+    Called again, it sets all of this anew, on the same layers: what is not said is as in a first call, so that
+    `unbiased` and `train_affine` have to be said again.
 
     Args:
         model: a trained model. It is changed in place.
@@ -71,7 +73,11 @@ def configure(
     options = {"source_weight": source_weight, "test_weight": test_weight, "pseudo_count": pseudo_count}
     asked = AlphaBatchNorm(1, **options, unbiased=unbiased)
     found = examine(model, "adapt.configure")
-    refuse_wrapped(model)
+    try:
+        refuse_wrapped(model)
+    except ValueError as error:
+        why = str(error).removeprefix("convert: ").replace("; convert the ", "; configure the ")
+        raise ValueError(f"adapt.configure: {why}") from error
     if any(isinstance(module, Adapted) for module in model.modules()):
         raise ValueError("adapt.configure: the model is wrapped (Adapted); configure the model, then wrap it")
     already = [module for module in model.modules() if isinstance(module, AlphaBatchNorm)]
@@ -89,7 +95,12 @@ def configure(
         modules = {site.module for site in meant}
         given = {name: value for name, value in options.items() if value is not None}
         how = {"where": lambda name, module: module in modules, "strict": True}
-        made = plan(model, "alpha_batch_norm", **how, **given, unbiased=unbiased)
+        try:
+            made = plan(model, "alpha_batch_norm", **how, **given, unbiased=unbiased)
+        except ValueError as error:
+            reasons = [line for line in str(error).splitlines()[1:] if not line.endswith(": filtered out")]
+            said = "adapt.configure: some batch norms cannot be calibrated, and none was changed"
+            raise ValueError("\n".join([said, *reasons])) from error
         model = made.apply()
         logger.info("adapt.configure: %s", made.summary())
     for layer in already:
@@ -140,22 +151,30 @@ def collect_params(model: nn.Module) -> tuple[list[nn.Parameter], list[str]]:
         The parameters, each once, and names such as ``"layer1.0.bn1.weight"``.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: there is none.
 
     >>> model = configure(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), train_affine=True)
     >>> collect_params(model)[1]
     ['1.weight', '1.bias']
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"adapt.collect_params: model is {report.a(type(model).__name__)}; it must be a torch.nn.Module"
+        )
     affine = _affine(model)
     found = {name: parameter for name, parameter in affine.items() if parameter.requires_grad}
     if not found:
         if affine:
-            why = "their weights and biases do not require grad; call adapt.configure(model, train_affine=True)"
+            why = (
+                "the weights and biases of the AlphaBatchNorms do not require grad; call "
+                "adapt.configure(model, train_affine=True)"
+            )
         elif any(isinstance(module, AlphaBatchNorm) for module in model.modules()):
-            why = "they have no weights and biases"
+            why = "the AlphaBatchNorms of the model have no weights and biases to train"
         else:
-            why = "it has none; call adapt.configure(model, train_affine=True) first"
-        raise ValueError(f"adapt.collect_params: the AlphaBatchNorms of the model have nothing to train: {why}")
+            why = "the model has no AlphaBatchNorm; call adapt.configure(model, train_affine=True) first"
+        raise ValueError(f"adapt.collect_params: {why}")
     return list(found.values()), list(found)
 
 

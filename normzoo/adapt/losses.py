@@ -15,7 +15,8 @@ def entropy_loss(logits: Tensor) -> Tensor:
         logits: (N, K, \*), classes in dimension 1; (N, K, H, W) for a segmentation.
 
     Returns:
-        A scalar from 0 to log K, in float32 at least. Classes with a logit of −inf are left out.
+        A scalar from 0 to log K, in float32 at least; NaN for an empty batch. Classes with a logit of −inf are
+        left out.
 
     Raises:
         ValueError, TypeError: `logits` are no floating-point tensor of two classes or more.
@@ -37,13 +38,14 @@ def core_loss(logits: Tensor) -> Tensor:
 
     It is 0 where every class has samples of its own, and 1 − 1/K, the most that it can be, where the
     predictions of all samples are alike: unlike the entropy it does not reward a collapse into one class. So it
-    needs batches in which most classes occur. A single sample tells nothing: 1 − 1/K, without a gradient.
+    needs batches in which most classes occur. A single sample tells nothing: 1 − 1/K, and a gradient of zero,
+    which does not stop the momentum and the weight decay of an optimizer.
 
     Args:
         logits: (N, K, \*), classes in dimension 1; every position counts as a sample.
 
     Returns:
-        A scalar from 0 to 1 − 1/K, in float32 at least.
+        A scalar from 0 to 1 − 1/K, in float32 at least; NaN for an empty batch.
 
     Raises:
         ValueError, TypeError: `logits` are no floating-point tensor of two classes or more.
@@ -52,6 +54,8 @@ def core_loss(logits: Tensor) -> Tensor:
     (tensor(0.), tensor(0.7500))
     """
     log_p = _log_probabilities("adapt.core_loss", logits).movedim(1, -1).flatten(0, -2)
+    if not log_p.numel():
+        return log_p.mean()  # NaN, and part of the graph, as the entropy is; a sum would be 0
     # Row i of M is Σ_n w_ni P_n with w_ni = P_ni / Σ_m P_mi, a softmax over samples, and its entries sum to 1.
     # All of it but M_ii is Σ_n w_ni (1 − P_ni).
     return (log_p.softmax(0) * -torch.expm1(log_p)).sum(0).mean()

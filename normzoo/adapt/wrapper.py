@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -24,12 +25,13 @@ class Adapted(nn.Module):
 
     What comes back are the outputs that the last loss was taken of, before the step that follows from it, as in
     Tent, without a graph. Calls under ``torch.no_grad()`` and ``torch.inference_mode()`` adapt too. Without an
-    optimizer the model just runs, with what :func:`configure` made of it.
+    optimizer the model just runs, with what :func:`configure` made of it, and the outputs keep their graph.
 
     Args:
         model: what :func:`configure` returned; any other model whose parameters the optimizer has.
-        optimizer: steps after each loss; its gradients are zeroed before and after.
-        loss: takes what `model` returns and gives a scalar.
+        optimizer: steps after each loss; its gradients are zeroed before and after. One whose step needs a
+            closure, such as LBFGS, is refused.
+        loss: takes what `model` returns, and that alone, and gives a scalar.
         steps: how many passes, losses and steps to a call.
         episodic: whether every call starts from the beginning, with :meth:`reset`.
 
@@ -42,8 +44,9 @@ class Adapted(nn.Module):
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: the optimizer has no parameter that requires grad, or one that is not of the model; `steps`
-            is no positive int, or is more than one without an optimizer; at a call, the loss is no scalar, or
-            does not depend on what the optimizer trains.
+            is no positive int, or is more than one without an optimizer; the optimizer's step needs a closure;
+            the model is, or holds, an Adapted; at a call, the loss is no scalar, or does not depend on what the
+            optimizer trains.
 
     >>> from normzoo.adapt import collect_params, configure
     >>> model = configure(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)), train_affine=True)
@@ -70,6 +73,10 @@ class Adapted(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"Adapted: model is {report.a(type(model).__name__)}; it must be a torch.nn.Module")
+        if any(isinstance(module, Adapted) for module in model.modules()):
+            raise ValueError(
+                "Adapted: the model is wrapped (Adapted) already; pass the model inside, its .model"
+            )
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"Adapted: optimizer is {report.a(type(optimizer).__name__)}; it must be a "
@@ -84,6 +91,7 @@ class Adapted(nn.Module):
                 f"Adapted: steps is {steps} and there is no optimizer that could take them; pass one"
             )
         if optimizer is not None:
+            _check_step(optimizer)
             _check_parameters(model, optimizer)
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.steps, self.episodic = steps, episodic
@@ -111,7 +119,8 @@ class Adapted(nn.Module):
         """Put the model and the optimizer back to what they were when they were wrapped, to the last bit.
 
         Parameters and buffers get their values back in place, so that the optimizer goes on with the same ones.
-        Modes and ``requires_grad`` stay as they are.
+        Settings of the optimizer, such as lr, go back too; a scheduler keeps its own count. Modes and
+        ``requires_grad`` stay as they are.
 
         Raises:
             ValueError: the model has other tensors now. Nothing is changed.
@@ -147,15 +156,21 @@ class Adapted(nn.Module):
         if not isinstance(loss, Tensor) or loss.dim():
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
             raise ValueError(f"Adapted: the loss is of {what}; it must be a scalar tensor, such as a mean")
-        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        trained = [p for p in held if p.requires_grad]
         optimizer.zero_grad()
-        if loss.requires_grad:
+        if trained and loss.requires_grad:
             loss.backward(inputs=trained)
         gradients = [p.grad for p in trained if p.grad is not None]
         if not gradients:
+            resting = len(held) - len(trained)
+            why = (
+                f"{resting} of the optimizer's parameters do not require grad any more; was configure called "
+                "again without train_affine=True?"
+            )
             raise ValueError(
-                "Adapted: the loss does not depend on the parameters that the optimizer trains; do the model "
-                "and the loss keep the graph?"
+                "Adapted: the loss does not depend on the parameters that the optimizer trains; "
+                + (why if resting else "do the model and the loss keep the graph?")
             )
         good = _all_finite(loss.detach(), *gradients)
         if good:
@@ -165,6 +180,15 @@ class Adapted(nn.Module):
             logger.warning("Adapted: the loss of a batch, or its gradients, are not finite; no step was taken")
         optimizer.zero_grad()
         return good
+
+
+def _check_step(optimizer: Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"Adapted: the step of {type(optimizer).__name__} needs a closure, and Adapted has none to "
+            "give; use an optimizer that steps without, such as torch.optim.SGD or Adam"
+        )
 
 
 def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
