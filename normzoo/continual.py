@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from .conversion import report
+from .conversion import luggage, report
 from .layers.balance import AdaB2N
 from .side_inputs import inputs
-
-_NONE = 'normzoo.convert(model, "adab2n", num_tasks=...) puts them in place of its batch norms'
 
 
 def tasks(model: nn.Module, task_ids: Tensor) -> inputs:
@@ -19,7 +18,7 @@ def tasks(model: nn.Module, task_ids: Tensor) -> inputs:
         task_ids: (N,) of an integer dtype, counted from 0, where the batch is.
 
     Raises:
-        TypeError: `model` is no module, or `task_ids` no tensor.
+        TypeError: `model` is no module, or `task_ids` no tensor of integers.
         ValueError: no layer of `model` takes them.
 
     >>> import torch
@@ -34,8 +33,10 @@ def tasks(model: nn.Module, task_ids: Tensor) -> inputs:
         raise TypeError(
             f"continual.tasks: task_ids is {report.a(type(task_ids).__name__)}; it must be a torch.Tensor"
         )
+    if task_ids.is_floating_point() or task_ids.is_complex() or task_ids.dtype == torch.bool:
+        raise TypeError(f"continual.tasks: task_ids is {task_ids.dtype}; it must be a tensor of integers")
     if not any("task_ids" in getattr(module, "side_inputs", ()) for module in model.modules()):
-        raise ValueError(f"continual.tasks: no layer of the model takes task ids; {_NONE}")
+        raise ValueError(f"continual.tasks: no layer of the model takes task ids; {_way(model)}")
     return inputs(model, task_ids=task_ids)
 
 
@@ -57,7 +58,7 @@ def end_task(model: nn.Module) -> None:
     if over:
         raise ValueError(
             f"continual.end_task: all tasks of {report.count(len(over), 'layer')} have ended "
-            f"({', '.join(over[:3])}); convert the model with more num_tasks"
+            f"({', '.join(over[:3])}); num_tasks has to be larger from the start"
         )
     for layer in layers.values():
         layer.end_task()
@@ -100,8 +101,16 @@ def _balanced(function: str, model: nn.Module) -> dict[str, AdaB2N]:
     _check(function, model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AdaB2N)}
     if not layers:
-        raise ValueError(f"continual.{function}: the model has no AdaB2N; {_NONE}")
+        raise ValueError(f"continual.{function}: the model has no AdaB2N; {_way(model)}")
     return layers
+
+
+def _way(model: nn.Module) -> str:
+    """What to do for a model without AdaB2N."""
+    frozen = (vars(module).get(luggage.FROZEN_FROM) for module in model.modules())
+    if any(isinstance(of[0], AdaB2N) for of in frozen if of):
+        return "AdaB2N that it had are frozen; normzoo.unfreeze_batch_norm(model) brings them back"
+    return 'normzoo.convert(model, "adab2n", num_tasks=...) puts them in place of its batch norms'
 
 
 def _check(function: str, model: nn.Module) -> None:

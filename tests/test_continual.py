@@ -1,4 +1,4 @@
-"""Task streams over a whole model: ids reach every layer and no other batch, and tasks end together."""
+"""Task streams over a whole model: ids reach every layer and no other batch."""
 
 import contextlib
 import copy
@@ -157,6 +157,11 @@ def test_bad_ids():
         tasks(model, [0, 1])
     with pytest.raises(TypeError, match=r"continual.tasks: model is a str; it must be a torch.nn.Module"):
         tasks("net", ids)
+    for wrong in (torch.float32, torch.bool, torch.complex64):
+        with pytest.raises(
+            TypeError, match=rf"continual.tasks: task_ids is {wrong}; it must be a tensor of integ"
+        ):
+            tasks(model, ids.to(wrong))
     none = (
         r'continual.tasks: no layer of the model takes task ids; normzoo.convert\(model, "adab2n", num_tasks='
     )
@@ -186,6 +191,16 @@ def test_a_recomputation_without_its_ids_is_refused(reentrant, when):
         y.sum().backward()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_inside_the_block_needs_one_of_its_own(reentrant):
+    model, (x, ids) = net(), batch()
+    with (
+        tasks(model, ids),
+        pytest.raises(RuntimeError, match=r"AdaB2N: task_ids comes from .* recomputes; pass"),
+    ):
+        checkpoint(model[0], x.requires_grad_(), use_reentrant=reentrant).sum().backward()
+
+
 def test_a_recomputation_with_its_ids_is_right():
     x, ids = batch()
     model = net()
@@ -210,47 +225,6 @@ def test_a_recomputation_with_its_ids_is_right():
     y.square().sum().backward()
     assert_same_gradients(gradients(model), wanted)
     assert same(model, state)
-
-
-# Tasks
-
-
-def test_all_tasks_end_together():
-    model = net()
-    for ended in range(TASKS):
-        assert [int(layer.cur_tasks) for layer in layers(model)] == [ended] * 2
-        end_task(model)
-    with pytest.raises(
-        ValueError, match=r"continual.end_task: all tasks of 2 layers have ended \(0.1, 1.1\); conv"
-    ):
-        end_task(model)
-    assert [int(layer.cur_tasks) for layer in layers(model)] == [TASKS] * 2
-
-
-def test_no_task_ends_where_one_cannot():
-    model = nn.Sequential(normzoo.AdaB2N(2, 3), normzoo.AdaB2N(2, 1), normzoo.AdaB2N(2, 3))
-    end_task(model)
-    with pytest.raises(ValueError, match=r"all tasks of 1 layer have ended \(1\)"):
-        end_task(model)
-    assert [int(layer.cur_tasks) for layer in model] == [1, 1, 1]
-
-
-def test_a_shared_layer_ends_its_task_once():
-    layer = normzoo.AdaB2N(2, 3)
-    end_task(nn.Sequential(layer, nn.ReLU(), layer))
-    assert layer.cur_tasks == 1
-    end_task(layer)
-    assert layer.cur_tasks == 2
-
-
-@pytest.mark.parametrize("function", [end_task, regularizer])
-def test_a_model_without_such_layers(function):
-    with pytest.raises(
-        ValueError, match=rf'continual.{function.__name__}: the model has no AdaB2N; .*"adab2n", num'
-    ):
-        function(nn.BatchNorm2d(2))
-    with pytest.raises(TypeError, match=rf"continual.{function.__name__}: model is a NoneType; it must be"):
-        function(None)
 
 
 # The regularizer
