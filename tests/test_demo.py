@@ -13,6 +13,7 @@ import normzoo
 from normzoo import cli, demo
 from normzoo.demo import charts, language_model, measurements, page
 from normzoo.demo.settings import QUICK
+from normzoo_bench import figures
 
 
 @pytest.fixture(autouse=True)
@@ -194,7 +195,7 @@ def test_the_report_without_charts(result, monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert not charts.there()
+    assert not figures.there()
     written = page.html(result, QUICK)
     assert "<svg" not in written and "pip install matplotlib" in written
     assert f"{result['timings'][0]['speedup']['median']:.2f}" in written

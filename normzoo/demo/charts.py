@@ -1,52 +1,23 @@
-"""The charts of the report, as SVG that stands in a page."""
+"""The charts of the report."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from contextlib import contextmanager
-from typing import Any
 
-_INK, _FAINT, _OURS = "#26323b", "#b9c2c9", "#0b7a75"
+from normzoo_bench.figures import INK, OURS, figure
+
 _HUES = ("#c24e00", "#0067a5", "#97478a", "#7a5f00", "#7d8890")
 _DASHES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), "-")  # or lines would be told apart by colour alone
-_WIDTH = 4.0  # inches; at the width of a phone the letters of 9 points stay legible
-
-_STYLE: Any = {
-    "font.size": 9,
-    "svg.fonttype": "none",  # text stays text, in the font of the page
-    "svg.hashsalt": "normzoo",  # or names inside the file would change from run to run
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _FAINT,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.grid": True,
-    "grid.color": "#e6eaed",
-    "axes.axisbelow": True,
-}
-
-
-def there() -> bool:
-    """Whether charts can be drawn here."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def loss_curve(curve: Sequence[tuple[int, float]], held_out: float, by_frequency: float) -> str:
     """Bits a character against steps, between what frequencies alone give and what held-out text needs."""
     with figure(2.4) as (axes, svg):
-        axes.plot(*zip(*curve, strict=True), color=_OURS, linewidth=1.5)
+        axes.plot(*zip(*curve, strict=True), color=OURS, linewidth=1.5)
         last = curve[-1][0]
         levels = [(by_frequency, "by frequencies of characters"), (held_out, "held-out text, after training")]
         for (level, text), side in zip(sorted(levels), (-1, 1), strict=True):
-            axes.axhline(level, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+            axes.axhline(level, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
             outside = {"xytext": (0, 2 * side), "va": "bottom" if side > 0 else "top"}
             axes.annotate(text, (last, level), textcoords="offset points", ha="right", **outside)
         axes.set_ylim(bottom=0)
@@ -65,9 +36,9 @@ def speed_bars(timings: Sequence[dict]) -> str:
         [row["speedup"]["p80"] - row["speedup"]["median"] for row in timings],
     ]
     with figure(0.5 + 0.27 * len(timings)) as (axes, svg):
-        bars = axes.barh(names, medians, xerr=around, color=_OURS, height=0.62, ecolor=_INK)
+        bars = axes.barh(names, medians, xerr=around, color=OURS, height=0.62, ecolor=INK)
         axes.bar_label(bars, fmt="%.2f", padding=3)
-        axes.axvline(1, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_xlim(0, 1.18 * max(row["speedup"]["p80"] for row in timings))
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
@@ -81,8 +52,8 @@ def accuracy_curves(found: dict) -> str:
     weights = found["source_weights"]
     best = found["shown"][1]
     with figure(3.2) as (axes, svg):
-        axes.plot(weights, found["means"], color=_OURS, linewidth=2.5, label="mean of corrupted", zorder=3)
-        axes.plot(weights[best], found["means"][best], "o", color=_OURS, markersize=6, zorder=4)
+        axes.plot(weights, found["means"], color=OURS, linewidth=2.5, label="mean of corrupted", zorder=3)
+        axes.plot(weights[best], found["means"][best], "o", color=OURS, markersize=6, zorder=4)
         for (name, right), color, dashes in zip(found["right"].items(), _HUES, _DASHES, strict=True):
             axes.plot(weights, right, color=color, linestyle=dashes, linewidth=1.2, label=name)
         axes.set_xlim(0, 1)
@@ -91,23 +62,3 @@ def accuracy_curves(found: dict) -> str:
         axes.set_ylabel("per cent right")
         axes.figure.legend(loc="outside upper center", ncols=2, frameon=False, handlelength=3)
     return svg()
-
-
-@contextmanager
-def figure(height: float, width: float = _WIDTH, columns: int = 1, background: str = "none"):
-    """Axes to draw on, an array of them where there are columns, which share the vertical axis; and a function
-    that gives the SVG element once the block has ended. Sizes are inches."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    drawn = io.StringIO()
-
-    def svg() -> str:
-        text = drawn.getvalue()
-        return text[text.index("<svg") :]  # without the prolog of a file
-
-    with matplotlib.rc_context(_STYLE):
-        made = Figure(figsize=(width, height), layout="constrained", facecolor=background)
-        yield made.subplots(ncols=columns, sharey=True), svg
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        made.savefig(drawn, format="svg", metadata=nothing)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined  # torch depends on it
 
+from normzoo_bench import figures
 from normzoo_bench.tables import spread
 
 from ..files import whole
@@ -25,7 +26,7 @@ def html(result: dict, settings: Settings) -> str:
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     found = result["conversion"]
     drawn = {}
-    if charts.there():
+    if figures.there():
         bounds = (found["bits_before"], result["text"]["bits_by_frequency"])
         drawn = {
             "loss": charts.loss_curve(result["curve"], *bounds),

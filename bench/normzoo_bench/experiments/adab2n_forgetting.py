@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from normzoo import AdaB2N, BatchNorm2d
 from normzoo.continual import end_task, tasks
-from normzoo.demo.charts import figure
 
+from ..figures import figure
 from .digits import CLASSES, Split, accuracy, load
 from .experiment import COLORS, Experiment, Table, difference, spread, standard_error, values
 

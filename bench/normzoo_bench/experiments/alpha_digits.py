@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from normzoo.adapt import configure
-from normzoo.demo.charts import figure
 
+from ..figures import figure
 from .digits import CORRUPTIONS, SmallCNN, accuracy, load, train
 from .experiment import COLORS, Experiment, Table, deviation, spread, values
 

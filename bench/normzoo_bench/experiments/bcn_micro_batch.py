@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from normzoo import BatchChannelNorm, BatchNorm2d, GroupNorm
-from normzoo.demo.charts import figure
 
+from ..figures import figure
 from .digits import CLASSES, accuracy, load
 from .experiment import COLORS, Experiment, Table, spread
 

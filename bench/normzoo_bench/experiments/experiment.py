@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from normzoo.demo.charts import there
 from normzoo.files import whole
 from normzoo.terminal import progress
 
 from ..environment import environment, version
+from ..figures import there
 
 FORM = 1
 """Of the document; rises when a reader of older ones would go wrong."""
