@@ -110,7 +110,7 @@ def side_input(module: nn.Module, name: str, *, required: bool = True) -> Tensor
     Raises:
         ValueError: `required`, and there is none.
         RuntimeError: this is a recomputation (activation checkpointing), and no block was entered for it though
-            one was before, for this pass or an earlier one.
+            one was before, for this pass or an earlier one; or a copy of torch.nn.DataParallel.
     """
     for frame in reversed(_state.frames):
         if name in frame.block.values and id(module) in frame.block.modules:
@@ -122,6 +122,11 @@ def side_input(module: nn.Module, name: str, *, required: bool = True) -> Tensor
             if not required and not torch.compiler.is_compiling():
                 _had.add(module)
             return frame.block.values[name]
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError(
+            f"{type(module).__name__}: torch.nn.DataParallel has copied it, and {name} of a `with inputs(...)` "
+            "block does not reach copies; use DistributedDataParallel, or pass it to forward"
+        )
     if required:
         raise MissingInput(
             f"{type(module).__name__}: there is no {name}; pass it to forward, or call the model inside "

@@ -202,3 +202,13 @@ def test_a_block_can_be_entered_again():
         with block:
             pass
         assert torch.equal(model(x), by_hand(model, x, mask))
+
+
+def test_copies_of_data_parallel_do_not_go_without():
+    layer, ids = normzoo.AdaB2N(2, 2), torch.tensor([0, 1])
+    copy = layer._replicate_for_data_parallel()
+    copy._parameters, copy._buffers = layer._parameters, layer._buffers
+    refused = pytest.raises(RuntimeError, match=r"AdaB2N: torch\.nn\.DataParallel has")
+    with normzoo.inputs(layer, task_ids=ids), refused:
+        copy(torch.randn(2, 2))
+    assert torch.isfinite(copy(torch.randn(2, 2), ids)).all()

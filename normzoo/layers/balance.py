@@ -312,7 +312,7 @@ class AdaB2N(Running):
         y, (mean, var, count) = _with_balance("AdaB2N", x, task_ids, *how)
         if not recomputing():
             rate = self._rate(mean.dtype)
-            if not (torch.compiler.is_exporting() or transformed()):  # of which nothing may stay behind
+            if not transformed():  # of which nothing may stay behind
                 self._differentiable = torch.is_grad_enabled()
                 stored = zip((mean, var), self._stored(), strict=True)
                 self._pulled = tuple((new, average(snapshot(old), new, rate)) for new, old in stored)
