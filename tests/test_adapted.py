@@ -347,3 +347,15 @@ def closed(make, scheduled=False):
 def test_what_the_wrapper_refuses(make, error, words):
     with pytest.raises(error, match=f"Adapted: {words}"):
         make()
+
+
+def test_autocast_sees_every_step_and_reset():
+    torch.manual_seed(0)
+    model, x = nn.Linear(16, 5), torch.randn(8, 16)
+    adapted = Adapted(model, torch.optim.SGD(model.parameters(), lr=1.0), steps=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first, second = adapted(x), adapted(x)
+        assert not torch.equal(second, first)
+        assert torch.equal(model(x), nn.functional.linear(x, model.weight.clone(), model.bias.clone()))
+        adapted.reset()
+        assert torch.equal(adapted(x), first)

@@ -137,6 +137,7 @@ class Adapted(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             for name, t in now.items():
                 t.copy_(self._start[name])
+            torch.clear_autocast_cache()
             if self.optimizer is not None and self._start_of_optimizer is not None:
                 state, groups = _copied(self._start_of_optimizer)
                 self.optimizer.state.clear()
@@ -175,6 +176,7 @@ class Adapted(nn.Module):
         good = _all_finite(loss.detach(), *gradients)
         if good:
             optimizer.step()
+            torch.clear_autocast_cache()  # or a caller's autocast goes on with the weights of before
         else:
             self.updates_skipped += 1
             logger.warning("Adapted: the loss of a batch, or its gradients, are not finite; no step was taken")
