@@ -232,10 +232,25 @@ def test_what_cannot_be_frozen(caplog):
         (nn.GroupNorm(2, 2), ValueError, "the model has no batch norm; norm classes seen: 1 torch"),
         (model[0], ValueError, "the batch norms of the model are frozen already; norm classes seen: 1 normzoo"),
         ([nn.BatchNorm2d(2)], TypeError, "freeze_batch_norm: model is a list"),
-        (torch.compile(nn.BatchNorm2d(2)), ValueError, "compiled|wrapped"),
+        (
+            torch.compile(nn.BatchNorm2d(2)),
+            ValueError,
+            r"^freeze_batch_norm: the model itself is wrapped \(O.*; freeze the module first, then call",
+        ),
+        (
+            nn.BatchNorm2d(2, track_running_stats=False),
+            ValueError,
+            r"^freeze_batch_norm: none of the batch norms can be frozen; norm classes seen: .*\n.*no running",
+        ),
     ):
         with pytest.raises(error, match=words):
             normzoo.freeze_batch_norm(bad)
+    frozen = normzoo.freeze_batch_norm(nn.Sequential(nn.BatchNorm2d(2)))
+    frozen.compile()
+    with pytest.raises(
+        ValueError, match=r"^unfreeze_batch_norm: .* is compiled .*; unfreeze the model first, then"
+    ):
+        normzoo.unfreeze_batch_norm(frozen)
     with pytest.raises(TypeError, match="unfreeze_batch_norm: model is a str"):
         normzoo.unfreeze_batch_norm("model")
     with pytest.raises(

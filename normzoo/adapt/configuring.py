@@ -73,11 +73,7 @@ def configure(
     options = {"source_weight": source_weight, "test_weight": test_weight, "pseudo_count": pseudo_count}
     asked = AlphaBatchNorm(1, **options, unbiased=unbiased)
     found = examine(model, "adapt.configure")
-    try:
-        refuse_wrapped(model)
-    except ValueError as error:
-        why = str(error).removeprefix("convert: ").replace("; convert the ", "; configure the ")
-        raise ValueError(f"adapt.configure: {why}") from error
+    refuse_wrapped(model, "adapt.configure", "configure")
     if any(isinstance(module, Adapted) for module in model.modules()):
         raise ValueError("adapt.configure: the model is wrapped (Adapted); configure the model, then wrap it")
     already = [module for module in model.modules() if isinstance(module, AlphaBatchNorm)]

@@ -58,6 +58,7 @@ def freeze_batch_norm(model: nn.Module) -> nn.Module:
     ['0.weight', '0.bias', '1.weight', '1.bias']
     """
     found = examine(model, "freeze_batch_norm")
+    refuse_wrapped(model, "freeze_batch_norm", "freeze")
     if not any(site.family in _FAMILIES for site in found):
         none = (
             "the batch norms of the model are frozen already" if thaw(found) else "the model has no batch norm"
@@ -66,7 +67,11 @@ def freeze_batch_norm(model: nn.Module) -> nn.Module:
     meant = {site.module for site in found if site.family in _FAMILIES}
     # Of these the log shall say that they stay.
     meant |= {site.module for site in found if site.norm is None and isinstance(site.module, _NormBase)}
-    made = plan(model, "frozen_batch_norm", where=lambda name, module: module in meant)
+    try:
+        made = plan(model, "frozen_batch_norm", where=lambda name, module: module in meant)
+    except ValueError as error:
+        why = str(error).removeprefix("convert: nothing can be converted; ")
+        raise ValueError(f"freeze_batch_norm: none of the batch norms can be frozen; {why}") from error
     root = made.apply()
     for old, frozen, sources in made.replaced():
         # Not as a child: its tensors are none of the model's.
@@ -118,7 +123,7 @@ def unfreeze_batch_norm(model: nn.Module) -> nn.Module:
         raise TypeError(
             f"unfreeze_batch_norm: model is {report.a(type(model).__name__)}; it must be a torch.nn.Module"
         )
-    refuse_wrapped(model)
+    refuse_wrapped(model, "unfreeze_batch_norm", "unfreeze")
     frozen = [module for module in model.modules() if isinstance(module, FrozenBatchNorm)]
     old = {
         module: vars(module)[luggage.FROZEN_FROM] for module in frozen if luggage.FROZEN_FROM in vars(module)

@@ -14,32 +14,36 @@ from torch import nn
 from torch.optim import Optimizer
 
 WRAPPERS = {
-    "DistributedDataParallel": "convert the module inside, then wrap it",
-    "FullyShardedDataParallel": "convert the module first, then wrap it",
-    "FSDPModule": "convert the module first, then call fully_shard",
-    "OptimizedModule": "convert the module first, then call torch.compile",
-    "ScriptModule": "convert the Python module, then script or trace it",
-    "DeepSpeedEngine": "convert the module first, then call deepspeed.initialize",
+    "DistributedDataParallel": "the module inside, then wrap it",
+    "FullyShardedDataParallel": "the module first, then wrap it",
+    "FSDPModule": "the module first, then call fully_shard",
+    "OptimizedModule": "the module first, then call torch.compile",
+    "ScriptModule": "the Python module, then script or trace it",
+    "DeepSpeedEngine": "the module first, then call deepspeed.initialize",
 }
-"""Classes of models that a conversion refuses, and what to do instead."""
+"""Classes of models that a conversion refuses, and what to convert instead."""
 
 
-def refuse_wrapped(model: nn.Module) -> None:
+def refuse_wrapped(model: nn.Module, caller: str = "convert", do: str = "convert") -> None:
     """Raises ValueError where `model` is, or contains, a wrapper, which would go on with the old norms.
 
     By name along the bases: importing torch.distributed.fsdp to ask isinstance would cost every user.
+
+    Args:
+        caller: begins the error.
+        do: a verb, for what is to be done with the model inside.
     """
     for name, module in model.named_modules():
         called = repr(name) if name else "the model itself"
         if vars(module).get("_compiled_call_impl") is not None:
             raise ValueError(
-                f"convert: {called} is compiled (by its compile()) and may go on with the old norms; convert "
-                "the model first, then compile it"
+                f"{caller}: {called} is compiled (by its compile()) and may go on with the old norms; {do} the "
+                "model first, then compile it"
             )
         for base in type(module).__mro__:
             if base.__name__ in WRAPPERS and base.__module__.startswith(("torch.", "deepspeed.")):
                 raise ValueError(
-                    f"convert: {called} is wrapped ({base.__name__}) and would go on with the old norms; "
+                    f"{caller}: {called} is wrapped ({base.__name__}) and would go on with the old norms; {do} "
                     f"{WRAPPERS[base.__name__]}"
                 )
 
