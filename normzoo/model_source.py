@@ -147,7 +147,8 @@ def _close(name: str, known: Iterable[str]) -> str:
 
 
 def pairs(option: str, given: Sequence[str]) -> dict[str, Any]:
-    """What is `given` to `option` as ``KEY=VALUE``; a value is JSON where it can be, else text.
+    """What is `given` to `option` as ``KEY=VALUE``; a value is JSON or a constant of Python where it can be,
+    else text.
 
     Raises:
         SourceError: something given is no such pair.
@@ -160,7 +161,7 @@ def pairs(option: str, given: Sequence[str]) -> dict[str, Any]:
         try:
             found[key] = json.loads(value)
         except ValueError:
-            found[key] = value
+            found[key] = {"True": True, "False": False, "None": None}.get(value, value)
     return found
 
 

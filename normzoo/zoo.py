@@ -273,8 +273,10 @@ def find(name: str, caller: str = "normzoo", others: str = "") -> Entry:
     for text, entry in known:
         if _spelling(text) == _spelling(name):
             return entry
-    shown = {_spelling(text): text for text, _ in reversed(known)}
-    close = difflib.get_close_matches(_spelling(name), shown, 1)
-    meant = f"; did you mean {shown[close[0]]}?" if close else ""
+    word, shown = _spelling(name), {_spelling(text): text for text, _ in reversed(known)}
+    within = [entry.name for entry in ZOO if word and word in _spelling(entry.name)]
+    short = [entry.name for entry in ZOO if word == "".join(part[0] for part in entry.name.split("_"))]
+    close = short or [shown[near] for near in difflib.get_close_matches(word, shown, 1)] or within[:3]
+    meant = f"; did you mean {' or '.join(close)}?" if close else ""
     names = ", ".join(entry.name for entry in ZOO)
     raise ValueError(f"{caller}: there is no layer called {name!r}; there are {names}{others}{meant}")

@@ -118,6 +118,7 @@ def test_usage_errors(capsys):
         "batchnrm": "batch_norm",
         "LayerNrom": "layer_norm",
         "batchnrom3D": "BatchNorm3d",
+        "alpha": "alpha_batch_norm",
     }.items():
         assert cli.main(["info", wrong]) == 2
         out, err = capsys.readouterr()

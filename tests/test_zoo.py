@@ -306,6 +306,18 @@ def test_find():
     assert find("BatchNorm3d") is find("batch_norm")
     with pytest.raises(ValueError, match="no layer called 'norm'; there are layer_norm"):
         find("norm")
+    words = {
+        "alpha": "alpha_batch_norm",
+        "Frozen": "frozen_batch_norm",
+        "bcn": "batch_channel_norm",
+        "abn": "alpha_",
+    }
+    for word, meant in words.items():
+        with pytest.raises(ValueError, match=f"; did you mean {meant}.*\\?$"):
+            find(word)
+    for word in ("", "zzz"):
+        with pytest.raises(ValueError, match=r"there are layer_norm, [\w, ]+$"):
+            find(word)
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

@@ -17,6 +17,8 @@ from .recognise import Site, recognise
 from .surgery import Exchange, Swap, edit
 from .transfer import UNCHANGED, Choice, Exactness, Refused, Replacement, replacement
 
+PARAMETERS_CHANGE = "parameters change: pass optimizer= to keep an optimizer in step, or make a new one"
+
 _KINDS = ("kept", "converted", "new", "lost")
 _ENDED = {"convert": "converted", "keep": "kept", "refuse": "refused", "unknown": "unknown"}
 
@@ -111,7 +113,7 @@ class Plan:
             f"tensors: {', '.join(f'{number} {kind}' for kind, number in totals.items())}",
         ]
         if any(step.parameters_change for step in self.changes):
-            lines.append("parameters change: pass optimizer= to keep an optimizer in step, or make a new one")
+            lines.append(PARAMETERS_CHANGE)
         for name, functions in self.functional.items():
             lines.append(f"{name} calls {', '.join(functions)} as a function, out of reach of a conversion")
         return "\n".join(lines)

@@ -18,7 +18,7 @@ from torch import nn
 from ..files import whole
 from ..model_source import Source, SourceError, load, pairs, said
 from ..terminal import say, table
-from .change import Plan
+from .change import PARAMETERS_CHANGE, Plan
 from .examine import inspect
 from .planning import plan
 from .proof import Proof
@@ -63,7 +63,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a constructor argument of the new layers",
+        help="a constructor argument of the new layers; VALUE as for --arg; may be repeated",
     )
     parser.add_argument("--strict", action="store_true", help="a norm that cannot be converted is an error")
     parser.add_argument(
@@ -91,7 +91,8 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an argument for what makes the model; VALUE is JSON where it can be, else text; may be repeated",
+        help="an argument for what makes the model; VALUE is JSON, or True, False or None, where it can be, "
+        "else text; may be repeated",
     )
 
 
@@ -131,8 +132,9 @@ def run_convert(arguments: argparse.Namespace) -> int:
     except (ValueError, TypeError) as error:
         return _usage("convert", error)
     if not arguments.json:
-        table(_title(arguments.model, source), *made.rows(), wrap=_WRAP)
-        say(made.summary())
+        header, rows = made.rows()
+        table(_title(arguments.model, source), header, [tuple(map(_spelt, row)) for row in rows], wrap=_WRAP)
+        say("\n".join(line for line in made.summary().splitlines() if line != PARAMETERS_CHANGE))
     try:
         with _aside():
             proof, why_not = _prove(made, source, given)
@@ -162,8 +164,13 @@ def _aside() -> contextlib.redirect_stdout:
 
 
 def _usage(command: str, error: Exception | str) -> int:
-    print(f"normzoo {command}: {str(error).removeprefix('convert: ')}", file=sys.stderr)
+    print(f"normzoo {command}: {_spelt(str(error).removeprefix('convert: '))}", file=sys.stderr)
     return 2
+
+
+def _spelt(text: str) -> str:
+    """`text` with a constructor argument that is asked for as the command line takes it."""
+    return re.sub(r"\bpass (\w+)=(?!\w)", r"pass --option \1=N", text)
 
 
 def _title(name: str, source: Source) -> str:
