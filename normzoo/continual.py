@@ -58,7 +58,8 @@ def end_task(model: nn.Module) -> None:
     if over:
         raise ValueError(
             f"continual.end_task: all tasks of {report.count(len(over), 'layer')} have ended "
-            f"({', '.join(over[:3])}); num_tasks has to be larger from the start"
+            f'({", ".join(over[:3])}); normzoo.convert(model, "adab2n", num_tasks=...) makes '
+            "room for more"
         )
     for layer in layers.values():
         layer.end_task()

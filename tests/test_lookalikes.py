@@ -341,3 +341,19 @@ def test_a_module_of_the_caller_that_is_nearly_right(dtype, factor):
     made = normzoo.plan(model, to)
     assert made.exactness == "approximate" and made.changes[0].reason == "a test run shows another function"
     assert not made.apply()[0].training
+
+
+class NormPool(nn.Module):
+    """Called a norm, and no more than a place where one is."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.query = nn.BatchNorm2d(4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return self.norm(x).mean((2, 3)) * self.query
+
+
+def test_a_module_around_a_norm_is_none_itself():
+    (site,) = normzoo.inspect(nn.Sequential(NormPool())).sites
+    assert site.name == "0.norm" and site.family == "batch"

@@ -15,9 +15,10 @@ class _Adapted:
     then: tuple[str, ...]
     any_rank: bool
 
-    def forward(self, x: Tensor, *side: Any) -> Tensor:
+    def forward(self, x: Tensor, *side: Any, **named: Any) -> Tensor:
         layer = super().forward  # type: ignore[misc]
-        y = layer(x.movedim(1, -1), *side).movedim(-1, 1) if self.over_channels else layer(x, *side)
+        y = layer(x.movedim(1, -1) if self.over_channels else x, *side, **named)
+        y = y.movedim(-1, 1) if self.over_channels else y
         for name in self.then:
             y = getattr(self, name)(y)
         return y

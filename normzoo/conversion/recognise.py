@@ -163,8 +163,8 @@ def _looks_like_a_norm(module: nn.Module) -> bool:
     named = any(_NAMED_NORM.search(base.__name__) for base in cls.__mro__) or "Norm" in str(tag)
     # A module around norms has parameters below it; an activation has none.
     within = [child for child in _children(module) if any(True for _ in child.parameters())]
-    # A second stage around a norm, as in batch-channel norm, has parameters of its own too.
-    own = any(True for _ in module.parameters(recurse=False))
+    # A second stage around a norm, as in batch-channel norm, has a weight of its own too.
+    own = getattr(module, "weight", None) is not None
     return named and (own or not within) and all(map(_looks_like_a_norm, within))
 
 

@@ -329,7 +329,8 @@ class AdaB2N(Running):
         """
         if int(self.cur_tasks) >= self.num_tasks:
             raise ValueError(
-                f"AdaB2N: all of its {self.num_tasks} tasks have ended; make it with more num_tasks"
+                f"AdaB2N: all of its {self.num_tasks} tasks have ended; normzoo.convert(model, "
+                '"adab2n", num_tasks=...) makes room for more'
             )
         self.cur_tasks += 1
 
