@@ -364,3 +364,18 @@ def test_batch_channel_again():
     x = images()
     y = batch_channel_norm(x, old.running_mean, old.running_var, 4, *old.parameters(), eps=1e-3, batch_eps=1e-2)
     torch.testing.assert_close(normzoo.convert(old, order="mean_first").eval()(x), y)
+
+
+@pytest.mark.parametrize("target", ["frozen_batch_norm", "batch_norm"])
+def test_leaving_alpha_is_exact_where_the_batch_had_no_part(target):
+    for weight, exactness in ((1.0, Exactness.EVAL_EXACT), (0.5, Exactness.APPROXIMATE)):
+        (step,) = normzoo.plan(normzoo.AlphaBatchNorm(8, source_weight=weight), target).steps
+        assert step.exactness is exactness
+
+
+def test_alpha_anew_keeps_its_process_group():
+    group = object()
+    again = normzoo.convert(
+        normzoo.AlphaBatchNorm(8, sync=True, process_group=group), "same", source_weight=0.2
+    )
+    assert again.process_group is group and again.sync
