@@ -26,15 +26,11 @@ LAYERS: dict[str, partial] = {
     "ghost": partial(GhostBatchNorm, 3, 2),
     "ghost, skip": partial(GhostBatchNorm, 3, 2, momentum=None, split="interleaved", nonfinite="skip"),
     "ghost, scaled": partial(GhostBatchNorm, 3, 3, split="ceil", stats="scaled"),
-    "alpha": partial(AlphaBatchNorm, 3, source_weight=0.5),
     "alpha, skip": partial(AlphaBatchNorm, 3, pseudo_count=2, nonfinite="skip"),
     "adab2n": partial(AdaB2N, 3, 2),
     "adab2n, skip": partial(AdaB2N, 3, 2, kappa=0.4, nonfinite="skip"),
     "bcn": partial(BatchChannelNorm, 3, 1),
-    "bcn, estimate": partial(BatchChannelNorm, 3, 3, estimate=True, update_rate=0.2),
-    "bcn, estimate, skip": partial(
-        BatchChannelNorm, 3, 3, estimate=True, update_rate=0.2, order="mean_first", nonfinite="skip"
-    ),
+    "bcn, estimate, skip": partial(BatchChannelNorm, 3, 3, estimate=True, update_rate=0.2, nonfinite="skip"),
 }
 """Constructors of layers for `batches`."""
 
