@@ -239,6 +239,7 @@ def test_an_empty_batch_has_no_weights(absent):
     y = layer(x, torch.zeros(0, dtype=torch.long))
     (y.sum() + layer.loss).backward()
     assert y.shape == x.shape and all(not p.grad.any() for p in (layer.weight, layer.bias))
+    assert layer.loss == 0
     assert layer.task_weight.grad.isfinite().all()
     after = tensors(layer)
     assert all(torch.equal(after[name], before[name]) for name in ("running_mean", "running_var"))

@@ -315,7 +315,8 @@ class AdaB2N(Running):
             if not transformed():  # of which nothing may stay behind
                 self._differentiable = torch.is_grad_enabled()
                 stored = zip((mean, var), self._stored(), strict=True)
-                self._pulled = tuple((new, average(snapshot(old), new, rate)) for new, old in stored)
+                factor = rate if x.numel() or self.sync else 1.0  # nothing draws an empty batch anywhere
+                self._pulled = tuple((new, average(snapshot(old), new, factor)) for new, old in stored)
             self._track(mean, var, count, factor=rate)
         return y
 
