@@ -119,7 +119,7 @@ _KNOWN = (
     *(cls.forward for cls in (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNorm2d)),
     *(cls.forward for cls in (FrozenBatchNorm, GhostBatchNorm, AdaB2N)),
 )
-"""What batch norms that :class:`AlphaBatchNorm` is made from do in eval mode is all that they do there."""
+"""What is batch norm by stored statistics in eval mode, and nothing more."""
 
 
 class AlphaBatchNorm(Running):
