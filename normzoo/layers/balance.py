@@ -315,8 +315,7 @@ class AdaB2N(Running):
             if not transformed():  # of which nothing may stay behind
                 self._differentiable = torch.is_grad_enabled()
                 stored = zip((mean, var), self._stored(), strict=True)
-                factor = rate if x.numel() or self.sync else 1.0  # nothing draws an empty batch anywhere
-                self._pulled = tuple((new, average(snapshot(old), new, factor)) for new, old in stored)
+                self._pulled = tuple((new, _target(old, new, rate, count)) for new, old in stored)
             self._track(mean, var, count, factor=rate)
         return y
 
@@ -353,3 +352,11 @@ class AdaB2N(Running):
         decay = kappa * math.log1p(-momentum)
         left = torch.exp(before * decay)
         return 1 / (left * momentum**-kappa + torch.expm1(before * decay) / math.expm1(decay))
+
+
+def _target(old: Tensor, new: Tensor, rate: float | Tensor, count: Any) -> Tensor:
+    """Where a statistic is drawn to: the running one, after this batch; that of an empty batch nowhere."""
+    target = average(snapshot(old), new, rate)
+    if isinstance(count, Tensor):
+        return torch.where(count != 0, target, new.detach())
+    return target if count else new.detach()
