@@ -1,5 +1,6 @@
 """One of two ranks of tests/test_user_norm.py: ``python user_norm_rank.py FOLDER RANK``."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +19,9 @@ def main(folder: Path, rank: int) -> None:
     y = layer(x)
     grads = torch.autograd.grad(y, (x, *layer.parameters()), given["dy"][part])
     torch.save([y.detach(), *grads], folder / f"out{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # threads of the collectives may still end, and abort a process that is torn down under them
 
 
 if __name__ == "__main__":
