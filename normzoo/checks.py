@@ -124,6 +124,15 @@ def channels(
             _beside(layer, name, t, x, x.shape[1:2])
 
 
+def several_values(layer: str, x: Tensor, otherwise: str) -> None:
+    """More than one value per channel, as statistics of a batch need; no value at all is fine."""
+    if x.numel() == x.shape[1] and x.numel():
+        raise ValueError(
+            f"{layer}: Expected more than 1 value per channel when training, got input size {tuple(x.shape)}; "
+            f"use a larger batch{otherwise}"
+        )
+
+
 def running(
     layer: str, x: Tensor, mean: Tensor | None, var: Tensor | None, argument: str, own: bool
 ) -> tuple[Tensor, ...]:

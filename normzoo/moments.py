@@ -77,6 +77,18 @@ class Sets:
         return Sets(count.expand(self.m2.shape), self.pivot, self.delta, self.m2)
 
 
+def standardized(
+    delta: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of weight · (x − pivot − delta) / sqrt(var + eps) + bias, for statistics of any origin."""
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    if bias is None:
+        return scale, -delta * scale
+    return scale, torch.addcmul(bias.to(scale.dtype), delta, scale, value=-1)
+
+
 class Moments:
     r"""Statistics of x for every channel, or for every sample and channel: what a combine works with.
 
@@ -154,12 +166,7 @@ class Moments:
         """
         for name, t in (("weight", weight), ("bias", bias)):
             self._check_parameter("standardize", name, t)
-        scale = torch.rsqrt(self.var + eps)
-        if weight is not None:
-            scale = scale * weight
-        if bias is None:
-            return scale, -self.delta * scale
-        return scale, torch.addcmul(bias.to(scale.dtype), self.delta, scale, value=-1)
+        return standardized(self.delta, self.var, weight, bias, eps)
 
     def over_batch(self, weights: Tensor | None = None, group: Any = None) -> Moments:
         """One set for all samples, and for all ranks of the process group `group`.

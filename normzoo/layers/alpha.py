@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .. import checks, ranks
 from ..engine import normalize
-from ..moments import Moments
+from ..moments import Moments, standardized
 from ..passes import divisor
 from ..state import Running, finite, recomputing
 from . import native
@@ -106,11 +105,7 @@ def _with_mixed(
             stored_mean, stored_var = (t.to(m.pivot.dtype) for t in stored)
             delta = share * (stored_mean - m.pivot) + (1 - share) * delta
             var = share * stored_var + (1 - share) * var
-        scale = torch.rsqrt(var + eps)
-        if weight is not None:
-            scale = scale * weight
-        shift = -delta * scale
-        return scale, shift if bias is None else shift + bias, (batch.mean.detach(), var_of_batch)
+        return *standardized(delta, var, weight, bias, eps), (batch.mean.detach(), var_of_batch)
 
     return normalize(x, combine)
 

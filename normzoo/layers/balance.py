@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import checks, ranks
 from ..dispatch import transformed
 from ..engine import normalize
-from ..moments import Moments
+from ..moments import Moments, standardized
 from ..side_inputs import side_input
 from ..state import Running, average, recomputing, snapshot
 from . import native
@@ -91,11 +91,8 @@ def _with_balance(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Any]]:
     """(y, (mean, biased variance, count)) with the statistics of the batch, across ranks with `sync`."""
     sync = sync and ranks.size(process_group) > 1
-    if x.numel() == x.shape[1] and not sync:
-        raise ValueError(
-            f"{layer}: Expected more than 1 value per channel when training, got input size {tuple(x.shape)}; "
-            "use a larger batch or eval mode"
-        )
+    if not sync:
+        checks.several_values(layer, x, " or eval mode")
     if task_weight is not None:
         _check_task_weight(layer, x, task_weight)
         if task_ids is not None:
@@ -121,10 +118,7 @@ def _with_balance(
         # Σ w x with Σ w = 1 − lost, and the squares around that.
         missed = lost * batch.mean
         mean, var = batch.mean - missed, (1 - lost) * (batch.var + missed.square())
-        scale = torch.rsqrt(var + eps)
-        scale = scale if weight is None else scale * weight
-        shift = (missed - batch.delta) * scale
-        return scale, shift if bias is None else shift + bias, (mean, var, batch.sets.count)
+        return *standardized(batch.delta - missed, var, weight, bias, eps), (mean, var, batch.sets.count)
 
     return normalize(x, combine, per_sample=task_ids is not None)
 

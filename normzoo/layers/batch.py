@@ -79,11 +79,8 @@ def with_batch(
     """(y, statistics) with the statistics of the batch, across ranks with `sync`; None where not `wanted`."""
     sync = sync and ranks.size(process_group) > 1
     count = x.numel() // x.shape[1] if x.numel() else 0
-    if count == 1 and not sync:
-        raise ValueError(
-            f"{layer}: Expected more than 1 value per channel when training, got input size {tuple(x.shape)}; "
-            "use a larger batch or eval mode"
-        )
+    if not sync:
+        checks.several_values(layer, x, " or eval mode")
     if sync or use_kernel(x, weight, bias, fusible=False):
 
         def combine(m: Moments):

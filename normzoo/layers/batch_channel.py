@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import checks, ranks
 from ..engine import normalize
-from ..moments import Moments
+from ..moments import Moments, standardized
 from ..state import Running, advance, average, moved, recomputing, snapshot
 
 logger = logging.getLogger("normzoo")
@@ -112,11 +112,8 @@ class _Stages:
     def with_batch(self, x: Tensor, sync: bool = False, process_group: Any = None) -> tuple[Tensor, Any]:
         """(y, (mean, unbiased variance, count)) with the statistics of the batch."""
         sync = sync and ranks.size(process_group) > 1
-        if x.numel() == x.shape[1] and not sync:
-            raise ValueError(
-                f"{self.layer}: Expected more than 1 value per channel when training, got input size "
-                f"{tuple(x.shape)}; use a larger batch, eval mode, or estimate=True"
-            )
+        if not sync:
+            checks.several_values(self.layer, x, ", eval mode, or estimate=True")
 
         def combine(m: Moments):
             batch = m.over_batch()
@@ -149,16 +146,13 @@ class _Stages:
 
     def _by(self, m: Moments, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """(scale, shift) of the first stage by a given mean and variance."""
-        scale = torch.rsqrt(var.to(m.pivot.dtype) + self.batch_eps)
-        scale = scale if self.weight is None else scale * self.weight
-        shift = (m.pivot - mean) * scale
-        return scale, shift if self.bias is None else shift + self.bias
+        var = var.to(m.pivot.dtype)
+        return standardized(mean - m.pivot, var, self.weight, self.bias, self.batch_eps)
 
     def _then_groups(self, m: Moments, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """(scale, shift) of both stages, given those of the first."""
-        channels = m.pivot.shape[-1]
-        weight, bias = (_each(t, channels) for t in (self.channel_weight, self.channel_bias))
-        scale2, shift2 = m.affine(scale, shift).over_groups(self.num_groups).standardize(weight, bias, self.eps)
+        groups = m.affine(scale, shift).over_groups(self.num_groups)
+        scale2, shift2 = groups.standardize(self.channel_weight, self.channel_bias, self.eps)
         return scale * scale2, shift * scale2 + shift2
 
     def _normalize(self, x: Tensor, combine: Any) -> tuple[Tensor, Any]:
@@ -166,6 +160,7 @@ class _Stages:
         return normalize(x, combine, per_sample=True)
 
     def _check(self, x: Tensor) -> None:
+        """Refuses what does not fit, and brings what is one a group to one a channel."""
         groups, channels = self.num_groups, x.shape[1]
         if channels % groups:
             raise ValueError(f"{self.layer}: num_groups is {groups}; it must divide the {channels} channels")
@@ -177,6 +172,7 @@ class _Stages:
                 )
         weight, bias = (_each(t, channels) for t in (self.channel_weight, self.channel_bias))
         checks.channels(self.layer, x, None, channel_weight=weight, channel_bias=bias)
+        self.channel_weight, self.channel_bias = weight, bias
         if x.numel() and x[0].numel() == groups:
             raise ValueError(
                 f"{self.layer}: Expected more than 1 value per group, got input size {tuple(x.shape)} for "
