@@ -26,8 +26,10 @@ from .layers.instance import InstanceNorm1d as InstanceNorm1d
 from .layers.instance import InstanceNorm2d as InstanceNorm2d
 from .layers.instance import InstanceNorm3d as InstanceNorm3d
 from .layers.layer import LayerNorm as LayerNorm
+from .layers.power import PowerNorm as PowerNorm
 from .layers.rms import CRMSNorm as CRMSNorm
 from .layers.rms import RMSNorm as RMSNorm
+from .layers.unified import UnifiedNorm as UnifiedNorm
 from .side_inputs import inputs as inputs
 from .zoo import ZOO as ZOO
 

@@ -29,6 +29,11 @@ def positive(layer: str, argument: str, value: int) -> None:
         raise ValueError(f"{layer}: {argument} is {value!r}; it must be a positive int")
 
 
+def count(layer: str, argument: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{layer}: {argument} is {value!r}; it must be an int, 0 or more")
+
+
 def momentum(layer: str, value: float | None, *, average: bool = True) -> None:
     """A number from 0 to 1; with `average` also None."""
     if average and value is None:

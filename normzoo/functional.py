@@ -10,6 +10,8 @@ from .layers.group import group_norm as group_norm
 from .layers.instance import instance_norm as instance_norm
 from .layers.layer import add_layer_norm as add_layer_norm
 from .layers.layer import layer_norm as layer_norm
+from .layers.power import power_norm as power_norm
 from .layers.rms import add_rms_norm as add_rms_norm
 from .layers.rms import crms_norm as crms_norm
 from .layers.rms import rms_norm as rms_norm
+from .layers.unified import unified_norm as unified_norm

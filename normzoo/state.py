@@ -19,6 +19,7 @@ NONFINITE = ("propagate", "skip")
 
 _library = torch.library.Library("normzoo", "FRAGMENT")
 _library.define("snapshot(Tensor state) -> Tensor")
+_library.define("present(Tensor state, Tensor after) -> Tensor")
 
 
 def _snapshot(state: Tensor) -> Tensor:
@@ -43,6 +44,18 @@ def snapshot(state: Tensor) -> Tensor:
     the same, and there the operator raises.
     """
     return torch.ops.normzoo.snapshot(state.detach())
+
+
+_library.impl("present", lambda state, after: state.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("normzoo::present", lambda state, after: torch.empty_like(state), lib=_library)
+
+
+def present(state: Tensor, after: Tensor) -> Tensor:
+    """The value of a buffer in a backward pass, which has `after`, a gradient.
+
+    Without something of the backward pass among its inputs, torch.compile would read it in the forward pass.
+    """
+    return torch.ops.normzoo.present(state.detach(), after.detach())
 
 
 def recomputing() -> bool:
@@ -93,48 +106,47 @@ def finite(*statistics: Tensor) -> Tensor:
     return torch.stack([torch.isfinite(s).all() for s in statistics]).all()
 
 
-class Running(_NormBase):
-    """What layers with batch statistics share: options, checks, and running averages of mean and variance.
+class Guarded(_NormBase):
+    """What layers with stored statistics share: options across ranks, and what guards the state.
 
     Args:
         sync: whether statistics are those of all ranks of `process_group`; no difference where
             torch.distributed is not set up or has one rank.
         process_group: None means the world.
         nonfinite: what a batch with NaN or infinite statistics does to the state: ``"propagate"`` (as in torch,
-            it stays NaN) or ``"skip"`` (the state stays as it is, num_batches_tracked included, and
-            ``batches_skipped`` counts); so too where the statistics do not fit the dtype of the buffers.
+            it stays NaN) or ``"skip"`` (the state stays as it is, counters included, and ``batches_skipped``
+            counts); so too where the statistics do not fit the dtype of the buffers.
 
     Raises:
         ValueError, TypeError: an argument is out of its range, or without effect.
     """
 
     batches_skipped: Tensor | None
+    _usual = "propagate"
+    """The default of `nonfinite`."""
 
     def __init__(
         self,
         num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device=None,
-        dtype=None,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        device,
+        dtype,
         *,
-        bias: bool = True,
-        sync: bool = False,
-        process_group: Any = None,
-        nonfinite: str = "propagate",
+        bias: bool,
+        sync: bool,
+        process_group: Any,
+        nonfinite: str,
     ) -> None:
         layer = type(self).__name__
         checks.positive(layer, "num_features", num_features)
         checks.eps(layer, eps)
-        checks.momentum(layer, momentum)
         checks.choice(layer, "nonfinite", nonfinite, NONFINITE)
         checks.flag(layer, "sync", sync)
         if process_group is not None and not sync:
             raise ValueError(f"{layer}: process_group is given and sync is False; it needs sync=True")
-        if nonfinite == "skip" and not track_running_stats:
-            raise ValueError(f'{layer}: nonfinite="skip" needs track_running_stats=True, it is False')
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:  # torch 2.11 has no such argument
             self.register_parameter("bias", None)
@@ -155,13 +167,62 @@ class Running(_NormBase):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + self._options()
-
     def _options(self) -> str:
         """sync and nonfinite, where they are not the usual ones, for the end of extra_repr."""
         extra = ", sync=True" if self.sync else ""
-        return extra if self.nonfinite == "propagate" else f"{extra}, nonfinite={self.nonfinite!r}"
+        return extra if self.nonfinite == self._usual else f"{extra}, nonfinite={self.nonfinite!r}"
+
+    def _commit(
+        self, updates: list[tuple[Tensor, Tensor]], counted: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> None:
+        """Writes new statistics, and counters along with them, as `nonfinite` says."""
+        if self.batches_skipped is None or not updates:
+            commit([*updates, *counted])
+            return
+        good = finite(*(new for _, new in updates))
+        commit([*updates, *counted], good)
+        self._count_skipped(lambda: good)
+
+    def _count_skipped(self, good: Callable[[], Tensor]) -> None:
+        """Counts a batch unless it is `good`, which is asked for only where batches are counted."""
+        if self.batches_skipped is not None:
+            commit([(self.batches_skipped, self.batches_skipped + 1)], ~good())
+
+
+class Running(Guarded):
+    """Running averages of mean and variance.
+
+    Args:
+        sync, process_group, nonfinite: as in :class:`Guarded`.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range, or without effect.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        sync: bool = False,
+        process_group: Any = None,
+        nonfinite: str = "propagate",
+    ) -> None:
+        layer = type(self).__name__
+        checks.momentum(layer, momentum)
+        if nonfinite == "skip" and not track_running_stats:
+            raise ValueError(f'{layer}: nonfinite="skip" needs track_running_stats=True, it is False')
+        shared = {"bias": bias, "sync": sync, "process_group": process_group, "nonfinite": nonfinite}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **shared)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self._options()
 
     def _stored(self) -> tuple[Tensor, Tensor]:
         """The running mean and variance."""
@@ -185,19 +246,3 @@ class Running(_NormBase):
             factor = 0.0 if number is None else batches / number.to(mean.dtype)
         counted = [] if tracked is None or number is None else [(tracked, number)]
         self._commit(moved(((running_mean, mean), (running_var, var)), count, factor), counted)
-
-    def _commit(
-        self, updates: list[tuple[Tensor, Tensor]], counted: Sequence[tuple[Tensor, Tensor]] = ()
-    ) -> None:
-        """Writes new statistics, and counters along with them, as `nonfinite` says."""
-        if self.batches_skipped is None or not updates:
-            commit([*updates, *counted])
-            return
-        good = finite(*(new for _, new in updates))
-        commit([*updates, *counted], good)
-        self._count_skipped(lambda: good)
-
-    def _count_skipped(self, good: Callable[[], Tensor]) -> None:
-        """Counts a batch unless it is `good`, which is asked for only where batches are counted."""
-        if self.batches_skipped is not None:
-            commit([(self.batches_skipped, self.batches_skipped + 1)], ~good())

@@ -19,7 +19,9 @@ from .layers.ghost import GhostBatchNorm
 from .layers.group import GroupNorm
 from .layers.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .layers.layer import LayerNorm
+from .layers.power import PowerNorm
 from .layers.rms import CRMSNorm, RMSNorm
+from .layers.unified import UnifiedNorm
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Entry:
     function: Callable
     title: str
     family: str
-    """The engine, ``rows`` or ``channels``."""
+    """The engine: ``rows``, ``channels`` or ``running``."""
     layout: str
     """Shape of the input."""
     kernel: bool
@@ -45,6 +47,8 @@ class Entry:
     """Whether it takes statistics of the input in eval mode too, where it couples samples in training."""
     constant: bool = False
     """Whether the statistics of the batch are constants for autograd."""
+    approximate: bool = False
+    """Whether the backward pass in training is no derivative of the forward pass."""
     official: str = ""
     """The authors' code, where there is any."""
     added: Callable | None = None
@@ -255,6 +259,32 @@ ZOO: tuple[Entry, ...] = (
         arguments=(16, 4),
         variants=({}, {"channel_affine": "channel", "eps": 1e-3}, {"nonfinite": "skip", "momentum": None}),
         sample=_images,
+    ),
+    Entry(
+        cls=PowerNorm,
+        function=functional.power_norm,
+        title="PowerNorm",
+        family="running",
+        layout="(*, C)",
+        kernel=False,
+        couples_samples=True,
+        approximate=True,
+        paper="2003.07845",
+        official="sIncerass/powernorm",
+        variants=({}, {"group_num": 4, "warmup_iters": 0}, {"group_num": None, "backward": "paper"}),
+    ),
+    Entry(
+        cls=UnifiedNorm,
+        function=functional.unified_norm,
+        title="Unified normalization",
+        family="running",
+        layout="(*, C)",
+        kernel=False,
+        couples_samples=True,
+        approximate=True,
+        paper="2208.01313",
+        official="hikvision-research/Unified-Normalization",
+        variants=({}, {"window_size": 1, "affine": False}, {"outlier_filtration": True, "warmup_iters": 0}),
     ),
 )
 

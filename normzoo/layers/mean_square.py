@@ -1,0 +1,221 @@
+"""What norms by a mean square share: layouts, padding, stored state, and the map by a given mean square."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, sweeps
+from ..dispatch import transformed
+from ..engine import normalize
+from ..moments import Moments
+from ..running import Rule, run
+from ..side_inputs import side_input
+from ..state import Guarded, commit, finite, recomputing
+
+
+def check_input(
+    layer: str,
+    x: Tensor,
+    number: int | None,
+    channel_dim: int,
+    groups: int | None = None,
+    pad_mask: Tensor | None = None,
+    **tensors: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """(x, pad_mask) with the channels of x in dimension 1, after all checks; `tensors` are (C,) or None."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{layer}: the input is a {type(x).__name__}; it must be a torch.Tensor")
+    if x.dim() < 2 or not -x.dim() <= channel_dim < x.dim() or channel_dim in (0, -x.dim()):
+        raise ValueError(
+            f"{layer}: the input has shape {tuple(x.shape)} and channel_dim is {channel_dim}; it must have two "
+            "dimensions or more, and the channels not be the first"
+        )
+    if number is not None and x.shape[channel_dim] != number:
+        raise ValueError(
+            f"{layer}: num_features is {number} but the input has shape {tuple(x.shape)}; its dimension "
+            f"{channel_dim} must match, or channel_dim say where the channels are"
+        )
+    if pad_mask is not None:
+        _check_mask(layer, x, channel_dim, pad_mask)
+    x = x.movedim(channel_dim, 1)
+    checks.channels(layer, x, None, **tensors)
+    if groups is not None and x.shape[1] % groups:
+        raise ValueError(f"{layer}: group_num is {groups}; it must divide the {x.shape[1]} channels")
+    return x, pad_mask
+
+
+def _check_mask(layer: str, x: Tensor, channel_dim: int, pad_mask: Tensor) -> None:
+    if not isinstance(pad_mask, Tensor) or pad_mask.dtype != torch.bool:
+        what = pad_mask.dtype if isinstance(pad_mask, Tensor) else f"a {type(pad_mask).__name__}"
+        raise TypeError(
+            f"{layer}: pad_mask is {what}; it must be a tensor of bool, True for padding: pad_mask.bool()"
+        )
+    channel = channel_dim % x.dim()
+    wanted = (*x.shape[:channel], *x.shape[channel + 1 :])
+    if pad_mask.shape != wanted:
+        raise ValueError(
+            f"{layer}: pad_mask has shape {tuple(pad_mask.shape)} but the input has shape {tuple(x.shape)}; it "
+            f"must be {wanted}, the input without its channels"
+        )
+    checks.same_device(layer, "pad_mask", pad_mask, x)
+
+
+def check_group_num(layer: str, group_num: int | None, num_features: int | None = None) -> None:
+    if group_num is None:
+        return
+    checks.positive(layer, "group_num", group_num)
+    if num_features is not None and num_features % group_num:
+        raise ValueError(
+            f"{layer}: group_num is {group_num}; it must divide num_features = {num_features}, or be None for "
+            "no group scaling"
+        )
+
+
+def check_channel_dim(layer: str, channel_dim: int) -> None:
+    if not isinstance(channel_dim, int) or isinstance(channel_dim, bool) or channel_dim == 0:
+        raise ValueError(
+            f"{layer}: channel_dim is {channel_dim!r}; it must be an int other than 0, such as -1 for "
+            "(*, C) and 1 for (N, C, *)"
+        )
+
+
+def with_stored(
+    x: Tensor, stored: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int | None
+) -> Tensor:
+    """weight · u / sqrt(stored + eps) + bias for x (N, C, \\*), differentiable."""
+    u, _ = sweeps.unit(x, groups)
+    r = torch.rsqrt(stored.to(u.dtype) + eps)
+    return sweeps.scaled(u, r if weight is None else r * weight, bias).to(x.dtype)
+
+
+def with_batch(
+    x: Tensor,
+    pad_mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    groups: int | None,
+) -> Tensor:
+    """The same by the mean square of the batch, with its true gradient: PN-V of the PowerNorm paper."""
+
+    def combine(m: Moments):
+        q = (m.var + m.mean.square())[:1] if pad_mask is not None else m.var + m.mean.square()
+        scale = torch.rsqrt(q + eps)
+        scale = scale if weight is None else scale * weight
+        shift = m.pivot * scale
+        return scale, shift if bias is None else shift + bias
+
+    u = x if groups is None else sweeps.unit(x, groups)[0]
+    return normalize(u, combine, mask=pad_mask)[0].to(x.dtype)
+
+
+class MeanSquareNorm(Guarded):
+    """A layer that divides by the root of a mean square. Its state stays in float32 whatever is cast.
+
+    Squares of half precision overflow above 255, and a mean of logarithms of theirs is a coarse thing.
+    """
+
+    side_inputs = ("pad_mask",)
+    gradients_skipped: Tensor | None
+    _usual = "skip"
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float,
+        affine: bool,
+        channel_dim: int,
+        device,
+        dtype,
+        *,
+        bias: bool,
+        sync: bool,
+        process_group: Any,
+        nonfinite: str,
+    ) -> None:
+        check_channel_dim(type(self).__name__, channel_dim)
+        options = {"bias": bias, "sync": sync, "process_group": process_group, "nonfinite": nonfinite}
+        super().__init__(num_features, eps, None, affine, False, device, dtype, **options)
+        self.channel_dim = channel_dim
+        skipped = torch.zeros((), dtype=torch.long, device=device) if nonfinite == "skip" else None
+        self.register_buffer("gradients_skipped", skipped, persistent=False)
+
+    def _statistic(self, name: str, start: float, *shape: int, device=None) -> None:
+        self.register_buffer(name, torch.full(shape, start, dtype=torch.float32, device=device))
+
+    def _counter(self, name: str, device=None) -> None:
+        self.register_buffer(name, torch.zeros((), dtype=torch.long, device=device))
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, buffer) of those that a checkpoint holds."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None and name not in self._non_persistent_buffers_set:
+                yield name, buffer
+
+    def _apply(self, fn, recurse: bool = True):
+        before = dict(self._state())
+        super()._apply(fn, recurse)
+        for name, now in [*self._state()]:
+            if now.dtype in (torch.float16, torch.bfloat16) and before[name].dtype != now.dtype:
+                self._buffers[name] = before[name].to(now.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, own in self._state():
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.squeeze().shape == own.squeeze().shape:
+                state_dict[prefix + name] = given.reshape(own.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        skipped = getattr(self, "gradients_skipped", None)
+        if skipped is not None:
+            skipped.zero_()
+
+    def _train(self, x: Tensor, pad_mask: Tensor | None, groups: int | None, rule: Rule) -> tuple[Tensor, Any]:
+        """(y, new state) of a step in training."""
+        layer = type(self).__name__
+        if recomputing():
+            raise RuntimeError(
+                f"{layer}: it normalises by running statistics that have moved since the forward pass, so that "
+                "activation checkpointing would give wrong gradients; leave it out of the checkpoint"
+            )
+        if transformed() and not torch.compiler.is_exporting():
+            raise RuntimeError(
+                f"{layer}: in training its backward pass is no derivative, so that torch.func and forward-mode "
+                "AD cannot go through it; use eval mode"
+            )
+        how = (self.weight, self.bias, groups, rule, self.sync, self.process_group)
+        return run(x, pad_mask, *how)
+
+    def _padding(self, pad_mask: Tensor | None) -> Tensor | None:
+        if pad_mask is None and self.training:
+            return side_input(self, "pad_mask", required=False)
+        return pad_mask
+
+    def _fits(self, *statistics: Tensor) -> Tensor:
+        """Whether new statistics may be stored: a bool on the device."""
+        if self.nonfinite == "skip":
+            return finite(*statistics)
+        return torch.ones((), dtype=torch.bool, device=statistics[0].device)
+
+    def _write(self, updates: Sequence[tuple[Tensor, Tensor]], good: Tensor) -> None:
+        """Commits what a forward pass found, if it is `good`."""
+        commit(updates, good)
+        self._count_skipped(lambda: good)
+
+    def _drawn(
+        self, updates: Sequence[tuple[Tensor, Tensor, Tensor]], counted: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(buffer, value to commit) of the (buffer, old, new) that a backward pass found; `counted`: whether
+        its forward pass was."""
+        good = counted & self._fits(*(new for _, _, new in updates))
+        for buffer, old, new in updates:
+            yield buffer, torch.where(good, new, old)
+        if self.gradients_skipped is not None:
+            yield self.gradients_skipped, self.gradients_skipped + (counted & ~good)

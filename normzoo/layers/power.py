@@ -1,0 +1,217 @@
+r"""PowerNorm: division by a running quadratic mean, with a running correction of the gradient.
+
+Shen, Yao, Gholami, Mahoney and Keutzer, *PowerNorm: Rethinking Batch Normalization in Transformers*, ICML 2020,
+arXiv:2003.07845; code sIncerass/powernorm. There a group scaling comes before it, which is an RMSNorm of each
+token in `group_num` groups, and a warm-up in which the forward pass goes by the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..state import average, present, snapshot
+from .mean_square import (
+    MeanSquareNorm,
+    check_channel_dim,
+    check_group_num,
+    check_input,
+    with_batch,
+    with_stored,
+)
+
+BACKWARDS = ("official", "paper")
+
+
+def power_norm(
+    x: Tensor,
+    running_phi: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    group_num: int | None = 1,
+    channel_dim: int = -1,
+    pad_mask: Tensor | None = None,
+) -> Tensor:
+    r"""y = weight · u / sqrt(phi + eps) + bias, where u = x / (root mean square of the group of channels).
+
+    Args:
+        x: (\*, C), or with the channels in `channel_dim`; any real floating dtype.
+        running_phi: (C,), a mean of u²; None takes that of x, and then this is PN-V of the paper, with its true
+            gradient.
+        weight, bias: (C,) or None, of any floating dtype.
+        eps: added to phi; positive. Groups have 1e-5.
+        group_num: groups of C / group_num neighbouring channels; None for u = x.
+        channel_dim: where the channels are, not the first dimension.
+        pad_mask: bool, the shape of x without its channels, True for padding, which a mean of x leaves out.
+
+    Returns:
+        Shape and dtype of `x`, under autocast too.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not fit together.
+
+    >>> import torch
+    >>> power_norm(torch.tensor([[3.0, 0.0], [5.0, 0.0]]), torch.tensor([4.0, 1.0]), group_num=None)
+    tensor([[1.5000, 0.0000],
+            [2.5000, 0.0000]])
+    """
+    check_channel_dim("power_norm", channel_dim)
+    check_group_num("power_norm", group_num)
+    checks.eps("power_norm", eps)
+    parts = {"running_phi": running_phi, "weight": weight, "bias": bias}
+    x, pad_mask = check_input("power_norm", x, None, channel_dim, group_num, pad_mask, **parts)
+    if running_phi is None:
+        y = with_batch(x, pad_mask, weight, bias, eps, group_num)
+    else:
+        y = with_stored(x, running_phi, weight, bias, eps, group_num)
+    return y.movedim(1, channel_dim)
+
+
+@dataclass
+class _Power:
+    """The arithmetic of a step t, in the paper's words: phi is a mean of squares, nu corrects the gradient."""
+
+    layer: PowerNorm
+
+    def forward(self, q: Tensor, whole: Tensor, some: Tensor | None):
+        layer = self.layer
+        phi, before = snapshot(layer.running_phi).to(q.dtype), snapshot(layer.iters)
+        t, warmup = before + 1, layer.warmup_iters
+        if some is not None:
+            q = torch.where(some, q, phi)
+        d = torch.where(t <= warmup, q, phi)
+        # In warm-up a plain average runs beside the exponential one; it stops a step before the end.
+        plain = torch.where(t < warmup, phi * ((t - 1) / t) + q / t, phi)
+        moved = average(plain, q, 1 - layer.alpha_fwd)
+        good = layer._fits(moved)
+        r = torch.rsqrt(d + layer.eps)
+        inverse = r if layer.backward == "paper" else torch.rsqrt(q + layer.eps)
+        counted = good
+        if some is not None:
+            moved, t, counted = torch.where(some, moved, phi), before + some, good & some
+        return r, (r, inverse, whole * r.square(), counted), (moved, t, good)
+
+    def backward(self, kept: Sequence[Tensor], weight: Tensor | None, slope: Tensor, after: Tensor):
+        r, inverse, power, counted = kept
+        layer = self.layer
+        ema = present(layer.ema_gz, after).to(r.dtype)
+        w = 1 if weight is None else weight.to(r.dtype)
+        nu = (1 - layer.alpha_bkw) * ema
+        moved = ema + w * r * slope - nu * power
+        return w * inverse, -nu * r * inverse, r, layer._drawn([(layer.ema_gz, ema, moved)], counted)
+
+
+class PowerNorm(MeanSquareNorm):
+    r"""y = weight · u / sqrt(running_phi + eps) + bias, where u is x after group scaling.
+
+    In the first `warmup_iters` steps of training the mean square of the batch stands for running_phi, later
+    that from before the step, so that no token sees the others. The gradient is the paper's approximation: the
+    statistic counts as a constant, and a running mean of past gradients (`ema_gz`) corrects it, in warm-up too.
+
+    Args:
+        num_features: C.
+        eps: added to the mean square; positive. Groups have 1e-5.
+        alpha_fwd, alpha_bkw: weight of the old value in running_phi and in the correction, from 0 to 1.
+        affine: whether there are a weight and a bias. The authors' class always has them.
+        warmup_iters: steps that go by the batch. With 0 the first step divides by 1, the start of running_phi.
+        group_num: groups of C / group_num neighbouring channels, each scaled to a root mean square of one at
+            every token; 1 is an RMSNorm before the layer. None for none, which alone folds into a neighbour
+            (:func:`normzoo.fold`) but is less stable in training.
+        backward: ``"official"``: the gradient is divided by the root of the batch's own mean square, as in the
+            authors' code; ``"paper"``: by the number that the forward pass divided by.
+        channel_dim: where the channels are: -1 for tokens (\*, C), 1 for (N, C, \*).
+        sync: take the mean square, and the statistics of the gradient, over all ranks of `process_group`.
+        process_group: None means the world.
+        nonfinite: ``"skip"``: a batch or a gradient that is not finite, such as in an overflow step of AMP,
+            leaves the state as it is, and ``batches_skipped`` or ``gradients_skipped`` counts;
+            ``"propagate"``: it is lost for ever, as in the authors' code.
+        bias: whether an affine layer has a bias.
+
+    A call takes `pad_mask`, bool, of the shape of the input without its channels, True for padding, or finds it
+    in ``with normzoo.inputs(model, pad_mask=...)``. Padding is normalized, but left out of the mean square; it
+    counts in the statistics of the gradient, as in the authors' code. A batch of padding alone moves nothing.
+
+    State: `running_phi`, `ema_gz`, (C,) float32 whatever the layer is cast to, and `iters`. Checkpoints of the
+    authors' code load as they are.
+
+    PN-V of the paper is :func:`normzoo.functional.power_norm` without running_phi, and as a layer
+    ``UnifiedNorm(num_features, window_size=1)``. Activation checkpointing is an error in training, for the
+    state has moved when it recomputes.
+
+    Raises:
+        ValueError, TypeError: an argument, or the input of a call, does not fit.
+
+    >>> import torch
+    >>> layer = PowerNorm(2, warmup_iters=2, group_num=None)
+    >>> layer(torch.tensor([[3.0, 1.0], [4.0, 1.0]])).detach()
+    tensor([[0.8485, 1.0000],
+            [1.1314, 1.0000]])
+    >>> layer.running_phi
+    tensor([12.5000,  1.0000])
+    """
+
+    running_phi: Tensor
+    ema_gz: Tensor
+    iters: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        alpha_fwd: float = 0.9,
+        alpha_bkw: float = 0.9,
+        affine: bool = True,
+        warmup_iters: int = 10000,
+        group_num: int | None = 1,
+        backward: str = "official",
+        channel_dim: int = -1,
+        *,
+        bias: bool = True,
+        sync: bool = False,
+        process_group: Any = None,
+        nonfinite: str = "skip",
+        device=None,
+        dtype=None,
+    ) -> None:
+        checks.share("PowerNorm", "alpha_fwd", alpha_fwd)
+        checks.share("PowerNorm", "alpha_bkw", alpha_bkw)
+        checks.count("PowerNorm", "warmup_iters", warmup_iters)
+        checks.positive("PowerNorm", "num_features", num_features)
+        check_group_num("PowerNorm", group_num, num_features)
+        checks.choice("PowerNorm", "backward", backward, BACKWARDS)
+        options = {"bias": bias, "sync": sync, "process_group": process_group, "nonfinite": nonfinite}
+        super().__init__(num_features, eps, affine, channel_dim, device, dtype, **options)
+        self.alpha_fwd, self.alpha_bkw, self.warmup_iters = alpha_fwd, alpha_bkw, warmup_iters
+        self.group_num, self.backward = group_num, backward
+        self._statistic("running_phi", 1.0, num_features, device=device)
+        self._statistic("ema_gz", 0.0, num_features, device=device)
+        self._counter("iters", device=device)
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        if "iters" in self._buffers:  # torch's constructor calls this before there is one
+            self.running_phi.fill_(1)
+            self.ema_gz.zero_()
+            self.iters.zero_()
+
+    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        pad_mask = self._padding(pad_mask)
+        own = (self.num_features, self.channel_dim, None, pad_mask)
+        x, pad_mask = check_input("PowerNorm", x, *own, weight=self.weight)
+        if self.training:
+            y, (phi, iters, good) = self._train(x, pad_mask, self.group_num, _Power(self))
+            self._write(((self.running_phi, phi), (self.iters, iters)), good)
+        else:
+            y = with_stored(x, self.running_phi, self.weight, self.bias, self.eps, self.group_num)
+        return y.movedim(1, self.channel_dim)
+
+    def extra_repr(self) -> str:
+        said = f"{self.num_features}, eps={self.eps}, alpha_fwd={self.alpha_fwd}, alpha_bkw={self.alpha_bkw}"
+        said += f", affine={self.affine}, warmup_iters={self.warmup_iters}, group_num={self.group_num}"
+        return f"{said}, backward={self.backward!r}, channel_dim={self.channel_dim}{self._options()}"
