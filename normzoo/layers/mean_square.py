@@ -24,9 +24,10 @@ def check_input(
     channel_dim: int,
     groups: int | None = None,
     pad_mask: Tensor | None = None,
-    **tensors: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """(x, pad_mask) with the channels of x in dimension 1, after all checks; `tensors` are (C,) or None."""
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x with its channels in dimension 1, after all checks."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{layer}: the input is a {type(x).__name__}; it must be a torch.Tensor")
     if x.dim() < 2 or not -x.dim() <= channel_dim < x.dim() or channel_dim in (0, -x.dim()):
@@ -42,10 +43,10 @@ def check_input(
     if pad_mask is not None:
         _check_mask(layer, x, channel_dim, pad_mask)
     x = x.movedim(channel_dim, 1)
-    checks.channels(layer, x, None, **tensors)
+    checks.channels(layer, x, None, weight=weight, bias=bias)
     if groups is not None and x.shape[1] % groups:
         raise ValueError(f"{layer}: group_num is {groups}; it must divide the {x.shape[1]} channels")
-    return x, pad_mask
+    return x
 
 
 def _check_mask(layer: str, x: Tensor, channel_dim: int, pad_mask: Tensor) -> None:

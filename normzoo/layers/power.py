@@ -64,8 +64,8 @@ def power_norm(
     check_channel_dim("power_norm", channel_dim)
     check_group_num("power_norm", group_num)
     checks.eps("power_norm", eps)
-    parts = {"running_phi": running_phi, "weight": weight, "bias": bias}
-    x, pad_mask = check_input("power_norm", x, None, channel_dim, group_num, pad_mask, **parts)
+    x = check_input("power_norm", x, None, channel_dim, group_num, pad_mask, weight, bias)
+    checks.channels("power_norm", x, None, running_phi=running_phi)
     if running_phi is None:
         y = with_batch(x, pad_mask, weight, bias, eps, group_num)
     else:
@@ -121,8 +121,8 @@ class PowerNorm(MeanSquareNorm):
         affine: whether there are a weight and a bias. The authors' class always has them.
         warmup_iters: steps that go by the batch. With 0 the first step divides by 1, the start of running_phi.
         group_num: groups of C / group_num neighbouring channels, each scaled to a root mean square of one at
-            every token; 1 is an RMSNorm before the layer. None for none, which alone folds into a neighbour
-            (:func:`normzoo.fold`) but is less stable in training.
+            every token; 1 is an RMSNorm before the layer. None for none, which alone can be folded into a
+            neighbour at inference but is less stable in training.
         backward: ``"official"``: the gradient is divided by the root of the batch's own mean square, as in the
             authors' code; ``"paper"``: by the number that the forward pass divided by.
         channel_dim: where the channels are: -1 for tokens (\*, C), 1 for (N, C, \*).
@@ -203,7 +203,7 @@ class PowerNorm(MeanSquareNorm):
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         pad_mask = self._padding(pad_mask)
         own = (self.num_features, self.channel_dim, None, pad_mask)
-        x, pad_mask = check_input("PowerNorm", x, *own, weight=self.weight)
+        x = check_input("PowerNorm", x, *own, self.weight)
         if self.training:
             y, (phi, iters, good) = self._train(x, pad_mask, self.group_num, _Power(self))
             self._write(((self.running_phi, phi), (self.iters, iters)), good)

@@ -58,8 +58,8 @@ def unified_norm(
     """
     check_channel_dim("unified_norm", channel_dim)
     checks.eps("unified_norm", eps)
-    parts = {"running_var": running_var, "weight": weight, "bias": bias}
-    x, pad_mask = check_input("unified_norm", x, None, channel_dim, None, pad_mask, **parts)
+    x = check_input("unified_norm", x, None, channel_dim, None, pad_mask, weight, bias)
+    checks.channels("unified_norm", x, None, running_var=running_var)
     if running_var is None:
         y = with_batch(x, pad_mask, weight, bias, eps, None)
     else:
@@ -140,7 +140,7 @@ class UnifiedNorm(MeanSquareNorm):
     is full. The gradient is the paper's approximation, with a smoothed statistic of past gradients, also in
     warm-up. After 1000 steps, and after the warm-up, it is also compensated: weight and input get the gradients
     of a layer that had divided by the root of running_var, within a factor of 5. Eval mode divides by
-    running_var, and folds into a neighbour (:func:`normzoo.fold`).
+    running_var, and can be folded into a neighbour.
 
     Args:
         num_features: C.
@@ -230,7 +230,7 @@ class UnifiedNorm(MeanSquareNorm):
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         pad_mask = self._padding(pad_mask)
         own = (self.num_features, self.channel_dim, None, pad_mask)
-        x, pad_mask = check_input("UnifiedNorm", x, *own, weight=self.weight)
+        x = check_input("UnifiedNorm", x, *own, self.weight)
         if self.training:
             y, (*new, good) = self._train(x, pad_mask, None, _Unified(self))
             buffers = (self.running_var, self.buffer_x2, self.iters, self.skip_counter)
