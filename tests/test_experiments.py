@@ -226,7 +226,8 @@ def test_what_is_printed(capsys, quick, monkeypatch):
     [
         (
             ["alpha"],
-            "there is no experiment 'alpha'; there are alpha-digits, bcn-micro-batch, adab2n-forgetting",
+            "there is no experiment 'alpha'; there are alpha-digits, bcn-micro-batch, adab2n-forgetting, "
+            "power_norm",
         ),
         (["alpha-digits", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
         (["alpha-digits", "--output", "/nowhere"], "there is no folder /nowhere; make it first"),

@@ -59,7 +59,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"there is no experiment {arguments.name!r}; there are {', '.join(EXPERIMENTS)}")
     if arguments.seeds is not None and arguments.seeds < 1:
         raise ValueError(f"--seeds is {arguments.seeds}; it must be at least 1")
-    if find_spec("sklearn") is None:
+    if EXPERIMENTS[arguments.name].digits and find_spec("sklearn") is None:
         raise ValueError(
             "the digits come with scikit-learn, which is not installed; try `pip install scikit-learn`"
         )

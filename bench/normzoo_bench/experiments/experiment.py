@@ -49,6 +49,8 @@ class Experiment:
     """Of a document."""
     draw: Callable[[dict], str]
     """An SVG of a document."""
+    digits: bool = True
+    """Whether its data come with scikit-learn."""
 
 
 def measure(experiment: Experiment, seeds: int | None = None, quick: bool = False) -> dict:
@@ -62,7 +64,9 @@ def measure(experiment: Experiment, seeds: int | None = None, quick: bool = Fals
     rows: list[dict] = []
     begun = time.process_time()
     with _repeatable(), progress(experiment.name, settings.seeds) as step:
-        surroundings = environment("cpu") | {"scikit-learn": version("sklearn", "scikit-learn")}
+        surroundings = environment("cpu")
+        if experiment.digits:
+            surroundings["scikit-learn"] = version("sklearn", "scikit-learn")
         for seed in range(settings.seeds):
             for i, (tried, numbers) in enumerate(experiment.run(settings, seed)):
                 if seed == 0:
@@ -110,19 +114,22 @@ def standard_error(numbers: Sequence[float]) -> float | None:
     return None if found is None else found / len(numbers) ** 0.5
 
 
-def spread(numbers: Sequence[float]) -> str:
+def spread(numbers: Sequence[float], places: int = 1) -> str:
     """``mean ± standard deviation``, of one seed the number."""
-    return _around(f"{statistics.mean(numbers):.1f}", deviation(numbers))
+    return _around(f"{statistics.mean(numbers):.{places}f}", deviation(numbers), places)
 
 
-def difference(numbers: Sequence[float]) -> str:
+def difference(numbers: Sequence[float], places: int = 1) -> str:
     """``mean ± standard error`` of differences, with their sign."""
-    mean = round(statistics.mean(numbers), 1) + 0.0  # no minus before a zero
-    return _around(f"{mean:+.1f}".replace("-", "−"), standard_error(numbers))
+    return _around(signed(statistics.mean(numbers), places), standard_error(numbers), places)
 
 
-def _around(text: str, width: float | None) -> str:
-    return text if width is None else f"{text} ± {width:.1f}"
+def signed(number: float, places: int = 1) -> str:
+    return f"{round(number, places) + 0.0:+.{places}f}".replace("-", "−")  # no minus before a zero
+
+
+def _around(text: str, width: float | None, places: int) -> str:
+    return text if width is None else f"{text} ± {width:.{places}f}"
 
 
 def command(document: dict, experiment: Experiment) -> str:
@@ -136,10 +143,11 @@ def command(document: dict, experiment: Experiment) -> str:
 def where(document: dict) -> str:
     """How many seeds, on what, and how long it took, in a sentence."""
     found, seeds = document["environment"], document["settings"]["seeds"]
+    versions = [f"torch {found['torch']}", f"Python {found['python']}"]
+    versions += [f"{name} {found[name]}" for name in ("scikit-learn",) if name in found]
     return (
         f"Mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}; {document['cpu_seconds']:.0f} s of "
-        f"one thread of {found['cpu'] or 'an unknown CPU'}, torch {found['torch']}, Python {found['python']}, "
-        f"scikit-learn {found['scikit-learn']}."
+        f"one thread of {found['cpu'] or 'an unknown CPU'}, {', '.join(versions)}."
     )
 
 
