@@ -133,8 +133,9 @@ class PowerNorm(MeanSquareNorm):
             ``"propagate"``: it is lost for ever, as in the authors' code.
         bias: whether an affine layer has a bias.
 
-    A call takes `pad_mask`, bool, of the shape of the input without its channels, True for padding, or finds it
-    in ``with normzoo.inputs(model, pad_mask=...)``. Padding is normalized, but left out of the mean square; it
+    Input (\*, C) or as `channel_dim` says, output alike in shape and dtype. A call also takes `pad_mask`, bool, of
+    the shape of the input without its channels, True for padding, or finds it in
+    ``with normzoo.inputs(model, pad_mask=...)``. Padding is normalized, but left out of the mean square; it
     counts in the statistics of the gradient, as in the authors' code. A batch of padding alone moves nothing.
 
     State: `running_phi`, `ema_gz`, (C,) float32 whatever the layer is cast to, and `iters`. Checkpoints of the

@@ -73,6 +73,16 @@ class _Unified:
 
     layer: UnifiedNorm
 
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        layer = self.layer
+        moved = (layer._stored_var(), layer.buffer_x2, layer.iters, layer.skip_counter)
+        return *moved, *layer._counter_of("batches_skipped")
+
+    @property
+    def gradient_state(self) -> tuple[Tensor, ...]:
+        return self.layer.ema_gz, self.layer.buffer_gz, *self.layer._counter_of("gradients_skipped")
+
     def forward(self, q: Tensor, whole: Tensor, some: Tensor | None):
         layer = self.layer
         stored, squares = (snapshot(b).to(q.dtype) for b in (layer.running_var, layer.buffer_x2))
@@ -125,8 +135,8 @@ def _slot(window: Tensor, t: Tensor) -> Tensor:
 
 
 def _geometric_mean(window: Tensor, q: Tensor, eps: float) -> Tensor:
-    """Of each channel, over the steps where it was above eps; q where it never was."""
-    alive = window > eps
+    """Of each channel, over the steps where it was above eps; q where it never was. A NaN goes on."""
+    alive = ~(window <= eps)
     logs = torch.where(alive, window, 1).log().sum(0)
     number = alive.sum(0)
     found = (logs / number.clamp(min=1)).exp()
@@ -156,7 +166,8 @@ class UnifiedNorm(MeanSquareNorm):
         affine: whether there are a weight and a bias. The authors' class always has them.
         sync, process_group, nonfinite, bias: as in :class:`normzoo.PowerNorm`.
 
-    A call takes `pad_mask` as :class:`normzoo.PowerNorm` does.
+    Input (\*, C) or as `channel_dim` says, output alike in shape and dtype. A call also takes `pad_mask`, as
+    :class:`normzoo.PowerNorm` does.
 
     State: `running_var` (C,), a mean of squares, `ema_gz` (C,), the windows `buffer_x2` and `buffer_gz`
     (steps, C), all float32 whatever the layer is cast to, `iters` and `skip_counter`. Checkpoints of the
