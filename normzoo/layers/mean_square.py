@@ -121,6 +121,7 @@ class MeanSquareNorm(Guarded):
     """
 
     side_inputs = ("pad_mask",)
+    ema_gz: Tensor
     gradients_skipped: Tensor | None
     _usual = "skip"
 
@@ -200,9 +201,9 @@ class MeanSquareNorm(Guarded):
         return pad_mask
 
     def _fits(self, *statistics: Tensor) -> Tensor:
-        """Whether new statistics may be stored: a bool on the device."""
+        """Whether new statistics may be stored, and fit the dtype of the state: a bool on the device."""
         if self.nonfinite == "skip":
-            return finite(*statistics)
+            return finite(*(s.to(self.ema_gz.dtype) for s in statistics))
         return torch.ones((), dtype=torch.bool, device=statistics[0].device)
 
     def _write(self, updates: Sequence[tuple[Tensor, Tensor]], good: Tensor) -> None:

@@ -87,7 +87,8 @@ class _Power:
             q = torch.where(some, q, phi)
         d = torch.where(t <= warmup, q, phi)
         # In warm-up a plain average runs beside the exponential one; it stops a step before the end.
-        plain = torch.where(t < warmup, phi * ((t - 1) / t) + q / t, phi)
+        steps = t.to(q.dtype)  # integers divide in float32
+        plain = torch.where(t < warmup, phi * ((steps - 1) / steps) + q / steps, phi)
         moved = average(plain, q, 1 - layer.alpha_fwd)
         good = layer._fits(moved)
         r = torch.rsqrt(d + layer.eps)
