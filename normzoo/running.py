@@ -2,13 +2,15 @@ r"""The running engine: norms by a mean square, whose gradient has running stati
 
 y = weight · u · r + bias, where r comes from stored statistics of u², from those of the batch, or from both;
 and the gradient of u is a · dy + b · u, where a and b are no derivatives but come from stored statistics of the
-gradient. Which statistics they are is the little arithmetic of a layer, its rule. The state that a rule reads
-is written after it: that of the forward pass by the layer, that of the backward pass here.
+gradient. Which statistics they are is the little arithmetic of a layer, its rule. State is written last, after
+a pass that succeeded.
+
+Where r, or a and b, are known before the statistics of a step, a pass over x is one sweep that takes them along.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,31 +19,69 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import ranks, sweeps
+from .dispatch import insisted, use_kernel
 from .passes import divisor
 from .state import commit
 
+State = Sequence[Tensor]
+
 
 class Rule(Protocol):
-    """What a layer does between the passes. All tensors are (C,) or single numbers, float32 at least."""
+    """What a layer does between the passes. Tensors are (C,) or single numbers, float32 at least.
 
-    def forward(
-        self, q: Tensor, whole: Tensor, some: Tensor | None
-    ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-        """(r, kept, new) from the mean square over what is no padding and that over everything.
+    ``kept`` is what the backward pass needs of the forward pass. New state is that of a step which may have been
+    skipped: then it is the old.
+    """
 
-        some: a bool, whether there was anything but padding; None where that is certain. kept: for the backward
-        pass. new: the state after this step, for the layer to commit.
+    @property
+    def state(self) -> State:
+        """The buffers that a forward pass moves."""
+        ...
+
+    @property
+    def gradient_state(self) -> State:
+        """The buffers that a backward pass moves."""
+        ...
+
+    def forward(self, q: Tensor, whole: Tensor, some: Tensor | None) -> tuple[Tensor, State, State]:
+        """(r, kept, new state) from the mean square over what is no padding and that over everything.
+
+        some: a bool, whether there was anything but padding; None where that is certain.
         """
         ...
 
     def backward(
-        self, kept: Sequence[Tensor], weight: Tensor | None, slope: Tensor, after: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Iterable[tuple[Tensor, Tensor]]]:
-        """(a, b, factor, updates): du = a · dy + b · u and dweight = factor · Σ dy · u.
+        self, kept: Any, weight: Tensor | None, slope: Tensor, after: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, State]:
+        """(a, b, factor, new state): du = a · dy + b · u and dweight = factor · Σ dy · u.
 
-        slope: the mean of dy · u over everything. after: a gradient, for :func:`normzoo.state.present`. The
-        updates are committed.
+        slope: the mean of dy · u over everything. after: a gradient, for :func:`normzoo.state.present`.
         """
+        ...
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What the first sweep forward needs in order to write y: d, iters, warmup; see the kernels."""
+        ...
+
+    def known_backward(self, kept: Any) -> tuple[Any, ...] | None:
+        """What the first sweep backward needs in order to write dx: a, b, ema, rate; None where it cannot."""
+        ...
+
+    def launch_forward(
+        self, kernels: Any, sums: Tensor, counts: Tensor | None, count: int
+    ) -> tuple[Tensor, State, State]:
+        """(r, kept, new state) by the kernel."""
+        ...
+
+    def launch_backward(
+        self, kernels: Any, kept: Any, weight: Tensor | None, *sums: Any
+    ) -> tuple[Tensor, Any, State]:
+        """(dweight, (a, b) where they were not known before, new state) by the kernel."""
+        ...
+
+    def plain(self, kept: Any) -> State:
+        """What a kernel kept as :meth:`backward` takes it."""
         ...
 
 
@@ -54,35 +94,35 @@ def run(
     rule: Rule,
     sync: bool = False,
     process_group: Any = None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(y, new state) of a training step; x (N, C, \\*), pad_mask (N, \\*) bool, True for padding.
+) -> Tensor:
+    """A step of training; x (N, C, \\*), pad_mask (N, \\*) bool, True for padding.
 
     groups: each position is first divided by the root mean square of each of so many groups of channels.
     """
-    sync = sync and ranks.size(process_group) > 1
-    y, *new = _Run.apply(x, weight, bias, pad_mask, groups, rule, sync, process_group)
-    return y, tuple(new)
+    kernels = use_kernel(x, weight, bias, fusible=False) and _may_launch(x, groups, rule)
+    ranked = sync and ranks.size(process_group) > 1
+    y, *new = _Run.apply(x, weight, bias, pad_mask, groups, rule, ranked, process_group, kernels, insisted())
+    commit(zip(rule.state, new, strict=True))
+    return y
+
+
+def _may_launch(x: Tensor, groups: int | None, rule: Rule) -> bool:
+    from normzoo_kernels._running_forms import WIDEST
+
+    narrow = groups is None or x.shape[1] // groups <= WIDEST
+    return narrow and all(t.dtype in (torch.float32, torch.long) for t in (*rule.state, *rule.gradient_state))
 
 
 class _Run(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, pad_mask, groups, rule, sync, process_group):
-        u, _ = sweeps.unit(x, groups)
-        whole = sweeps.squares(u)
-        valid = whole if pad_mask is None else sweeps.squares(u, pad_mask)
-        count: Any = x.numel() // x.shape[1]
-        here: Any = count if pad_mask is None else (~pad_mask).sum().to(whole.dtype)
-        if sync:
-            parts = (valid, whole, torch.stack([torch.as_tensor(n).to(whole) for n in (here, count)]))
-            valid, whole, counts = ranks.total(parts, process_group)
-            here, count = counts
-        some = here > 0 if isinstance(here, Tensor) else None if here else torch.zeros((), dtype=torch.bool)
-        r, kept, new = rule.forward(valid / divisor(here), whole / divisor(count), some)
-        scale = r if weight is None else r * weight
-        y = sweeps.scaled(u, scale, bias).to(x.dtype)
-        ctx.save_for_backward(x, weight, torch.as_tensor(count).to(r), *kept)
-        ctx.how = groups, rule, sync, process_group
-        ctx.has_bias = bias is not None
+    def forward(ctx, x, weight, bias, pad_mask, groups, rule, ranked, process_group, kernels, strict):
+        how = (groups, rule, ranked, process_group)
+        found = None
+        if kernels:
+            found = _or_none(strict, _forward_by_kernels, x, weight, bias, pad_mask, *how)
+        ctx.kernels, ctx.strict, ctx.how, ctx.has_bias = found is not None, strict, how, bias is not None
+        y, counts, kept, new = found or _forward(x, weight, bias, pad_mask, *how)
+        ctx.save_for_backward(x, weight, counts, *kept)
         ctx.mark_non_differentiable(*new)
         ctx.set_materialize_grads(False)
         return y, *new
@@ -90,16 +130,90 @@ class _Run(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):  # type: ignore[override]
+        nothing = (None,) * 10
         dy = grads[0]
         if dy is None:
-            return (None,) * 8
-        x, weight, count, *kept = ctx.saved_tensors
-        groups, rule, sync, process_group = ctx.how
-        u, s = sweeps.unit(x, groups)
-        dbias, slope = sweeps.sums(dy, u)
-        total = ranks.total((slope,), process_group)[0] if sync else slope
-        a, b, factor, updates = rule.backward(kept, weight, total / divisor(count), dy)
-        dx = sweeps.gradient(dy, u, a, b, s, groups).to(x.dtype) if ctx.needs_input_grad[0] else None
-        commit(updates)
-        dweight = None if weight is None else (factor * slope).to(weight.dtype)
-        return dx, dweight, dbias if ctx.has_bias else None, None, None, None, None, None
+            return nothing
+        x, weight, counts, *kept = ctx.saved_tensors
+        rule, found, wants_x = ctx.how[1], None, ctx.needs_input_grad[0]
+        if ctx.kernels:
+            found = _or_none(ctx.strict, _backward_by_kernels, dy, x, weight, counts, kept, wants_x, *ctx.how)
+            kept = kept if found else rule.plain(kept)
+        dx, dweight, dbias, new = found or _backward(dy, x, weight, counts, kept, wants_x, *ctx.how)
+        commit(zip(rule.gradient_state, new, strict=True))
+        dweight = None if weight is None else dweight.to(weight.dtype)
+        return dx, dweight, dbias if ctx.has_bias else None, *nothing[3:]
+
+
+def _or_none(strict: bool, body: Any, *args: Any) -> Any:
+    """What `body` returns; None where a kernel of it does not compile, unless the user insists."""
+    from normzoo_kernels._launch import KernelUnavailable, warn_once
+
+    try:
+        return body(*args)
+    except KernelUnavailable as error:
+        if strict:
+            raise
+        warn_once(str(error))
+    return None
+
+
+def _counts(x: Tensor, pad_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """How many positions are no padding, and how many there are."""
+    count = x.numel() // x.shape[1]
+    whole = torch.full((), count, dtype=dtype, device=x.device)
+    return torch.stack((whole if pad_mask is None else (~pad_mask).sum().to(dtype), whole))
+
+
+def _forward(x, weight, bias, pad_mask, groups, rule, ranked, process_group):
+    """(y, counts, kept, new state)."""
+    u, _ = sweeps.unit(x, groups)
+    whole = sweeps.squares(u)
+    valid = whole if pad_mask is None else sweeps.squares(u, pad_mask)
+    counts = _counts(x, pad_mask, u.dtype)
+    if ranked:
+        valid, whole, counts = ranks.total((valid, whole, counts), process_group)
+    certain = pad_mask is None and not ranked and x.numel() > 0
+    here, count = divisor(counts).unbind()
+    r, kept, new = rule.forward(valid / here, whole / count, None if certain else counts[0] > 0)
+    y = sweeps.scaled(u, r if weight is None else r * weight, bias).to(x.dtype)
+    return y, counts, kept, new
+
+
+def _backward(dy, x, weight, counts, kept, wants_x, groups, rule, ranked, process_group):
+    """(dx, dweight, dbias, new state)."""
+    u, s = sweeps.unit(x, groups)
+    dbias, slope = sweeps.sums(dy, u)
+    total = ranks.total((slope,), process_group)[0] if ranked else slope
+    count = x.numel() // x.shape[1] if counts is None else divisor(counts)[1]
+    a, b, factor, new = rule.backward(kept, weight, total / count, dy)
+    dx = sweeps.gradient(dy, u, a, b, s, groups).to(x.dtype) if wants_x else None
+    return dx, factor * slope, dbias, new
+
+
+def _forward_by_kernels(x, weight, bias, pad_mask, groups, rule, ranked, process_group):
+    from normzoo_kernels import running as kernels
+
+    known = rule.known
+    until = (known["iters"], known["warmup"], groups or 0)
+    y, sums = kernels.sweep(x, pad_mask, known["d"], weight, bias, *until, known["eps"])
+    counts = None if pad_mask is None and not ranked else _counts(x, pad_mask, sums.dtype)
+    if ranked and counts is not None:
+        sums, counts = ranks.total((sums, counts), process_group)
+    r, kept, new = rule.launch_forward(kernels, sums, counts, x.numel() // x.shape[1])
+    kernels.map_into(y, x, r, weight, bias, *until, None)
+    return y, counts, kept, new
+
+
+def _backward_by_kernels(dy, x, weight, counts, kept, wants_x, groups, rule, ranked, process_group):
+    from normzoo_kernels import running as kernels
+
+    known = rule.known_backward(kept) if wants_x else None
+    a, b, ema, rate = known or (None, None, None, 0.0)
+    dx, (dbias, slope) = kernels.gradient(dy, x, a, b, weight, ema, rate, groups or 0, True)
+    total = ranks.total((slope,), process_group)[0] if ranked else slope
+    sums = (slope, total, counts, x.numel() // x.shape[1])
+    dweight, late, new = rule.launch_backward(kernels, kept, weight, *sums)
+    if wants_x and late is not None:
+        dx, _ = kernels.gradient(dy, x, late[0], late[1], None, None, 0.0, groups or 0, False)
+    return dx if wants_x else None, dweight, dbias, new

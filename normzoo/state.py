@@ -50,6 +50,13 @@ _library.impl("present", lambda state, after: state.clone(), "CompositeExplicitA
 torch.library.register_fake("normzoo::present", lambda state, after: torch.empty_like(state), lib=_library)
 
 
+def kernel_state(state: Tensor) -> Tensor:
+    """What a kernel reads in a forward pass: the buffer, which moves later, or in a graph what stands for it."""
+    if torch.compiler.is_compiling():
+        return snapshot(state)
+    return state
+
+
 def present(state: Tensor, after: Tensor) -> Tensor:
     """The value of a buffer in a backward pass, which has `after`, a gradient.
 

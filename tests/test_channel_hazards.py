@@ -23,7 +23,7 @@ from channel_checks import (
     randn,
 )
 
-from normzoo_kernels import _channel_forms, _channel_layout, _launch, channels
+from normzoo_kernels import _channel_calls, _channel_forms, _channel_layout, _launch, channels
 
 
 @pytest.fixture(autouse=True)
@@ -215,8 +215,8 @@ print("reached")
 def test_extents_beyond_two_to_the_31_come_as_int64(tokens, extent, unit):
     """Counted in units they would fit in an int32, in which the kernels multiply them by the unit."""
     x = torch.empty((1, extent) if tokens else (1, 1, extent), dtype=torch.bfloat16, device="meta")
-    problem, (view,) = channels._problem(x, None, True, False, _channel_layout.view_of(x))
-    numbers, constants = channels._lies(problem, view)
+    problem, (view,) = _channel_calls.problem_of(x, None, True, False, _channel_layout.view_of(x))
+    numbers, constants = _channel_calls.lies(problem, view)
     assert problem.tokens == tokens and constants["UNIT"] == unit
     assert numbers[1 if tokens else 2] == extent // unit
 

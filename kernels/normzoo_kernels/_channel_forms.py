@@ -58,7 +58,7 @@ class Form:
     constants: dict[str, Any]
 
 
-def _power(n: int) -> int:
+def power_of_two(n: int) -> int:
     return triton.next_power_of_2(max(n, 1))
 
 
@@ -68,24 +68,24 @@ def _chunk(count: int, most: int) -> int:
     return min(widths, key=lambda width: -(-count // width) * width)
 
 
-def _tile(problem: Problem, elements: int, *, vectors: bool = False, spread: int = 0) -> dict[str, Any]:
+def tile_of(problem: Problem, elements: int, *, vectors: bool = False, spread: int = 0) -> dict[str, Any]:
     """Channels, samples and positions of a tile of `elements`; `spread`: programs that should have one."""
     p = problem
     if p.tokens:
-        channels = min(_power(p.channels), 64 if p.itemsize == 2 else 32)
+        channels = min(power_of_two(p.channels), 64 if p.itemsize == 2 else 32)
         chunk = elements // channels
         if p.samples > 1:
-            chunk = min(chunk, _power(p.count))
+            chunk = min(chunk, power_of_two(p.count))
         elif p.count <= chunk // 4:
             chunk //= 4  # few rows: wider ones
         if p.per_sample or p.samples == 1:
-            channels = min(_power(p.channels), elements // chunk)
+            channels = min(power_of_two(p.channels), elements // chunk)
         chunked = p.samples == 1 or p.count > chunk
     else:
-        whole = _power(p.count + (p.vector - 1 if vectors else 0))
+        whole = power_of_two(p.count + (p.vector - 1 if vectors else 0))
         chunked = whole > elements or (whole > 512 and 3 * p.count < 2 * whole and not vectors)
         chunk = _chunk(p.count, min(elements, whole // 2)) if chunked else whole
-        channels = min(_power(p.channels), elements // chunk)
+        channels = min(power_of_two(p.channels), elements // chunk)
     samples = 1
     if not (chunked or p.per_sample) and p.samples > 3:
         # Fewer channels and more samples a tile, if that brings a program to every multiprocessor.
@@ -97,13 +97,13 @@ def _tile(problem: Problem, elements: int, *, vectors: bool = False, spread: int
     return {"CB": channels, "NB": samples, "L": chunk, "CHUNKED": chunked}
 
 
-def _tiles(p: Problem, tile: dict[str, Any]) -> int:
+def tiles_in(p: Problem, tile: dict[str, Any]) -> int:
     """Tiles of a population."""
     chunks = triton.cdiv(p.count, tile["L"])
     return chunks if p.per_sample else triton.cdiv(p.samples, tile["NB"]) * chunks
 
 
-def _parts(tiles: int, undivided: int, least: int, wanted: int) -> int:
+def parts_of(tiles: int, undivided: int, least: int, wanted: int) -> int:
     """Into how many parts a population of `tiles` goes for `wanted` jobs, of at least `least` tiles each.
 
     `undivided`: how many jobs there are where a population is one part.
@@ -123,11 +123,11 @@ def sums_form(problem: Problem, vectors: bool) -> Form:
 
 def _statistics_form(kernel: Any, problem: Problem, vectors: bool) -> Form:
     p, sms = problem, sm_count(problem.device)
-    tile = _tile(p, 2048, vectors=vectors, spread=sms)
+    tile = tile_of(p, 2048, vectors=vectors, spread=sms)
     if p.per_sample and not (p.masked or tile["CHUNKED"]):
-        tile = _tile(p, 4096, vectors=vectors)  # a tile is all there is to a program
+        tile = tile_of(p, 4096, vectors=vectors)  # a tile is all there is to a program
     undivided = triton.cdiv(p.channels, tile["CB"]) * (p.samples if p.per_sample else 1)
-    parts = _parts(_tiles(p, tile), undivided, _LEAST, 4 * sms)
+    parts = parts_of(tiles_in(p, tile), undivided, _LEAST, 4 * sms)
     # Where two regions or the edges of planes are kept apart, there are no registers to run ahead.
     apart = kernel is channel_moments_masked
     constants = tile | {"STAGES": 1 if vectors or apart else 3, "V": p.vector if vectors else 0}
@@ -143,9 +143,9 @@ def may_read_vectors(problem: Problem) -> bool:
 
 def map_form(problem: Problem, backward: bool) -> Form:
     p, sms = problem, sm_count(problem.device)
-    tile = _tile(p, 2048 if backward else 4096)
+    tile = tile_of(p, 2048 if backward else 4096)
     undivided = triton.cdiv(p.channels, tile["CB"]) * (p.samples if p.per_sample else 1)
-    parts = _parts(_tiles(p, tile), undivided, 1, _PROGRAMS * sms)
+    parts = parts_of(tiles_in(p, tile), undivided, 1, _PROGRAMS * sms)
     constants = tile | {"STAGES": 1, "num_warps": 4}
     return Form(channel_map, undivided * parts, parts, constants)
 
@@ -159,7 +159,7 @@ def flat_form(problem: Problem) -> Form | None:
     if 2 * p.channels * p.count < width:  # most of a tile would be idle
         return None
     undivided = triton.cdiv(p.channels * p.count, width) * (p.samples if p.per_sample else 1)
-    parts = _parts(1 if p.per_sample else p.samples, undivided, 1, _PROGRAMS * sms)
+    parts = parts_of(1 if p.per_sample else p.samples, undivided, 1, _PROGRAMS * sms)
     constants = {"B": width, "STAGES": 1, "num_warps": 4}
     return Form(channel_map_flat, undivided * parts, parts, constants)
 

@@ -179,8 +179,8 @@ class MeanSquareNorm(Guarded):
         if skipped is not None:
             skipped.zero_()
 
-    def _train(self, x: Tensor, pad_mask: Tensor | None, groups: int | None, rule: Rule) -> tuple[Tensor, Any]:
-        """(y, new state) of a step in training."""
+    def _train(self, x: Tensor, pad_mask: Tensor | None, groups: int | None, rule: Rule) -> Tensor:
+        """A step of training."""
         layer = type(self).__name__
         if recomputing():
             raise RuntimeError(
@@ -206,18 +206,7 @@ class MeanSquareNorm(Guarded):
             return finite(*(s.to(self.ema_gz.dtype) for s in statistics))
         return torch.ones((), dtype=torch.bool, device=statistics[0].device)
 
-    def _write(self, updates: Sequence[tuple[Tensor, Tensor]], good: Tensor) -> None:
-        """Commits what a forward pass found, if it is `good`."""
-        commit(updates, good)
-        self._count_skipped(lambda: good)
-
-    def _drawn(
-        self, updates: Sequence[tuple[Tensor, Tensor, Tensor]], counted: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(buffer, value to commit) of the (buffer, old, new) that a backward pass found; `counted`: whether
-        its forward pass was."""
-        good = counted & self._fits(*(new for _, _, new in updates))
-        for buffer, old, new in updates:
-            yield buffer, torch.where(good, new, old)
-        if self.gradients_skipped is not None:
-            yield self.gradients_skipped, self.gradients_skipped + (counted & ~good)
+    def _counter_of(self, name: str) -> tuple[Tensor, ...]:
+        """The counter, if there is one."""
+        counter = getattr(self, name)
+        return () if counter is None else (counter,)

@@ -7,7 +7,6 @@ token in `group_num` groups, and a warm-up in which the forward pass goes by the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..state import average, present, snapshot
+from ..state import average, kernel_state, present, snapshot
 from .mean_square import (
     MeanSquareNorm,
     check_channel_dim,
@@ -79,6 +78,14 @@ class _Power:
 
     layer: PowerNorm
 
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        return self.layer.running_phi, self.layer.iters, *self.layer._counter_of("batches_skipped")
+
+    @property
+    def gradient_state(self) -> tuple[Tensor, ...]:
+        return self.layer.ema_gz, *self.layer._counter_of("gradients_skipped")
+
     def forward(self, q: Tensor, whole: Tensor, some: Tensor | None):
         layer = self.layer
         phi, before = snapshot(layer.running_phi).to(q.dtype), snapshot(layer.iters)
@@ -91,21 +98,49 @@ class _Power:
         plain = torch.where(t < warmup, phi * ((steps - 1) / steps) + q / steps, phi)
         moved = average(plain, q, 1 - layer.alpha_fwd)
         good = layer._fits(moved)
+        stored = good if some is None else good & some
         r = torch.rsqrt(d + layer.eps)
         inverse = r if layer.backward == "paper" else torch.rsqrt(q + layer.eps)
-        counted = good
-        if some is not None:
-            moved, t, counted = torch.where(some, moved, phi), before + some, good & some
-        return r, (r, inverse, whole * r.square(), counted), (moved, t, good)
+        skipped = [n + ~good for n in layer._counter_of("batches_skipped")]
+        new = (torch.where(stored, moved, phi), before + stored, *skipped)
+        return r, (r, inverse, whole * r.square(), stored), new
 
-    def backward(self, kept: Sequence[Tensor], weight: Tensor | None, slope: Tensor, after: Tensor):
+    def backward(self, kept: Any, weight: Tensor | None, slope: Tensor, after: Tensor):
         r, inverse, power, counted = kept
         layer = self.layer
         ema = present(layer.ema_gz, after).to(r.dtype)
         w = 1 if weight is None else weight.to(r.dtype)
         nu = (1 - layer.alpha_bkw) * ema
         moved = ema + w * r * slope - nu * power
-        return w * inverse, -nu * r * inverse, r, layer._drawn([(layer.ema_gz, ema, moved)], counted)
+        good = layer._fits(moved)
+        skipped = [n + (counted & ~good) for n in layer._counter_of("gradients_skipped")]
+        return w * inverse, -nu * r * inverse, r, (torch.where(counted & good, moved, ema), *skipped)
+
+    @property
+    def known(self) -> dict[str, Any]:
+        layer = self.layer
+        start = {"d": kernel_state(layer.running_phi), "iters": kernel_state(layer.iters)}
+        return start | {"warmup": layer.warmup_iters, "eps": layer.eps}
+
+    def known_backward(self, kept: Any):
+        return kept[0][1], kept[0][0], self.layer.ema_gz, 1 - self.layer.alpha_bkw
+
+    def launch_forward(self, kernels: Any, sums: Tensor, counts: Tensor | None, count: int):
+        layer = self.layer
+        paper, guard = layer.backward == "paper", layer.nonfinite == "skip"
+        before = (kernel_state(layer.running_phi), kernel_state(layer.iters), layer.batches_skipped)
+        how = (layer.eps, layer.alpha_fwd, layer.warmup_iters, paper, guard)
+        r, counted, *new = kernels.power_forward(sums, counts, count, *before, *how)
+        return r[0], (r, counted), new if guard else new[:-1]
+
+    def launch_backward(self, kernels: Any, kept: Any, weight: Tensor | None, *sums: Any):
+        layer, guard = self.layer, self.layer.nonfinite == "skip"
+        before = (weight, layer.ema_gz, layer.gradients_skipped)
+        dweight, *new = kernels.power_backward(*sums, *kept, *before, 1 - layer.alpha_bkw, guard)
+        return dweight, None, new if guard else new[:-1]
+
+    def plain(self, kept: Any):
+        return *kept[0], kept[1] != 0
 
 
 class PowerNorm(MeanSquareNorm):
@@ -207,8 +242,7 @@ class PowerNorm(MeanSquareNorm):
         own = (self.num_features, self.channel_dim, None, pad_mask)
         x = check_input("PowerNorm", x, *own, self.weight)
         if self.training:
-            y, (phi, iters, good) = self._train(x, pad_mask, self.group_num, _Power(self))
-            self._write(((self.running_phi, phi), (self.iters, iters)), good)
+            y = self._train(x, pad_mask, self.group_num, _Power(self))
         else:
             y = with_stored(x, self.running_phi, self.weight, self.bias, self.eps, self.group_num)
         return y.movedim(1, self.channel_dim)

@@ -11,7 +11,6 @@ and the outputs of the steps after it grow 316-fold; here such steps are left ou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..state import average, present, snapshot
+from ..state import average, kernel_state, present, snapshot
 from .mean_square import MeanSquareNorm, check_channel_dim, check_input, with_batch, with_stored
 
 _COMPENSATED_AFTER = 1000
@@ -76,7 +75,7 @@ class _Unified:
     @property
     def state(self) -> tuple[Tensor, ...]:
         layer = self.layer
-        moved = (layer._stored_var(), layer.buffer_x2, layer.iters, layer.skip_counter)
+        moved = (layer.running_var, layer.buffer_x2, layer.iters, layer.skip_counter)
         return *moved, *layer._counter_of("batches_skipped")
 
     @property
@@ -92,28 +91,28 @@ class _Unified:
             q = torch.where(some, q, stored)
         slot = _slot(squares, t)
         window = torch.where(slot, q, squares)
-        own = torch.full((), M == 1, dtype=torch.bool, device=q.device)
-        outliers = snapshot(layer.skip_counter)
+        odd = torch.zeros((), dtype=torch.bool, device=q.device)
         if layer.outlier_filtration:
             spread = M * squares.sqrt().var()
             odd = (window.mean(0) - window.log().mean(0).exp() > spread).any() & (t >= layer.warmup_iters)
             if some is not None:
                 odd = odd & some
             window = torch.where(slot & odd, stored, window)
-            own, outliers = own | odd, outliers + odd
+        own = odd | (M == 1)
         by_batch = (t <= M) | (t < layer.warmup_iters) | own
         d = torch.where(by_batch, q, _geometric_mean(window, q, eps))
         ratio = ((d + eps) / (stored + eps)).sqrt().clamp(1 / 5, 5)
         ratio = torch.where((t <= max(_COMPENSATED_AFTER, layer.warmup_iters)) | own, 1, ratio)
         moved = average(stored, d, 1 - layer.decay)
-        good = counted = layer._fits(moved, window)
-        if some is not None:
-            moved, window = torch.where(some, moved, stored), torch.where(some, window, squares)
-            t, counted = before + some, good & some
+        good = layer._fits(moved, window)
+        kept = good if some is None else good & some
         r = torch.rsqrt(d + eps)
-        return r, (r, ratio, own, t, counted), (moved, window, t, outliers, good)
+        counters = (before + kept, layer.skip_counter + (odd & kept))
+        skipped = [n + ~good for n in layer._counter_of("batches_skipped")]
+        new = (torch.where(kept, moved, stored), torch.where(kept, window, squares))
+        return r, (r, ratio, own, t, kept), (*new, *counters, *skipped)
 
-    def backward(self, kept: Sequence[Tensor], weight: Tensor | None, slope: Tensor, after: Tensor):
+    def backward(self, kept: Any, weight: Tensor | None, slope: Tensor, after: Tensor):
         r, ratio, own, t, counted = kept
         layer = self.layer
         ema, slopes = (present(b, after).to(r.dtype) for b in (layer.ema_gz, layer.buffer_gz))
@@ -124,8 +123,39 @@ class _Unified:
         smooth = torch.where(by_batch, gz, window.mean(0))
         moved = average(ema, smooth, 1 - layer.decay)
         c = torch.where(own, smooth, moved)
-        updates = [(layer.ema_gz, ema, moved), (layer.buffer_gz, slopes, window)]
-        return w * r, -c * r.square(), ratio * r, layer._drawn(updates, counted)
+        good = layer._fits(moved, window)
+        stored = counted & good
+        skipped = [n + (counted & ~good) for n in layer._counter_of("gradients_skipped")]
+        new = (torch.where(stored, moved, ema), torch.where(stored, window, slopes), *skipped)
+        return w * r, -c * r.square(), ratio * r, new
+
+    @property
+    def known(self) -> dict[str, Any]:
+        return {"d": None, "iters": None, "warmup": 0, "eps": self.layer.eps}
+
+    def known_backward(self, kept: Any) -> None:
+        return None
+
+    def launch_forward(self, kernels: Any, sums: Tensor, counts: Tensor | None, count: int):
+        layer, guard = self.layer, self.layer.nonfinite == "skip"
+        before = [kernel_state(b) for b in (*self.state[:4],)]
+        plain = max(_COMPENSATED_AFTER, layer.warmup_iters)
+        how = (layer.eps, layer.decay, layer.warmup_iters, plain, layer.outlier_filtration, guard)
+        made = kernels.unified_forward(sums, counts, count, *before, layer.batches_skipped, *how)
+        r, flags, var, squares, skipped = made
+        new = (var, squares, flags[0], flags[1], *([skipped] if guard else []))
+        return r[0], (r, flags), new
+
+    def launch_backward(self, kernels: Any, kept: Any, weight: Tensor | None, *sums: Any):
+        layer, guard = self.layer, self.layer.nonfinite == "skip"
+        before = (weight, layer.ema_gz, layer.buffer_gz, layer.gradients_skipped)
+        how = (layer.decay, layer.warmup_iters, guard)
+        late, dweight, *new = kernels.unified_backward(*sums, *kept, *before, *how)
+        return dweight, late, new if guard else new[:-1]
+
+    def plain(self, kept: Any):
+        r, flags = kept
+        return *r, flags[3] != 0, flags[2], flags[4] != 0
 
 
 def _slot(window: Tensor, t: Tensor) -> Tensor:
@@ -243,9 +273,7 @@ class UnifiedNorm(MeanSquareNorm):
         own = (self.num_features, self.channel_dim, None, pad_mask)
         x = check_input("UnifiedNorm", x, *own, self.weight)
         if self.training:
-            y, (*new, good) = self._train(x, pad_mask, None, _Unified(self))
-            buffers = (self.running_var, self.buffer_x2, self.iters, self.skip_counter)
-            self._write(tuple(zip(buffers, new, strict=True)), good)
+            y = self._train(x, pad_mask, None, _Unified(self))
         else:
             y = with_stored(x, self.running_var, self.weight, self.bias, self.eps, None)
         return y.movedim(1, self.channel_dim)

@@ -1,0 +1,75 @@
+"""What launchers over (N, C, *) do around a kernel: tensors where they lie, extents and strides, and parts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._channel_forms import Form, Problem, merge_tile
+from ._channel_layout import View, like, one_sample, positions, unit, view_as, view_of
+from ._launch import launch
+
+
+def in_place(x: Tensor) -> tuple[Tensor, View]:
+    """x where it lies, or a copy where its layout has no such form."""
+    x = x.resolve_neg()
+    view = view_of(x)
+    if view is None:
+        x = x.contiguous()
+        view = view_of(x)
+    return x, view
+
+
+def beside(dy: Tensor, x: Tensor, tokens: bool) -> tuple[Tensor, View]:
+    """dy where it lies, if it lies as x does, else a copy that does."""
+    dy = dy.resolve_neg()
+    view = view_as(dy, tokens, broadcast=True)
+    if view is None:
+        dy = like(x).copy_(dy)
+        view = view_as(dy, tokens)
+    return dy, view
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.resolve_neg().contiguous()
+
+
+def problem_of(x: Tensor, mask: Tensor | None, together: bool, per_sample: bool, *views: View):
+    """(problem, views), the tokens of all samples as one where nothing tells samples apart (`together`)."""
+    samples, count = x.shape[0], positions(x)
+    rows = [one_sample(view, samples, count) for view in views] if together else [None]
+    if all(rows):
+        samples, count, views = 1, samples * count, tuple(rows)
+    masked, tokens = mask is not None, views[0].tokens
+    return Problem(samples, x.shape[1], count, x.element_size(), tokens, per_sample, masked, x.device), views
+
+
+def lies(problem: Problem, view: View, dy: View | None = None) -> tuple[tuple, dict]:
+    """Extents and strides as the kernels take them, in units, and the units."""
+    p = problem
+    extent = p.channels if p.tokens else p.count
+    # What int32 cannot hold must not come in units that fit: the kernels multiply in the type they are given.
+    x_unit = unit(view, p.itemsize, extent) if extent < 1 << 31 else 1
+    channels, count = (p.channels // x_unit, p.count) if p.tokens else (p.channels, p.count // x_unit)
+    numbers = (p.samples, channels, count, view.sample // x_unit, view.step // x_unit)
+    constants = {"TOKENS": p.tokens, "UNIT": x_unit, "PER_SAMPLE": p.per_sample}
+    if dy is None:
+        return numbers, constants
+    if dy == view:
+        return (*numbers, None, None), constants | {"DY_UNIT": 1, "DY_INNER": 1}
+    own = unit(dy, p.itemsize, 0)
+    return (*numbers, dy.sample // own, dy.step // own), constants | {"DY_UNIT": own, "DY_INNER": dy.inner}
+
+
+def targets_of(form: Form, outputs: tuple[Tensor, ...], arrays: int) -> tuple[Tensor | None, ...]:
+    """Where the statistics go: (*outputs, None), or, where there are several parts, `arrays` of those alone."""
+    if form.parts == 1:
+        return *outputs, None
+    parts = outputs[0].new_empty((arrays, form.parts, outputs[0].numel()))
+    return *(None for _ in outputs), parts
+
+
+def merge(kernel, form: Form, parts: Tensor | None, outputs: tuple[Tensor, ...]) -> None:
+    if parts is not None:
+        size, tile = outputs[0].numel(), merge_tile(form.parts)
+        grid = -(-size // tile["E"])
+        launch(kernel, grid, parts.device, parts, *outputs, size, form.parts, **tile)

@@ -1,0 +1,50 @@
+"""Tiles and parts of the running engine's sweeps: a static table, like `_channel_forms.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+
+from ._channel_forms import Form, Problem, parts_of, power_of_two, tile_of, tiles_in
+from ._launch import sm_count
+
+WIDEST = 16384
+"""Channels of a group that a program can hold."""
+
+_LEAST = 4
+"""Fewest tiles of a part."""
+
+
+def running_form(kernel: Any, problem: Problem, group: int, backward: bool) -> Form:
+    """`group`: channels that are scaled together, 0 for none."""
+    p, sms = problem, sm_count(problem.device)
+    elements = 2048 if backward else 4096
+    if group:
+        tile, blocks = _group_tile(p, group, elements)
+    else:
+        tile = tile_of(p, elements)
+        blocks = triton.cdiv(p.channels, tile["CB"])
+    parts = parts_of(tiles_in(p, tile), blocks, _LEAST, 4 * sms)
+    size = tile["CB"] * tile["NB"] * tile["L"]
+    constants = tile | {"GROUP": group, "W": power_of_two(group) if group else 0}
+    constants |= {"STAGES": 2, "num_warps": min(max(4, size // 1024), 16)}
+    return Form(kernel, blocks * parts, parts, constants)
+
+
+def _group_tile(p: Problem, group: int, elements: int) -> tuple[dict[str, Any], int]:
+    """A tile of whole groups, and how many blocks of such there are."""
+    width, groups = power_of_two(group), p.channels // group
+    together = 1
+    if p.tokens:  # narrow groups side by side, up to a cache line
+        together = min(max(1, 64 // width), power_of_two(groups))
+    channels = width * together
+    # A few positions at least, which lie side by side in planes.
+    chunk = max(elements // channels, 1 if p.tokens else 8)
+    whole = power_of_two(p.count)
+    samples = 1
+    if whole < chunk:
+        samples = min(chunk // whole, power_of_two(p.samples))
+        chunk = whole
+    tile = {"CB": channels, "NB": samples, "L": chunk, "CHUNKED": p.count > chunk}
+    return tile, triton.cdiv(groups, together)
