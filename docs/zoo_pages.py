@@ -76,6 +76,8 @@ def page(entry: Entry) -> str:
         rows["same mathematics in torch"] = f"`torch.nn.{entry.torch_class.__name__}`"
     if entry.stored:
         rows["statistics"] = "stored ones, in training too"
+    if entry.approximate:
+        rows["gradient in training"] = "an approximation, no derivative"
     facts = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     made = [f".. autoclass:: normzoo.{cls.__name__}\n   :members:\n" for cls in entry.classes]
     api = "\n".join((*made, *(f".. autofunction:: normzoo.functional.{f.__name__}" for f in functions)))
