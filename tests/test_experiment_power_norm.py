@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normzoo import LayerNorm, PowerNorm, UnifiedNorm
-from normzoo_bench.experiments import characters
+from normzoo_bench.experiments import characters, power_norm
 from normzoo_bench.experiments.__main__ import main
 from normzoo_bench.experiments.catalog import EXPERIMENTS
 from normzoo_bench.experiments.experiment import where
@@ -70,7 +70,10 @@ def test_norms():
     }
     assert unified == {"PN-V": (1, False, 150), "UN": (4, False, 150)}
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(made["BN"](x), nn.BatchNorm1d(16)(x.transpose(1, 2)).transpose(1, 2))
+    theirs = nn.BatchNorm1d(16)
+    for training in (True, False):
+        expected = theirs.train(training)(x.transpose(1, 2)).transpose(1, 2)
+        torch.testing.assert_close(made["BN"].train(training)(x), expected)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -191,11 +194,20 @@ def test_training(monkeypatch):
 
 def test_quick_run_without_scikit_learn(capsys, monkeypatch, tmp_path):
     """The numbers of norms without state are the same in both modes, those of the others are not."""
+    trained = []
+
+    def recorded(model, text, *, windows, **how):
+        blocks = [module for module in model.modules() if isinstance(module, characters.Block)]
+        trained.append((len(blocks), {block.norm_first for block in blocks}, windows))
+        return characters.train(model, text, windows=windows, **how)
+
+    monkeypatch.setattr(power_norm, "train", recorded)
     monkeypatch.setattr(sys.modules[main.__module__], "find_spec", lambda name: None)
     assert main(["power_norm", "--quick", "--seeds", "1", "--output", str(tmp_path)]) == 0
     assert "Python" in (out := capsys.readouterr().out) and "scikit-learn" not in out
     document = json.loads((tmp_path / "power_norm.json").read_text(encoding="utf-8"))
     assert "scikit-learn" not in document["environment"] and "scikit" not in where(document)
+    assert trained == [(1, {False}, 1)] * 6 + [(1, {True}, 2)] * 6
     rows = {(row["model"], row["norm"]): row["values"] for row in document["rows"]}
     assert len(rows) == len(document["rows"]) == 2 * len(_norms(EXPERIMENTS["power_norm"].quick))
     for (_, norm), numbers in rows.items():
