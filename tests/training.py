@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normzoo import AdaB2N, AlphaBatchNorm, BatchChannelNorm, BatchNorm2d, GhostBatchNorm, InstanceNorm2d
+from normzoo import (
+    AdaB2N,
+    AlphaBatchNorm,
+    BatchChannelNorm,
+    BatchNorm2d,
+    GhostBatchNorm,
+    InstanceNorm2d,
+    PowerNorm,
+    UnifiedNorm,
+)
 
 LAYERS: dict[str, partial] = {
     "default": partial(BatchNorm2d, 3),
@@ -31,6 +40,8 @@ LAYERS: dict[str, partial] = {
     "adab2n, skip": partial(AdaB2N, 3, 2, kappa=0.4, nonfinite="skip"),
     "bcn": partial(BatchChannelNorm, 3, 1),
     "bcn, estimate, skip": partial(BatchChannelNorm, 3, 3, estimate=True, update_rate=0.2, nonfinite="skip"),
+    "power": partial(PowerNorm, 3, warmup_iters=3, channel_dim=1),
+    "unified": partial(UnifiedNorm, 3, (2, 3), 3, outlier_filtration=True, channel_dim=1),
 }
 """Constructors of layers for `batches`."""
 
@@ -40,12 +51,20 @@ def _only(kind: Callable[[partial], bool]) -> dict:
     return {"argvalues": found.values(), "ids": found}
 
 
+def by_mean_square(make: partial) -> bool:
+    return make.func in (PowerNorm, UnifiedNorm)
+
+
+def _refuses_checkpoints(make: partial) -> bool:
+    return by_mean_square(make) or "estimate" in make.keywords
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 per_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 per_drop_in = pytest.mark.parametrize("make", **_only(lambda make: hasattr(nn, make.func.__name__)))
-per_estimate = pytest.mark.parametrize("make", **_only(lambda make: "estimate" in make.keywords))
-per_recomputed = pytest.mark.parametrize("make", **_only(lambda make: "estimate" not in make.keywords))
+per_refusing = pytest.mark.parametrize("make", **_only(_refuses_checkpoints))
+per_recomputed = pytest.mark.parametrize("make", **_only(lambda make: not _refuses_checkpoints(make)))
 per_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
