@@ -357,7 +357,7 @@ def test_nothing_to_convert():
     with pytest.raises(
         ValueError,
         match=r"(?s)norm classes seen: 2 \S*test_conversion\.Own, 1 torch\.nn\.\S*\.BatchNorm1d\n"
-        r"  0: no rule takes a batch norm to layer_norm, only to batch_norm, [\w, ]* and batch_channel_norm\n"
+        r"  0: no rule takes a batch norm to layer_norm, only to batch_norm, [\w, ]* and unified_norm\n"
         r"  1, 2: it agrees with no norm known here",
     ):
         normzoo.convert(model, "layer_norm")
@@ -381,7 +381,7 @@ def test_bad_targets():
     ):
         normzoo.convert(model, "layer-norm")
     with pytest.raises(
-        ValueError, match=r"no rule takes a layer norm to crms_norm, only to layer_norm and rms_"
+        ValueError, match=r"no rule takes a layer norm to crms_norm, only to layer_norm, rms_norm, power_norm and unified_"
     ):
         normzoo.convert(model, "crms_norm")
     with pytest.raises(ValueError, match=r"BatchNorm1d is not a layer of normzoo; .*a function of a site"):

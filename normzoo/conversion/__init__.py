@@ -2,6 +2,8 @@
 
 from . import adapting as adapting  # the rules for norms that adapt to data
 from . import channels as channels  # for other norms of channels
+from . import folding as folding
+from . import mean_square as mean_square  # for those that go by a running mean square
 from . import rows as rows  # and for norms of rows
 from .calibration import recalibrate as recalibrate
 from .change import Plan as Plan

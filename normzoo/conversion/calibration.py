@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch.utils import _pytree as pytree
 from ..layers.alpha import AlphaBatchNorm
 from ..layers.balance import AdaB2N
 from ..layers.batch_channel import BatchChannelNorm
+from ..layers.mean_square import MeanSquareNorm
+from ..layers.power import PowerNorm
 from . import report
 from .candidates import statistics
 from .examine import examine
@@ -43,7 +46,9 @@ def recalibrate(
     dropout on.) Afterwards modes and momenta are as before; parameters do not change, and num_batches_tracked
     says how many batches there were. A layer that no batch reached keeps what it had. AdaB2N averages with
     equal weights whatever its kappa, and by task ids if `forward` gives them; BatchChannelNorm takes the
-    statistics of the batch with estimate=True too, so that a batch must not be too small for that.
+    statistics of the batch with estimate=True too, so that a batch must not be too small for that. PowerNorm
+    and UnifiedNorm go by the batch, as in warm-up, and keep their statistics of gradients; afterwards `iters`
+    is the number of batches at least.
 
     Args:
         model: any module.
@@ -105,6 +110,8 @@ _OF_CLASS = object()
 def _has_running_statistics(module: nn.Module) -> bool:
     if isinstance(module, AlphaBatchNorm):
         return False
+    if isinstance(module, MeanSquareNorm):
+        return True
     if not hasattr(module, "momentum") or getattr(module, "track_running_stats", True) is False:
         return False
     own = [buffer for buffer in module.buffers(recurse=False) if is_lazy(buffer) or buffer.is_floating_point()]
@@ -125,7 +132,10 @@ def _averaging(model: nn.Module, norms: list[nn.Module]) -> Iterator[None]:
 
     def about_to_run(module: Any, args: Any) -> None:
         runs[module] += 1
-        if "momentum" not in _meanwhile(module):
+        if "decay" in _meanwhile(module):
+            counted = int(module.get_buffer("iters"))  # a batch of padding alone is none
+            module.decay = counted / (counted + 1)
+        elif "momentum" not in _meanwhile(module):
             module.momentum = 1 / runs[module]  # that of the plain average
 
     try:
@@ -155,6 +165,8 @@ def _averaging(model: nn.Module, norms: list[nn.Module]) -> Iterator[None]:
     for module, number in runs.items():
         if not number:
             _restore(before[module])
+        elif isinstance(module, MeanSquareNorm):
+            _stay_in_phase(before[module])
 
 
 def _meanwhile(module: nn.Module) -> dict[str, Any]:
@@ -163,8 +175,23 @@ def _meanwhile(module: nn.Module) -> dict[str, Any]:
         return {"kappa": 1.0}  # the weight of a batch is its momentum, then
     if isinstance(module, BatchChannelNorm):
         return {"momentum": None, "update_rate": None}
+    if isinstance(module, MeanSquareNorm):
+        # In warm-up a PowerNorm has a plain average beside the other; a UnifiedNorm is told its weights.
+        return {"warmup_iters": sys.maxsize} | (
+            {"alpha_fwd": 1.0} if isinstance(module, PowerNorm) else {"decay": 0.0}
+        )
     # To an instance norm momentum=None means no average at all.
     return {"momentum": None} if isinstance(module, _NormBase) and not isinstance(module, _InstanceNorm) else {}
+
+
+def _stay_in_phase(before: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
+    """Gives back what a pass without gradients says nothing of; a warm-up that was over stays over."""
+    kept = ("ema_gz", "buffer_gz", "skip_counter")
+    _restore([each for each in before if each[1] in kept])
+    for module, name, _, value in before:
+        if name == "iters":
+            now = module.get_buffer(name)
+            now.copy_(torch.maximum(now, value))
 
 
 def _state(module: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:

@@ -23,6 +23,8 @@ FAMILIES = (
     "alpha_batch",
     "adab2n",
     "batch_channel",
+    "power",
+    "unified",
 )
 
 
@@ -49,9 +51,10 @@ class Norm:
     cast: str | None = "torch"
     """Where low precision rounds, as in :func:`normzoo.functional.rms_norm`; None where it matches no order."""
     axis: int = -1
-    """-1: the trailing dimensions. 1: the channels of (N, C, \\*)."""
+    """-1: the trailing dimensions. 1: the channels of (N, C, \\*). Others where a layer has a `channel_dim`."""
     groups: int = 1
-    """Into how many groups the row or the channels fall, each with statistics of its own."""
+    """Into how many groups the row or the channels fall, each with statistics of its own. Of a PowerNorm those
+    that are scaled at every position; 0 for none."""
     after: tuple[str, ...] = ()
     """Children that forward applies to the normalized values, such as an activation."""
     momentum: float | None = 0.1
@@ -75,13 +78,15 @@ class Norm:
         if self.cast != "torch":
             parts.append(f"cast={self.cast or 'unknown'}")
         if self.groups != 1:
-            parts.append(f"groups={self.groups}")
+            parts.append(f"groups={self.groups or None}")
         if self.momentum != 0.1 and self.statistics:
             parts.append(f"momentum={self.momentum}")
         if self.after:
             parts.append(f"then {', '.join(self.after)}")
         if self.axis != -1 and self.family in ("layer", "rms"):
             parts.append("over channels")
+        if self.axis != -1 and self.family in ("power", "unified"):
+            parts.append(f"channels in dimension {self.axis}")
         return ", ".join(parts)
 
     def compute(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -113,7 +118,12 @@ class Norm:
         """The dimensions of x that share statistics."""
         if self.family in ("layer", "rms", "crms"):
             return (self.axis,)
-        along = 1 if self.family.endswith(("batch", "adab2n")) else 0  # batch_channel ends on single samples
+        if self.family in ("power", "unified"):
+            along = self.axis % x.dim()
+        else:
+            along = (
+                1 if self.family.endswith(("batch", "adab2n")) else 0
+            )  # batch_channel ends on single samples
         return tuple(dim for dim in range(x.dim()) if dim != along)
 
     def _wide(self, weight: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ from ..layers.ghost import GhostBatchNorm
 from ..layers.group import GroupNorm
 from ..layers.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from ..layers.layer import LayerNorm
+from ..layers.power import PowerNorm
 from ..layers.rms import CRMSNorm, RMSNorm
+from ..layers.unified import UnifiedNorm
 from . import report
 from .adapted import bare_class, manner
 from .norm import Norm
@@ -268,6 +270,21 @@ def _batch_channel(module: Any) -> Norm:
     return replace(_stored("batch_channel")(module), groups=module.num_groups)
 
 
+def _power(module: Any) -> Norm:
+    norm = _by_mean_square("power", module, "running_phi", module.alpha_fwd)
+    return replace(norm, groups=module.group_num or 0)
+
+
+def _unified(module: Any) -> Norm:
+    return _by_mean_square("unified", module, "running_var", module.decay)
+
+
+def _by_mean_square(family: str, module: Any, statistic: str, decay: float) -> Norm:
+    how: dict[str, Any] = _held(module, "weight", "bias") | {"statistics": (statistic,)}
+    how |= {"axis": module.channel_dim, "momentum": round(1 - decay, 12)}  # 1 - 0.9 is no 0.1
+    return Norm(family, (int(module.num_features),), _eps(module), **how)
+
+
 DIMENSIONS: dict[type[nn.Module], int] = {
     **dict.fromkeys((nn.BatchNorm1d, nn.InstanceNorm1d, BatchNorm1d, InstanceNorm1d), 1),
     **dict.fromkeys((nn.BatchNorm2d, nn.InstanceNorm2d, BatchNorm2d, InstanceNorm2d), 2),
@@ -298,6 +315,8 @@ KNOWN: dict[type[nn.Module], Callable[[Any], Norm]] = {
     AlphaBatchNorm: _stored("alpha_batch"),
     AdaB2N: _stored("adab2n"),
     BatchChannelNorm: _batch_channel,
+    PowerNorm: _power,
+    UnifiedNorm: _unified,
     LayerNorm: _layer,
     RMSNorm: _rms,
     CRMSNorm: _crms,

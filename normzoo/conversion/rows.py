@@ -9,7 +9,7 @@ from .norm import Norm, tensor
 from .transfer import Carried, Exactness, Refused, transfer
 
 
-def _row(norm: Norm, module: nn.Module) -> Carried:
+def of_rows(norm: Norm, module: nn.Module) -> Carried:
     """Shape, eps, weight and bias, as every row norm has them."""
     if norm.offset and norm.weight is None:
         raise Refused(f"it adds {norm.offset:g} to a weight that it does not have")
@@ -39,7 +39,7 @@ def _row(norm: Norm, module: nn.Module) -> Carried:
     )
 
 
-def _add_offset(carried: Carried, norm: Norm, module: nn.Module) -> None:
+def add_offset(carried: Carried, norm: Norm, module: nn.Module) -> None:
     """Makes the weight ``offset + weight``, for a layer that has no offset."""
     source = carried.kept.pop("weight")
     carried.converted["weight"] = source, getattr(module, source).detach() + norm.offset
@@ -47,9 +47,9 @@ def _add_offset(carried: Carried, norm: Norm, module: nn.Module) -> None:
 
 @transfer("layer", "layer_norm", Exactness.EXACT, same=True)
 def _(norm: Norm, module: nn.Module) -> Carried:
-    carried = _row(norm, module)
+    carried = of_rows(norm, module)
     if norm.offset:
-        _add_offset(carried, norm, module)
+        add_offset(carried, norm, module)
         carried.exactness = Exactness.EVAL_EXACT
         carried.note = f"the weight becomes {norm.offset:g} + weight, which weight decay treats differently"
     return carried
@@ -57,25 +57,25 @@ def _(norm: Norm, module: nn.Module) -> Carried:
 
 @transfer("rms", "rms_norm", Exactness.EXACT, same=True)
 def _(norm: Norm, module: nn.Module) -> Carried:
-    carried = _row(norm, module)
+    carried = of_rows(norm, module)
     carried.arguments |= {"offset": norm.offset, "cast": norm.cast or "torch"}
     return carried
 
 
 @transfer("layer", "rms_norm", Exactness.APPROXIMATE, "the mean is no longer taken away")
 def _(norm: Norm, module: nn.Module) -> Carried:
-    carried = _row(norm, module)
+    carried = of_rows(norm, module)
     carried.arguments |= {"offset": norm.offset}
     return carried
 
 
 @transfer("rms", "layer_norm", Exactness.APPROXIMATE, "the mean is taken away")
 def _(norm: Norm, module: nn.Module) -> Carried:
-    carried = _row(norm, module)
+    carried = of_rows(norm, module)
     if norm.eps is None:
         held = tensor(module, norm.weight)
         double = held is not None and held.dtype == torch.float64
         carried.arguments["eps"] = torch.finfo(torch.float64 if double else torch.float32).eps
     if norm.offset:
-        _add_offset(carried, norm, module)
+        add_offset(carried, norm, module)
     return carried

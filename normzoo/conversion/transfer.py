@@ -75,7 +75,8 @@ class Carried:
     """Constructor arguments that say the same thing: one in the options overrules all that are carried."""
 
 
-Carry = Callable[[Norm, nn.Module], Carried]
+Carry = Callable[..., Carried]
+"""A function of the :class:`Norm` and the module, and of the options where the rule goes by them."""
 
 
 @dataclass(frozen=True)
@@ -89,21 +90,30 @@ class Transfer:
     carry: Carry
     same: bool
     """Whether the two are the same layer."""
+    by_options: bool = False
+    """Whether `carry` is told what the caller wants of the new layer."""
 
 
 TRANSFERS: dict[tuple[str, str], Transfer] = {}
 
 
 def transfer(
-    family: str, target: str, exactness: Exactness, note: str = "", *, same: bool = False
+    family: str,
+    target: str,
+    exactness: Exactness,
+    note: str = "",
+    *,
+    same: bool = False,
+    by_options: bool = False,
 ) -> Callable[[Carry], Carry]:
     """Makes the decorated function the rule from norms of `family` to the ZOO entry called `target`.
 
-    The function may raise :class:`Refused`.
+    The function may raise :class:`Refused`. It takes a norm and its module; with `by_options` the constructor
+    arguments that the caller gave for the layer, too.
     """
 
     def add(carry: Carry) -> Carry:
-        TRANSFERS[family, target] = Transfer(family, target, exactness, note, carry, same)
+        TRANSFERS[family, target] = Transfer(family, target, exactness, note, carry, same, by_options)
         return carry
 
     return add
@@ -159,7 +169,7 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
         several = f"{', '.join(known[:-1])} and {known[-1]}" if known[1:] else "".join(known)
         only = f", only to {several}" if known else ""
         raise Refused(f"no rule takes {a(norm.family)} norm to {choice.entry.name}{only}")
-    carried = rule.carry(norm, old)
+    carried = rule.carry(norm, old, choice.options) if rule.by_options else rule.carry(norm, old)
     sources = {**carried.kept, **{name: source for name, (source, _) in carried.converted.items()}}
     for name in sources.values():
         if name not in old._parameters and name not in old._buffers:
@@ -201,10 +211,10 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
         else:
             kept[name] = source
             _put(new, name, value, value.requires_grad)
-        if name != source:
+        if name != source and not (computed is not None and source in norm.statistics):
             notes.append(f"{source} is called {name} from now on, in the state dict too")
     fresh = tuple(name for name in _own(new) if name not in sources)
-    lost += tuple(name for name in carried.dropped if name in _own(old))
+    lost += tuple(name for name in carried.dropped if name in _own(old) and name not in sources.values())
     lost += bring_along(old, new, leave={*sources.values(), *carried.dropped})
     changed = {k for k, v in choice.options.items() if carried.arguments.get(k, v) != v}
     if exactness in UNCHANGED and changed:

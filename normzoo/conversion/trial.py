@@ -34,7 +34,10 @@ def row_inputs(shape: Sequence[int], device: torch.device) -> Tensor:
 def inputs_for(norm: Norm, device: torch.device) -> Tensor:
     """What shows a norm: rows, or (N, C, H, W) and the like."""
     shape = norm.shape or (48,)
-    return row_inputs(shape, device) if norm.axis == -1 else channel_inputs(shape[0], device, norm.dims or 2)
+    if norm.axis == -1:
+        return row_inputs(shape, device)
+    x = channel_inputs(shape[0], device, norm.dims or 2)
+    return x if norm.axis == 1 else x.movedim(1, norm.axis)
 
 
 def channel_inputs(channels: int, device: torch.device, dims: int = 2) -> Tensor:
@@ -146,7 +149,7 @@ def stand_in(module: nn.Module) -> nn.Module:
     for name, t in own_tensors(twin).items():
         drawn = noise(t.shape, numbers)
         place = torch.arange(t.numel(), device="cpu").reshape(t.shape)
-        if "var" in name:  # small ones too, so that eps shows
+        if "var" in name or "phi" in name:  # small ones too, so that eps shows
             drawn = (drawn.abs() + 0.5) * 1e-6 * 10.0 ** (place % 7)
         else:
             # Every second weight is negative, so that abs() or clamp() of it shows.
