@@ -152,7 +152,7 @@ def test_checkpoints_of_the_authors_load(assign):
     saved = {
         "weight": torch.randn(C),
         "bias": torch.randn(C),
-        "running_phi": torch.rand(1, C, 1, 1),
+        "running_phi": torch.rand(1, C, 1, 1).half(),
         "ema_gz": torch.randn(1, C, 1, 1),
         "iters": torch.tensor([7]),
     }
@@ -160,7 +160,8 @@ def test_checkpoints_of_the_authors_load(assign):
     layer.load_state_dict(saved, strict=True, assign=assign)
     assert saved == kept  # the caller's is as it was
     for name, t in layer.state_dict().items():
-        assert torch.equal(t, saved[name].reshape(t.shape))
+        assert torch.equal(t, saved[name].reshape(t.shape).to(t.dtype))
+    assert layer.running_phi.dtype == torch.float32
     assert layer.iters.shape == () and layer.running_phi.shape == layer.ema_gz.shape == (C,)
     layer(x.requires_grad_()).sum().backward()
     assert layer.iters == 8

@@ -170,7 +170,7 @@ class MeanSquareNorm(Guarded):
         for name, own in self._state():
             given = state_dict.get(prefix + name)
             if isinstance(given, Tensor) and given.squeeze().shape == own.squeeze().shape:
-                state_dict[prefix + name] = given.reshape(own.shape)
+                state_dict[prefix + name] = given.reshape(own.shape).to(own.dtype)  # with assign=True too
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def reset_running_stats(self) -> None:
