@@ -44,7 +44,7 @@ MIXED: Rounds = [
     ((1, 2), "dy"),
     ((2, 0), "some"),
 ]
-"""A rank without samples runs no kernel, and still has to say what the others do."""
+"""One of each: a mask on one rank alone, empty ranks, numbers that are not finite."""
 
 
 def pair(name: str, dtype=torch.double, **options) -> tuple[nn.Module, nn.Module]:
