@@ -114,6 +114,14 @@ def test_a_lock_in_of_the_filter_can_be_seen():
     assert pair.layer.skip_counter == 0
 
 
+def test_a_filter_of_one_number():
+    """It has no variance, and what it holds is the mean of itself."""
+    pair = Pair(UnifiedNorm, 1, window_size=1, warmup_iters=0, outlier_filtration=True)
+    for scale in (1.0, 50.0, 1.0):
+        pair.train(batch(6, 1, scale=scale))
+    assert pair.layer.skip_counter == 0
+
+
 def test_float64_through_a_float32_layer():
     layer, oracle = UnifiedNorm(C, 2, 2), Unified(C, 2, 2)
     layer.iters += 998

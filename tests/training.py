@@ -40,8 +40,8 @@ LAYERS: dict[str, partial] = {
     "adab2n, skip": partial(AdaB2N, 3, 2, kappa=0.4, nonfinite="skip"),
     "bcn": partial(BatchChannelNorm, 3, 1),
     "bcn, estimate, skip": partial(BatchChannelNorm, 3, 3, estimate=True, update_rate=0.2, nonfinite="skip"),
-    "power": partial(PowerNorm, 3, warmup_iters=3, channel_dim=1),
-    "unified": partial(UnifiedNorm, 3, (2, 3), 3, outlier_filtration=True, channel_dim=1),
+    "power": partial(PowerNorm, 3, warmup_iters=4, channel_dim=1),
+    "unified": partial(UnifiedNorm, 3, (4, 3), 5, outlier_filtration=True, channel_dim=1),
 }
 """Constructors of layers for `batches`."""
 

@@ -11,6 +11,7 @@ and the outputs of the steps after it grow 316-fold; here such steps are left ou
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ class _Unified:
         window = torch.where(slot, q, squares)
         odd = torch.zeros((), dtype=torch.bool, device=q.device)
         if layer.outlier_filtration:
-            spread = M * squares.sqrt().var()
+            spread = M * squares.sqrt().var() if squares.numel() > 1 else math.inf  # one number has none
             odd = (window.mean(0) - window.log().mean(0).exp() > spread).any() & (t >= layer.warmup_iters)
             if some is not None:
                 odd = odd & some
