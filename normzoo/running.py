@@ -5,7 +5,7 @@ and the gradient of u is a · dy + b · u, where a and b are no derivatives but 
 gradient. Which statistics they are is the little arithmetic of a layer, its rule. State is written last, after
 a pass that succeeded.
 
-Where r, or a and b, are known before the statistics of a step, a pass over x is one sweep that takes them along.
+Where r, or a and b, are known before the statistics of a step, one sweep over x uses them and takes those along.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from normzoo_kernels._op import needs_grad
+
 from . import ranks, sweeps
 from .dispatch import insisted, use_kernel
 from .passes import divisor
@@ -25,12 +27,15 @@ from .state import commit
 
 State = Sequence[Tensor]
 
+_WIDEST = 8192
+"""Channels of a group that a kernel can hold."""
+
 
 class Rule(Protocol):
     """What a layer does between the passes. Tensors are (C,) or single numbers, float32 at least.
 
-    ``kept`` is what the backward pass needs of the forward pass. New state is that of a step which may have been
-    skipped: then it is the old.
+    ``kept`` is what the backward pass needs of the forward pass. New state is that of a step which may have
+    been skipped: then it is the old.
     """
 
     @property
@@ -99,18 +104,32 @@ def run(
 
     groups: each position is first divided by the root mean square of each of so many groups of channels.
     """
-    kernels = use_kernel(x, weight, bias, fusible=False) and _may_launch(x, groups, rule)
+    fits = _may_launch(x, groups, *rule.state, *rule.gradient_state)
+    kernels = fits and use_kernel(x, weight, bias, fusible=False)
     ranked = sync and ranks.size(process_group) > 1
     y, *new = _Run.apply(x, weight, bias, pad_mask, groups, rule, ranked, process_group, kernels, insisted())
     commit(zip(rule.state, new, strict=True))
     return y
 
 
-def _may_launch(x: Tensor, groups: int | None, rule: Rule) -> bool:
-    from normzoo_kernels._running_forms import WIDEST
+def by_stored(
+    x: Tensor, stored: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int | None
+) -> Tensor:
+    """weight · u / sqrt(stored + eps) + bias for x (N, C, \\*): eval mode, differentiable."""
+    plain = needs_grad(x, stored, weight, bias) or not _may_launch(x, groups, stored)
+    if not plain and use_kernel(x, stored, weight, bias):
+        y = _or_none(insisted(), _stored_by_kernel, x, stored, weight, bias, eps, groups)
+        if y is not None:
+            return y
+    u, _ = sweeps.unit(x, groups)
+    r = torch.rsqrt(stored.to(u.dtype) + eps)
+    return sweeps.scaled(u, r if weight is None else r * weight, bias).to(x.dtype)
 
-    narrow = groups is None or x.shape[1] // groups <= WIDEST
-    return narrow and all(t.dtype in (torch.float32, torch.long) for t in (*rule.state, *rule.gradient_state))
+
+def _may_launch(x: Tensor, groups: int | None, *state: Tensor) -> bool:
+    if groups is not None and x.shape[1] // groups > _WIDEST:
+        return False
+    return all(t.dtype in (torch.float32, torch.long) for t in state)
 
 
 class _Run(Function):
@@ -156,6 +175,15 @@ def _or_none(strict: bool, body: Any, *args: Any) -> Any:
             raise
         warn_once(str(error))
     return None
+
+
+def _stored_by_kernel(x, stored, weight, bias, eps, groups):
+    from normzoo_kernels import running as kernels
+    from normzoo_kernels._channel_layout import like
+
+    y = like(x)
+    kernels.map_into(y, x, stored, weight, bias, None, 0, groups or 0, eps)
+    return y
 
 
 def _counts(x: Tensor, pad_mask: Tensor | None, dtype: torch.dtype) -> Tensor:

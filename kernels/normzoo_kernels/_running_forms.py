@@ -9,9 +9,6 @@ import triton
 from ._channel_forms import Form, Problem, parts_of, power_of_two, tile_of, tiles_in
 from ._launch import sm_count
 
-WIDEST = 16384
-"""Channels of a group that a program can hold."""
-
 _LEAST = 4
 """Fewest tiles of a part."""
 
@@ -26,9 +23,10 @@ def running_form(kernel: Any, problem: Problem, group: int, backward: bool) -> F
         tile = tile_of(p, elements)
         blocks = triton.cdiv(p.channels, tile["CB"])
     parts = parts_of(tiles_in(p, tile), blocks, _LEAST, 4 * sms)
-    size = tile["CB"] * tile["NB"] * tile["L"]
+    # Entries of a warp: with more of them the gradient of wide groups spills.
+    warps = tile["CB"] * tile["NB"] * tile["L"] // (512 if backward else 1024)
     constants = tile | {"GROUP": group, "W": power_of_two(group) if group else 0}
-    constants |= {"STAGES": 2, "num_warps": min(max(4, size // 1024), 16)}
+    constants |= {"STAGES": 3 if warps < 8 else 2, "num_warps": min(max(4, warps), 32)}
     return Form(kernel, blocks * parts, parts, constants)
 
 
@@ -43,8 +41,8 @@ def _group_tile(p: Problem, group: int, elements: int) -> tuple[dict[str, Any], 
     chunk = max(elements // channels, 1 if p.tokens else 8)
     whole = power_of_two(p.count)
     samples = 1
-    if whole < chunk:
+    if p.samples > 1 and whole < chunk:
         samples = min(chunk // whole, power_of_two(p.samples))
         chunk = whole
-    tile = {"CB": channels, "NB": samples, "L": chunk, "CHUNKED": p.count > chunk}
+    tile = {"CB": channels, "NB": samples, "L": chunk, "CHUNKED": p.samples == 1 or p.count > chunk}
     return tile, triton.cdiv(groups, together)

@@ -132,7 +132,7 @@ def _power_like(sums, counts, count, phi, iters, skipped, eps, alpha, warmup, pa
     fake=_power_like,
 )
 def power_forward(sums, counts, count, phi, iters, skipped, eps, alpha, warmup, paper, guard):
-    """(r, counted, phi, iters, skipped): three rows for the two passes, a flag, and the state after the step."""
+    """(r, counted, phi, iters, skipped): three rows for the two passes, a flag, the state after the step."""
     r, counted, *new = _power_like(sums, counts, count, phi, iters, skipped, eps, alpha, warmup, paper, guard)
     tensors = (sums, counts, phi, iters, skipped, r, *new, counted)
     numbers = {"EPS": eps, "ALPHA": alpha, "WARMUP": warmup, "PAPER": paper, "GUARD": guard}
@@ -185,8 +185,8 @@ def unified_forward(
     filtered,
     guard,
 ):
-    """(r, flags, var, squares, skipped): the root and the compensation, what `flags` says in the kernel, and the
-    state after the step."""
+    """(r, flags, var, squares, skipped): two rows for the passes, flags as the kernel says, and the state after
+    the step."""
     r, flags, *new = _unified_like(sums, counts, count, var, squares, iters, outliers, skipped)
     tensors = (sums, counts, var, squares, iters, outliers, skipped, r, *new[:2], flags, new[2])
     numbers = {"EPS": eps, "DECAY": decay, "WARMUP": warmup, "COMPENSATED": compensated, "FILTER": filtered}

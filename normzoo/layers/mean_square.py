@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..engine import normalize
 from ..moments import Moments
 from ..running import Rule, run
 from ..side_inputs import side_input
-from ..state import Guarded, commit, finite, recomputing
+from ..state import Guarded, finite, recomputing
 
 
 def check_input(
@@ -84,15 +84,6 @@ def check_channel_dim(layer: str, channel_dim: int) -> None:
         )
 
 
-def with_stored(
-    x: Tensor, stored: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int | None
-) -> Tensor:
-    """weight · u / sqrt(stored + eps) + bias for x (N, C, \\*), differentiable."""
-    u, _ = sweeps.unit(x, groups)
-    r = torch.rsqrt(stored.to(u.dtype) + eps)
-    return sweeps.scaled(u, r if weight is None else r * weight, bias).to(x.dtype)
-
-
 def with_batch(
     x: Tensor,
     pad_mask: Tensor | None,
@@ -101,7 +92,8 @@ def with_batch(
     eps: float,
     groups: int | None,
 ) -> Tensor:
-    """The same by the mean square of the batch, with its true gradient: PN-V of the PowerNorm paper."""
+    """weight · u / sqrt(q + eps) + bias for x (N, C, \\*), q the mean square of the batch, with the true
+    gradient: PN-V of the PowerNorm paper."""
 
     def combine(m: Moments):
         q = (m.var + m.mean.square())[:1] if pad_mask is not None else m.var + m.mean.square()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..running import by_stored
 from ..state import average, kernel_state, present, snapshot
 from .mean_square import (
     MeanSquareNorm,
@@ -21,7 +22,6 @@ from .mean_square import (
     check_group_num,
     check_input,
     with_batch,
-    with_stored,
 )
 
 BACKWARDS = ("official", "paper")
@@ -68,7 +68,7 @@ def power_norm(
     if running_phi is None:
         y = with_batch(x, pad_mask, weight, bias, eps, group_num)
     else:
-        y = with_stored(x, running_phi, weight, bias, eps, group_num)
+        y = by_stored(x, running_phi, weight, bias, eps, group_num)
     return y.movedim(1, channel_dim)
 
 
@@ -169,7 +169,7 @@ class PowerNorm(MeanSquareNorm):
             ``"propagate"``: it is lost for ever, as in the authors' code.
         bias: whether an affine layer has a bias.
 
-    Input (\*, C) or as `channel_dim` says, output alike in shape and dtype. A call also takes `pad_mask`, bool, of
+    Input (\*, C) or as `channel_dim` says, output alike in shape and dtype. A call takes `pad_mask`, bool, of
     the shape of the input without its channels, True for padding, or finds it in
     ``with normzoo.inputs(model, pad_mask=...)``. Padding is normalized, but left out of the mean square; it
     counts in the statistics of the gradient, as in the authors' code. A batch of padding alone moves nothing.
@@ -244,7 +244,7 @@ class PowerNorm(MeanSquareNorm):
         if self.training:
             y = self._train(x, pad_mask, self.group_num, _Power(self))
         else:
-            y = with_stored(x, self.running_phi, self.weight, self.bias, self.eps, self.group_num)
+            y = by_stored(x, self.running_phi, self.weight, self.bias, self.eps, self.group_num)
         return y.movedim(1, self.channel_dim)
 
     def extra_repr(self) -> str:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..running import by_stored
 from ..state import average, kernel_state, present, snapshot
-from .mean_square import MeanSquareNorm, check_channel_dim, check_input, with_batch, with_stored
+from .mean_square import MeanSquareNorm, check_channel_dim, check_input, with_batch
 
 _COMPENSATED_AFTER = 1000
 """Steps without compensation of the gradient, whatever the warm-up: the authors' number."""
@@ -63,7 +64,7 @@ def unified_norm(
     if running_var is None:
         y = with_batch(x, pad_mask, weight, bias, eps, None)
     else:
-        y = with_stored(x, running_var, weight, bias, eps, None)
+        y = by_stored(x, running_var, weight, bias, eps, None)
     return y.movedim(1, channel_dim)
 
 
@@ -276,7 +277,7 @@ class UnifiedNorm(MeanSquareNorm):
         if self.training:
             y = self._train(x, pad_mask, None, _Unified(self))
         else:
-            y = with_stored(x, self.running_var, self.weight, self.bias, self.eps, None)
+            y = by_stored(x, self.running_var, self.weight, self.bias, self.eps, None)
         return y.movedim(1, self.channel_dim)
 
     def extra_repr(self) -> str:

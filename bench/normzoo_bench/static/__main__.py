@@ -39,7 +39,7 @@ def measured(task: Task) -> list[Row]:
     index, dtype, target_name = task
     case, target = CASES[index], fake.TARGETS[target_name]
     call, x = case.build(case.rows, dtype, target)
-    rows, caught = profile_call(call, x, target_name)
+    rows, caught = profile_call(call, x, target_name, dict(case.loads))
     if not rows:
         raise RuntimeError("the launcher launches nothing")
     of_call = {

@@ -38,6 +38,7 @@ class Case:
     rows: int
     bounds: tuple[Bound, ...]
     plan: Plan  # what the default run compiles it for
+    loads: tuple[tuple[str, int], ...] = ()  # what a kernel finds in memory that decides what it does
 
     def needs(self, measure: str, dtype: str) -> bool:
         return any(b.measure == measure and dtype in b.dtypes for b in self.bounds)

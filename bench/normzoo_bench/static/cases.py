@@ -8,6 +8,7 @@ from importlib import resources
 from .case import Case
 from .channel_cases import channel_cases
 from .row_cases import row_cases
+from .running_cases import running_cases
 
 # (glob over case-dtype@target, measure, reason): shown in the table, never silent.
 _TWICE = "the gradients of its parameters leave no registers for the row: it is read again, from L2"
@@ -17,7 +18,7 @@ EXCEPTIONS: tuple[tuple[str, str, str], ...] = (
     ("rms-bwd-4095-bf16@*", "instructions", "with fewer the gradient of narrow rows loses a digit"),
 )
 
-CASES: tuple[Case, ...] = (*row_cases(), *channel_cases())
+CASES: tuple[Case, ...] = (*row_cases(), *channel_cases(), *running_cases())
 
 
 def peers() -> dict[str, dict[str, str]]:

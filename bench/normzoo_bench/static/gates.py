@@ -111,12 +111,19 @@ def _is_jit(decorator: ast.expr) -> bool:
 
 
 def inlined(functions: Iterable[Function], rows: Sequence[Row]) -> list[Row]:
-    """A row for each helper on each target and dtype where some kernel has it inlined."""
+    """A row for each helper on each target and dtype where some kernel has it inlined.
+
+    A kernel that never sees the dtype is compiled once, and its helpers are seen then; so they count for all.
+    """
+    of_kernel: dict[tuple[str, str], set] = {}
+    for row in rows:
+        of_kernel.setdefault((row["kernel"], row["target"]), set()).update(row["helpers"])
     found = {}
     for function in functions:
         for row in rows:
             place = (function.name, row["target"], row["dtype"])
-            if place not in found and (function.file, function.name) in row["helpers"]:
+            helpers = of_kernel[row["kernel"], row["target"]]
+            if place not in found and (function.file, function.name) in helpers:
                 shared = {key: row[key] for key in ("target", "dtype", "case")}
                 found[place] = {"kernel": function.name, **shared, "inlined_by": row["kernel"]}
     return list(found.values())

@@ -35,14 +35,17 @@ def _bytes_in_flight(module: ttir.Module, ptx: Sequence[sass.Access], shared: in
     return in_flight
 
 
-def measure(launch: fake.Launch, x: torch.Tensor, target: fake.Target) -> Row:
-    """Everything static about one launch; `code` is left for `add_instructions`."""
+def measure(launch: fake.Launch, x: torch.Tensor, target: fake.Target, loads: dict[str, int]) -> Row:
+    """Everything static about one launch; `code` is left for `add_instructions`.
+
+    loads: what is found in memory where a scalar argument points, by its name.
+    """
     compiled = launch.compile(target)
     names = [name for name, kind in launch.signature.items() if kind != "constexpr"]
     x_args = fake.x_arguments(launch, x)
     x_bytes = x.numel() * x.element_size()
     module = ttir.parse(compiled.asm["ttir"])
-    launched = Launched(module, launch.scalars, launch.grid)
+    launched = Launched(module, launch.scalars, launch.grid, loads)
     x_moved = moved = 0.0
     for access in module.accesses:
         size = launched.moved(access)
@@ -111,11 +114,11 @@ def add_instructions(rows: Sequence[Row]) -> None:
 
 
 def profile_call(
-    call: Callable[[], object], x: torch.Tensor, target: str = "sm_90"
+    call: Callable[[], object], x: torch.Tensor, target: str = "sm_90", loads: dict[str, int] | None = None
 ) -> tuple[list[Row], fake.Caught]:
     """Rows of every launch that `call` makes with meta tensors, and what else it does."""
     caught = fake.catch(call, fake.TARGETS[target])
-    return [measure(launch, x, fake.TARGETS[target]) for launch in caught.launches], caught
+    return [measure(launch, x, fake.TARGETS[target], loads or {}) for launch in caught.launches], caught
 
 
 def profile_kernel(

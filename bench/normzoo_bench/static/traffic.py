@@ -34,10 +34,15 @@ _UNKNOWN = (KeyError, TypeError, ValueError)
 
 
 class Launched:
-    """A module with the scalars and grid of one launch, so that bounds and masks have values."""
+    """A module with the scalars and grid of one launch, so that bounds and masks have values.
 
-    def __init__(self, module: Module, scalars: dict[str, int], grid: tuple[int, int, int]) -> None:
-        self.module, self.scalars, self.grid = module, scalars, grid
+    loads: what is found where a scalar argument points; other loaded data is not known.
+    """
+
+    def __init__(
+        self, module: Module, scalars: dict[str, int], grid: tuple[int, int, int], loads: dict[str, int]
+    ) -> None:
+        self.module, self.scalars, self.grid, self.loads = module, scalars, grid, loads
         self.programs = math.prod(grid)
         self.unknown: set[str] = set()
 
@@ -62,6 +67,8 @@ class Launched:
         if op == "tt.make_range":
             start, end = (int(re.search(rf"{k} = (\d+)", rest).group(1)) for k in ("start", "end"))
             return np.arange(start, end, dtype=np.int64)
+        if op == "tt.load":
+            return self.loads[self.module.definitions[refs[0]][1]]
         args = [self._value(ref, env) for ref in refs]
         if op in _SAME:
             return args[0]
