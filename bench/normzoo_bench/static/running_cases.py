@@ -1,0 +1,123 @@
+"""The calls of the running engine that the gate profiles: PowerNorm in both phases, and Unified Norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from normzoo_kernels import running
+
+from . import fake
+from .case import DTYPES, EVERYWHERE, ON_SM90, SWEPT, Bound, Call, Case, Plan, launcher
+
+_WARMUP = 1000
+
+
+@dataclass(frozen=True)
+class RunningNorm:
+    """A step of training on x (samples, channels, *size), or on tokens (samples, channels) without a size."""
+
+    backward: bool
+    channels: int
+    size: tuple[int, ...] = ()
+    samples: int = 8192
+    layout: str = "planes"  # or last: the channels of a position side by side
+    groups: int = 0
+    unified: bool = False
+    warm: bool = False  # PowerNorm in its warm-up
+    padded: bool = False
+
+    @property
+    def name(self) -> str:
+        kind = "un" if self.unified else "pn-warm" if self.warm else "pn"
+        size = "x".join(map(str, (self.samples, self.channels, *self.size)))
+        parts = [kind, "bwd" if self.backward else "fwd", size]
+        parts += [self.layout] if self.layout != "planes" else []
+        parts += [f"g{self.groups}"] if self.groups else []
+        parts += ["padded"] if self.padded else []
+        return "-".join(parts)
+
+    def build(self, samples: int, dtype: str, target: fake.Target) -> tuple[Call, torch.Tensor]:
+        shape, kind = (samples, self.channels, *self.size), DTYPES[dtype]
+        x, dy = (torch.empty(shape, dtype=kind, device="meta") for _ in range(2))
+        if self.layout == "last":
+            sizes = (samples, *self.size, self.channels)
+            x, dy = (torch.empty(sizes, dtype=kind, device="meta").movedim(-1, 1) for _ in range(2))
+        pad = torch.empty((samples, *self.size), dtype=torch.bool, device="meta") if self.padded else None
+        counts = torch.empty(2, device="meta") if self.padded else None
+        c = self.channels
+        phi, ema, weight, bias, slope = (torch.empty(c, device="meta") for _ in range(5))
+        number = torch.empty((), dtype=torch.long, device="meta")
+        window, flags = torch.empty((4, c), device="meta"), torch.empty(5, dtype=torch.long, device="meta")
+        steps = (number, _WARMUP, self.groups)
+
+        def power_forward() -> None:
+            y, sums = launcher(running.sweep)(x, pad, phi, weight, bias, *steps, 1e-5)
+            how = (1e-5, 0.9, _WARMUP, False, True)
+            r, *_ = launcher(running.power_forward)(sums, counts, 1, phi, number, number, *how)
+            launcher(running.map_into)(y, x, r[0], weight, bias, *steps, None)
+
+        def power_backward() -> None:
+            known = (phi, phi, weight, ema, 0.1, self.groups)
+            launcher(running.gradient)(dy, x, *known, True)
+            r = torch.empty((3, c), device="meta")
+            before = (slope, slope, counts, 1, r, number, weight, ema, number)
+            launcher(running.power_backward)(*before, 0.1, True)
+
+        def unified_forward() -> None:
+            y, sums = launcher(running.sweep)(x, pad, None, weight, bias, None, 0, 0, 1e-5)
+            before = (phi, window, number, number, number)
+            how = (1e-5, 0.9, _WARMUP, _WARMUP, True, True)
+            r, *_ = launcher(running.unified_forward)(sums, counts, 1, *before, *how)
+            launcher(running.map_into)(y, x, r[0], weight, bias, None, 0, 0, None)
+
+        def unified_backward() -> None:
+            launcher(running.gradient)(dy, x, None, None, None, None, 0.0, 0, True)
+            r = torch.empty((2, c), device="meta")
+            before = (slope, slope, counts, 1, r, flags, weight, ema, window, number)
+            ab, *_ = launcher(running.unified_backward)(*before, 0.9, _WARMUP, True)
+            launcher(running.gradient)(dy, x, ab[0], ab[1], None, None, 0.0, 0, False)
+
+        kind = "unified" if self.unified else "power"
+        calls = {
+            "power": (power_forward, power_backward),
+            "unified": (unified_forward, unified_backward),
+        }
+        return calls[kind][self.backward], x
+
+    def bounds(self, plan: Plan) -> Iterator[Bound]:
+        swept_once = not (self.unified or (self.warm and not self.backward))
+        passes = (3 if swept_once else 5) if self.backward else (2 if swept_once else 3)
+        yield Bound("x_passes", most=passes + 0.03)
+        yield Bound("launches", most=4 if self.unified or not self.backward else 3)
+        yield Bound("copies", most=0)
+        yield Bound("arguments", most=18)
+        if plan != EVERYWHERE:
+            yield Bound("x_width", least=16)
+            yield Bound("variants", most=5)  # one kernel sums and maps, in one part or several
+            yield Bound("kb_in_flight", least=32, dtypes=("bf16",))
+
+    def case(self, plan: Plan) -> Case:
+        loads = (("iters_ptr", 0 if self.warm else _WARMUP),)
+        return Case(self.name, self.build, self.samples, tuple(self.bounds(plan)), plan, loads)
+
+
+def running_cases() -> Iterator[Case]:
+    for backward in (False, True):
+        tokens = RunningNorm(backward, 1024)
+        images = RunningNorm(backward, 256, (56, 56), 32)
+        for case in (tokens, replace(tokens, groups=1), images, replace(images, layout="last")):
+            yield case.case(SWEPT)
+        yield replace(tokens, groups=16).case(ON_SM90)
+        for wide in (4096, 8192):
+            yield replace(tokens, channels=wide, groups=1, samples=2048).case(ON_SM90)
+        yield replace(images, groups=4).case(ON_SM90)
+        yield replace(tokens, warm=True).case(ON_SM90)
+        yield replace(tokens, unified=True).case(ON_SM90)
+        yield replace(images, unified=True).case(ON_SM90)
+        # Every function for every target.
+        small = replace(tokens, samples=1024, channels=96, padded=True)
+        yield replace(small, groups=8).case(EVERYWHERE)
+        yield replace(small, channels=128, unified=True).case(EVERYWHERE)
