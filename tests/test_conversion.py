@@ -381,7 +381,8 @@ def test_bad_targets():
     ):
         normzoo.convert(model, "layer-norm")
     with pytest.raises(
-        ValueError, match=r"no rule takes a layer norm to crms_norm, only to layer_norm, rms_norm, power_norm and unified_"
+        ValueError,
+        match=r"no rule takes a layer norm to crms_norm, only to layer_norm, rms_norm, power_norm and unified_",
     ):
         normzoo.convert(model, "crms_norm")
     with pytest.raises(ValueError, match=r"BatchNorm1d is not a layer of normzoo; .*a function of a site"):
