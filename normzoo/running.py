@@ -5,7 +5,8 @@ and the gradient of u is a · dy + b · u, where a and b are no derivatives but 
 gradient. Which statistics they are is the little arithmetic of a layer, its rule. State is written last, after
 a pass that succeeded.
 
-Where r, or a and b, are known before the statistics of a step, one sweep over x uses them and takes those along.
+Where r, or a and b, are known before the statistics of a step, one sweep over x uses the former and sums for the
+latter.
 """
 
 from __future__ import annotations

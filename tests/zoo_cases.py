@@ -63,7 +63,8 @@ def function_of(layer: nn.Module, entry: Entry, **changed):
     held = {"use_input_stats": layer.training} | changed
     _, *parameters = inspect.signature(entry.function).parameters.values()
     arguments = {p.name: held.get(p.name, getattr(layer, p.name, None)) for p in parameters}
-    omitted = {p.name for p in parameters if arguments[p.name] is None and p.default is not p.empty}
+    absent = [p for p in parameters if arguments[p.name] is None and p.default is not p.empty]
+    omitted = {p.name for p in absent if p.default is None or "None" not in str(p.annotation)}
     return lambda x: entry.function(x, **{n: v for n, v in arguments.items() if n not in omitted})
 
 

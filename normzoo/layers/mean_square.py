@@ -134,6 +134,10 @@ class MeanSquareNorm(Guarded):
         check_channel_dim(type(self).__name__, channel_dim)
         options = {"bias": bias, "sync": sync, "process_group": process_group, "nonfinite": nonfinite}
         super().__init__(num_features, eps, None, affine, False, device, dtype, **options)
+        # torch.export takes buffers after one that is None for others.
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            del self._buffers[name]
+        self.running_mean = self.num_batches_tracked = None
         self.channel_dim = channel_dim
         skipped = torch.zeros((), dtype=torch.long, device=device) if nonfinite == "skip" else None
         self.register_buffer("gradients_skipped", skipped, persistent=False)
@@ -179,10 +183,10 @@ class MeanSquareNorm(Guarded):
                 f"{layer}: it normalises by running statistics that have moved since the forward pass, so that "
                 "activation checkpointing would give wrong gradients; leave it out of the checkpoint"
             )
-        if transformed() and not torch.compiler.is_exporting():
+        if transformed():
             raise RuntimeError(
-                f"{layer}: in training its backward pass is no derivative, so that torch.func and forward-mode "
-                "AD cannot go through it; use eval mode"
+                f"{layer}: in training its backward pass is no derivative, which torch.func, forward-mode AD, "
+                "torch.export and tracing would lose; use eval mode"
             )
         how = (self.weight, self.bias, groups, rule, self.sync, self.process_group)
         return run(x, pad_mask, *how)

@@ -226,6 +226,7 @@ class PowerNorm(MeanSquareNorm):
         super().__init__(num_features, eps, affine, channel_dim, device, dtype, **options)
         self.alpha_fwd, self.alpha_bkw, self.warmup_iters = alpha_fwd, alpha_bkw, warmup_iters
         self.group_num, self.backward = group_num, backward
+        self.running_var = None
         self._statistic("running_phi", 1.0, num_features, device=device)
         self._statistic("ema_gz", 0.0, num_features, device=device)
         self._counter("iters", device=device)
