@@ -215,6 +215,22 @@ def test_compiled_is_eager_with_padding(fresh_graphs):
     assert layer.iters == 997 + 7
 
 
+def test_graphs_read_the_gradient_statistics_in_the_backward_pass(fresh_graphs):
+    """Where one pass follows another before either backward pass, those have moved in between."""
+    traced = UnifiedNorm(C, **FORMS["unified"][1])
+    eager, call = copy.deepcopy(traced), compiled(traced)
+    for _ in range(2):
+        xs = torch.randn(2, 5, C)
+        found = []
+        for way in (call, eager):
+            leaves = [x.clone().requires_grad_() for x in xs]
+            for y in [way(x) for x in leaves]:
+                y.pow(3).sum().backward()
+            found.append([x.grad for x in leaves])
+        torch.testing.assert_close(*found)
+    torch.testing.assert_close(traced.state_dict(), eager.state_dict())
+
+
 def test_a_graph_finds_padding(fresh_graphs):
     model = nn.Sequential(nn.Linear(C, C), PowerNorm(C, warmup_iters=1))
     eager, call = copy.deepcopy(model), compiled(model)
