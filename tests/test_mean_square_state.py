@@ -190,6 +190,7 @@ WRONG = {
         "size mismatch for buffer_gz",
     ),
     "window of one": (UnifiedNorm(C, 1), UnifiedNorm(C, 2).state_dict(), "size mismatch for buffer_x2"),
+    "transposed": (UnifiedNorm(C, 2), {"buffer_x2": torch.ones(C, 2)}, "size mismatch for buffer_x2"),
     "name": (PowerNorm(C), {"running_var": torch.ones(C)}, 'Unexpected key.* "running_var"'),
     "no iters": (PowerNorm(C), {"iters": None}, "running_phi|iters"),
 }
