@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_models import stirred, without_bias
 from torch import nn
-from torch.nn.utils import fusion, parametrizations
+from torch.nn.utils import fusion, parametrizations, parametrize
 
 import normzoo
 from normzoo.conversion import folding
@@ -234,6 +234,12 @@ class Activated(nn.BatchNorm2d):
         return self.act(super().forward(x))
 
 
+def parametrized_bias():
+    linear = nn.Linear(6, 6)
+    parametrize.register_parametrization(linear, "bias", nn.Tanh())
+    return linear
+
+
 def own_forward():
     linear = nn.Linear(6, 5)
     linear.forward = lambda x: x
@@ -286,9 +292,10 @@ def test_norms_that_are_no_such_map(norm, words):
     [
         (
             parametrizations.weight_norm(nn.Linear(6, 6)),
-            "the weight of Linear is computed, not stored; remove the",
+            "a weight or bias of Linear is computed, not stored; remove the",
         ),
-        (nn.utils.spectral_norm(nn.Linear(6, 6)), "the weight of Linear is computed, not stored"),
+        (nn.utils.spectral_norm(nn.Linear(6, 6)), "a weight or bias of Linear is computed, not stored"),
+        (parametrized_bias(), "a weight or bias of Linear is computed, not stored"),
         (nn.LazyLinear(6), "the weight of LazyLinear has no numbers yet"),
         (nn.Linear(6, 6, device="meta"), "the weight of Linear has no numbers yet"),
         (Doubling(6, 6), "Doubling has a forward of its own, which may do anything"),

@@ -266,11 +266,6 @@ def _(norm: Norm, module: nn.Module) -> Carried:
         )
     carried = _stored(norm, module)
     carried.arguments["momentum"] = norm.momentum
-    (source,) = norm.statistics
-    weight, phi = tensor(module, norm.weight), getattr(module, source)
-    if weight is None or weight.dtype == phi.dtype:
-        carried.kept["running_var"] = source
-    else:  # torch's batch norm takes no statistics in float32 beside a weight in half precision
-        carried.converted["running_var"] = source, phi.detach().to(weight.dtype)
+    carried.kept["running_var"] = norm.statistics[0]
     carried.kept |= {"num_batches_tracked": "iters"} if tensor(module, "iters") is not None else {}
     return carried
