@@ -5,8 +5,7 @@ and the gradient of u is a · dy + b · u, where a and b are no derivatives but 
 gradient. Which statistics they are is the little arithmetic of a layer, its rule. State is written last, after
 a pass that succeeded.
 
-Where r, or a and b, are known before the statistics of a step, one sweep over x uses the former and sums for the
-latter.
+Where r, or a and b, are known before the statistics of a step, one sweep over x uses them and sums up those.
 """
 
 from __future__ import annotations
@@ -105,8 +104,8 @@ def run(
 
     groups: each position is first divided by the root mean square of each of so many groups of channels.
     """
-    fits = _may_launch(x, groups, *rule.state, *rule.gradient_state)
-    kernels = fits and use_kernel(x, weight, bias, fusible=False)
+    kernels = use_kernel(x, weight, bias, fusible=False)
+    kernels = kernels and _fits(x, groups, *rule.state, *rule.gradient_state)
     ranked = sync and ranks.size(process_group) > 1
     y, *new = _Run.apply(x, weight, bias, pad_mask, groups, rule, ranked, process_group, kernels, insisted())
     commit(zip(rule.state, new, strict=True))
@@ -117,8 +116,8 @@ def by_stored(
     x: Tensor, stored: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int | None
 ) -> Tensor:
     """weight · u / sqrt(stored + eps) + bias for x (N, C, \\*): eval mode, differentiable."""
-    plain = needs_grad(x, stored, weight, bias) or not _may_launch(x, groups, stored)
-    if not plain and use_kernel(x, stored, weight, bias):
+    plain = needs_grad(x, stored, weight, bias) or not use_kernel(x, stored, weight, bias)
+    if not plain and _fits(x, groups, stored):
         y = _or_none(insisted(), _stored_by_kernel, x, stored, weight, bias, eps, groups)
         if y is not None:
             return y
@@ -127,10 +126,23 @@ def by_stored(
     return sweeps.scaled(u, r if weight is None else r * weight, bias).to(x.dtype)
 
 
-def _may_launch(x: Tensor, groups: int | None, *state: Tensor) -> bool:
+def _fits(x: Tensor, groups: int | None, *state: Tensor) -> bool:
+    """Whether the kernels can take groups so wide and such statistics.
+
+    Raises:
+        RuntimeError: they cannot, and ``backend("triton")`` was asked for.
+    """
     if groups is not None and x.shape[1] // groups > _WIDEST:
-        return False
-    return all(t.dtype in (torch.float32, torch.long) for t in state)
+        what = f"groups of up to {_WIDEST} channels, here they have {x.shape[1] // groups}"
+    elif wrong := [t.dtype for t in state if t.dtype not in (torch.float32, torch.long)]:
+        what = f"statistics in float32, these are {wrong[0]}"
+    else:
+        return True
+    if insisted():
+        raise RuntimeError(
+            f'backend("triton"): the kernels of norms by a mean square take {what}; use backend("auto")'
+        )
+    return False
 
 
 class _Run(Function):

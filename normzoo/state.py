@@ -51,7 +51,7 @@ torch.library.register_fake("normzoo::present", lambda state, after: torch.empty
 
 
 def kernel_state(state: Tensor) -> Tensor:
-    """What a kernel reads in a forward pass: the buffer, which moves later, or in a graph what stands for it."""
+    """What a kernel reads in a forward pass: the buffer, which moves later, or in a graph a snapshot of it."""
     if torch.compiler.is_compiling():
         return snapshot(state)
     return state

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ class Entry:
     """Whether it takes statistics of the input in eval mode too, where it couples samples in training."""
     constant: bool = False
     """Whether the statistics of the batch are constants for autograd."""
+    swept: bool = False
+    """Whether a step of training goes once over its tensors each way, for statistics that are known before."""
     approximate: bool = False
     """Whether the backward pass in training is no derivative of the forward pass."""
     official: str = ""
@@ -59,6 +62,8 @@ class Entry:
     """Classes that do the same for inputs of other dimensions."""
     arguments: tuple = (16,)
     """Positional constructor arguments for tests and demonstrations."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments for measuring, where the usual ones do not show what training mostly does."""
     variants: tuple[dict, ...] = ({},)
     """Keyword arguments that a test should try."""
     sample: Callable[..., Tensor] = lambda *lead, **kwargs: torch.randn(*(lead or (4, 3)), 16, **kwargs)
@@ -268,9 +273,11 @@ ZOO: tuple[Entry, ...] = (
         layout="(*, C)",
         kernel=True,
         couples_samples=True,
+        swept=True,
         approximate=True,
         paper="2003.07845",
         official="sIncerass/powernorm",
+        measured={"warmup_iters": 0},
         variants=({}, {"group_num": 4, "warmup_iters": 0}, {"group_num": None, "backward": "paper"}),
     ),
     Entry(
@@ -284,6 +291,7 @@ ZOO: tuple[Entry, ...] = (
         approximate=True,
         paper="2208.01313",
         official="hikvision-research/Unified-Normalization",
+        measured={"warmup_iters": 0},
         variants=({}, {"window_size": 1, "affine": False}, {"outlier_filtration": True, "warmup_iters": 0}),
     ),
 )

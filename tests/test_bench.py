@@ -85,9 +85,25 @@ def test_a_check_leaves_no_trace_in_the_statistics():
 )
 def test_images_for_layers_of_other_dimensions(dims, shape):
     entry = types.SimpleNamespace(
-        family="channels", arguments=(2, 16), sample=lambda: torch.empty(4, 16, *[3] * (dims - 2))
+        family="channels",
+        arguments=(2, 16),
+        measured={"eps": 1e-3},
+        sample=lambda: torch.empty(4, 16, *[3] * (dims - 2)),
     )
-    assert fitted(entry, Workload("resnet", (3, 4, 5, 5))) == ((2, 4), shape)
+    assert fitted(entry, Workload("resnet", (3, 4, 5, 5))) == ((2, 4), {"eps": 1e-3}, shape)
+
+
+def test_running_norms_of_images_and_tokens():
+    """Steady, and on images without group scaling, which would be another norm before batch norm's rival."""
+    image, tokens = (case_of(find("power_norm"), shape) for shape in ((2, 6, 3, 3), (5, 6)))
+    for case in (image, tokens):
+        layer = case.layer(CPU)
+        assert layer.warmup_iters == 0 and layer.num_features == 6
+        assert layer(case.buffers(CPU, 1)[0].x).shape == case.shape
+    layer = image.layer(CPU)
+    assert layer.channel_dim == 1 and layer.group_num is None and tokens.layer(CPU).group_num == 1
+    assert case_of(find("unified_norm"), (2, 6, 3, 3)).layer(CPU).channel_dim == 1
+    assert not measured(image, contenders=("normzoo",)).failed
 
 
 def test_rows_in_their_layouts_and_dtypes():
@@ -122,6 +138,8 @@ def test_passes_of_each_family():
         "batch_norm": ([3, 3, 5, 8], [2, 2, 3, 5]),
         "alpha_batch_norm": ([3, 3, 3, 6], [3, 3, 3, 6]),
         "batch_channel_norm": ([3, 3, 5, 8], [3, 3, 5, 8]),
+        "power_norm": ([2, 2, 3, 5], [2, 2, 3, 5]),
+        "unified_norm": ([3, 3, 5, 8], [2, 2, 3, 5]),
     }
     for name, counts in by_mode.items():
         for mode, count in zip(("training", "eval"), counts, strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class Case:
         return " ".join(word for word in words if word not in ("contiguous", "any"))
 
     @cached_property
-    def _fitted(self) -> tuple[tuple, tuple[int, ...]]:
+    def _fitted(self) -> tuple[tuple, dict[str, Any], tuple[int, ...]]:
         return fitted(self.entry, self.workload)
 
     @property
@@ -67,13 +67,18 @@ class Case:
         return self._fitted[0]
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of the layer."""
         return self._fitted[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._fitted[2]
 
     @property
     def parameter_dtype(self) -> torch.dtype:
         """Batch statistics are float32 under AMP, and cuDNN takes no others."""
-        return torch.float32 if self.entry.family == "channels" else DTYPES[self.dtype][1]
+        return DTYPES[self.dtype][1] if self.entry.family == "rows" else torch.float32
 
     def bytes(self, direction: str) -> int:
         """The fewest that a call can move."""
@@ -82,7 +87,7 @@ class Case:
 
     def module(self, cls: type[nn.Module], device: torch.device) -> nn.Module:
         """The layer as `cls`, which is the entry's class or another with its arguments."""
-        made = cls(*self.arguments, device=device, dtype=self.parameter_dtype)
+        made = cls(*self.arguments, **self.keywords, device=device, dtype=self.parameter_dtype)
         return made.train(self.mode != "eval")
 
     def layer(self, device: torch.device) -> nn.Module:
@@ -150,7 +155,7 @@ def plan(
             for workload in lists[entry.family][place : place + 1]:
                 if patterns and not any(_fits(workload.name, pattern) for pattern in patterns):
                     continue
-                shape = fitted(entry, workload)[1]
+                shape = fitted(entry, workload)[2]
                 cases += [
                     Case(entry, workload, dtype, memory_format, mode)
                     for dtype in dtypes

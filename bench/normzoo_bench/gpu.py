@@ -35,7 +35,9 @@ from .tables import show
 from .workloads import DIRECTIONS
 
 _ROOT = Path(__file__).resolve().parents[2]
-_TESTS = tuple(f"tests/test_{name}.py" for name in ("kernels", "channel_kernels", "channel_hazards"))
+_TESTS = tuple(
+    f"tests/test_{name}.py" for name in ("kernels", "channel_kernels", "channel_hazards", "running_kernels")
+)
 _RESERVE = 20.0
 """Seconds before the limit in which nothing is begun: compiling one contender may take so long."""
 _TEST_SHARE = 0.35
@@ -64,6 +66,7 @@ class Part:
 
 _PAIR = ("rms_norm", "layer_norm")
 _OTHERS = ("instance_norm", "ghost_batch_norm", "frozen_batch_norm")
+_RUNNING = ("power_norm", "unified_norm")
 _ALL = tuple(entry.name for entry in ZOO)
 _QUICK = ("normzoo", "torch", "liger", "quack")
 _COMPILED = ("normzoo", "torch", "torch.compile")
@@ -71,6 +74,7 @@ _FULL = usual("cuda")
 PARTS = (
     Part("row norms at LLM widths", 4.0, _PAIR, ("llm",)),
     Part("batch norm of a ResNet", 2.5, ("batch_norm",), ("resnet",), contenders=_COMPILED),
+    Part("running norms beside batch norm", 1.2, _RUNNING, ("resnet", "tokens"), contenders=_COMPILED),
     Part("group norm of a U-Net", 1.5, ("group_norm",), ("unet",), contenders=(*_COMPILED, "liger")),
     Part("wide rows", 1.2, _PAIR, ("wide",), size="full", contenders=_QUICK),
     Part("QK-norm", 1.2, _PAIR, ("qk",)),
@@ -81,7 +85,7 @@ PARTS = (
     Part("training step", 1.5, _PAIR, contenders=CONTENDERS, host=True, step=True),
     Part("against rows", 0.8, _PAIR, scaling="rows", contenders=_QUICK),
     Part("against width", 0.8, _PAIR, scaling="width", contenders=_QUICK),
-    Part("against channels", 0.8, ("batch_norm", "group_norm"), scaling="channels", contenders=_QUICK),
+    Part("against channels", 1.2, ("batch_norm", "group_norm"), scaling="channels", contenders=_QUICK),
 )
 
 

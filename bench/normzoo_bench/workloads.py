@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from normzoo.zoo import Entry
 
@@ -82,8 +83,25 @@ _CHANNELS = Family(
         "channels": tuple((32, 2**k, 28, 28) for k in range(4, 12)),
     },
 )
-FAMILIES = {"rows": _ROWS, "channels": _CHANNELS}
+_RUNNING = Family(
+    axis=-1,
+    shapes=(
+        ("default", "resnet", (64, 256, 56, 56)),
+        ("smoke", "tokens", (8192, 1024)),
+        ("default", "resnet", (64, 64, 112, 112)),
+        ("default", "tokens", (8192, 4096)),
+        ("smoke", "resnet", (64, 1024, 14, 14)),
+        ("smoke", "small", (64, 1024)),
+        ("default", "tokens", (256, 197, 768)),
+        ("full", "tokens", (32768, 1024)),
+    ),
+    scaling={"rows": tuple((4**k, 1024) for k in range(2, 9))},
+)
+FAMILIES = {"rows": _ROWS, "channels": _CHANNELS, "running": _RUNNING}
 SCALINGS = tuple(sorted({name for family in FAMILIES.values() for name in family.scaling}))
+
+_PLAIN = {"power_norm": {"group_num": None}}
+"""What makes a running norm of images comparable to batch norm: no sums over the channels of a pixel."""
 
 _SHARE = {("cpu", "smoke"): 256, ("cpu", "default"): 8, ("cpu", "full"): 4, ("cuda", "smoke"): 32}
 """The batch is divided by this; a CPU takes too long over what fills a GPU."""
@@ -114,11 +132,12 @@ def memory_formats(family: str, shape: Sequence[int]) -> tuple[str, ...]:
     return ("contiguous", "channels_last") if len(shape) == 4 else ("contiguous",)
 
 
-def fitted(entry: Entry, workload: Workload) -> tuple[tuple, tuple[int, ...]]:
-    """(constructor arguments, input shape) of `entry` for a workload of its family.
+def fitted(entry: Entry, workload: Workload) -> tuple[tuple, dict[str, Any], tuple[int, ...]]:
+    """(constructor arguments, keyword arguments, input shape) of `entry` for a workload of its family.
 
     The width of the entry's own sample is replaced by that of the workload wherever its arguments name it. A
-    layer for volumes or sequences gets the image with as many dimensions as it takes.
+    layer for volumes or sequences gets the image with as many dimensions as it takes, a running norm is told
+    where the channels of an image are.
     """
     family = FAMILIES[entry.family]
     sample = entry.sample()
@@ -130,8 +149,11 @@ def fitted(entry: Entry, workload: Workload) -> tuple[tuple, tuple[int, ...]]:
         shape = {2: (batch * flat, channels), 3: (batch, channels, flat)}.get(
             sample.dim(), (batch, channels, 1, *space)
         )
-    arguments = tuple(shape[family.axis] if a == width else a for a in entry.arguments)
-    return arguments, shape
+    images = entry.family == "running" and len(shape) == 4
+    channels = shape[1 if images else family.axis]
+    arguments = tuple(channels if a == width else a for a in entry.arguments)
+    keywords = {**entry.measured, **({"channel_dim": 1, **_PLAIN.get(entry.name, {})} if images else {})}
+    return arguments, keywords, shape
 
 
 def passes(entry: Entry, mode: str, direction: str) -> int:
@@ -139,11 +161,12 @@ def passes(entry: Entry, mode: str, direction: str) -> int:
 
     Rows: x and y forward; dy, x and dx backward. Channels need the whole of x before the first output, so
     they read it twice, and in the backward pass dy and x twice; with stored statistics once, and x not at all
-    where there is nothing to train. Statistics that are constants for autograd need no second read there.
+    where there is nothing to train. Statistics that are constants for autograd need no second read there, and
+    what is known before a pass needs none at all.
     """
     if entry.stored:
         forward, backward = 2, 2
-    elif entry.family == "rows" or (mode == "eval" and not entry.eval_statistics):
+    elif entry.family == "rows" or entry.swept or (mode == "eval" and not entry.eval_statistics):
         forward, backward = 2, 3
     else:
         forward, backward = 3, 3 if entry.constant else 5

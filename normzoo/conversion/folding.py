@@ -182,8 +182,8 @@ def _checked(caller: str, norm: Norm, layer: nn.Module) -> tuple[Any, Tensor]:
     weight = layer._parameters.get("weight")
     if parametrize.is_parametrized(layer) or weight is None:
         raise Unfoldable(
-            f"{caller}: a weight or bias of {name} is computed, not stored; remove the parametrization, or what "
-            "else computes it (weight norm?), first"
+            f"{caller}: a weight or bias of {name} is computed, not stored; remove the parametrization, or "
+            "what else computes it (weight norm?), first"
         )
     if is_lazy(weight) or weight.is_meta:
         raise Unfoldable(
