@@ -171,3 +171,35 @@ def test_words_on_adab2n(page):
     )
     pairs = zip(more("forgetting", "shifted", slow), shifted, strict=True)
     assert all(statistics.mean(a) > statistics.mean(b) for a, b in pairs)
+
+
+def test_words_on_power_norm(page):
+    document = load("power_norm")
+    assert "scikit-learn" not in document["environment"]
+
+    def of(what: str, norm: str, model: str = "post-norm") -> list[float]:
+        return values(document, what, norm=norm, model=model)
+
+    def farthest(norm: str) -> float:
+        return max(map(abs, of("gap", norm)))
+
+    gaps = of("gap", "BN")
+    assert min(gaps) > 1 and farthest("PN") < 0.1 and farthest("UN") < 0.1 and farthest("LN") == 0
+    assert all(below(of("eval", norm), [loss - 1 for loss in of("eval", "BN")]) for norm in ("LN", "PN", "UN"))
+    in_train, in_eval = (spread(of(mode, "BN"), 2) for mode in ("train mode", "eval"))
+    assert f"BN reads {in_train} in train mode and {in_eval} in eval mode." in page
+    ends = f"The gap is {min(gaps):.2f} nats in its mildest seed and {max(gaps):.2f} in its worst, against"
+    assert f"{ends} {farthest('PN'):.2f} at most for PN and {farthest('UN'):.2f} for UN, either way." in page
+    assert min(of("gap", "PN-V")) > 0.1
+    assert f"in training as BN does, has a gap of {difference(of('gap', 'PN-V'), 2)}." in page
+
+    ln, un, pn, plain = (spread(of("eval", norm), 2) for norm in ("LN", "UN", "PN", "PN, no groups"))
+    assert f"{ln} against {un} for UN and {pn} for PN; without groups PN comes to {plain}." in page
+    order = [of("eval", norm) for norm in ("LN", "UN", "PN", "PN, no groups", "PN-V", "BN")]
+    assert "In this order they are in every seed." in page and below(order[0], order[4])
+    assert all(below(a, b) for a, b in zip(order[:3], order[1:4], strict=True)) and below(order[0], order[5])
+    norms = [row["norm"] for row in document["rows"] if row["model"] == "pre-norm"]
+    means = [statistics.mean(of("eval", norm, "pre-norm")) for norm in norms]
+    assert len(means) == 6 and max(means) - min(means) < 0.1
+    assert f"in eval mode are between {min(means):.2f} and {max(means):.2f}, and BN's gap is" in page
+    assert f"gap is {difference(of('gap', 'BN', 'pre-norm'), 2)}. Nothing there speaks for" in page
