@@ -13,10 +13,10 @@ _LEAST = 4
 """Fewest tiles of a part."""
 
 
-def running_form(kernel: Any, problem: Problem, group: int, backward: bool) -> Form:
-    """`group`: channels that are scaled together, 0 for none."""
+def running_form(kernel: Any, problem: Problem, group: int, two: bool) -> Form:
+    """`group`: channels that are scaled together, 0 for none. `two`: tensors to read, or sums of x to keep."""
     p, sms = problem, sm_count(problem.device)
-    elements = 2048 if backward else 4096
+    elements = 2048 if two else 4096
     if group:
         tile, blocks = _group_tile(p, group, elements)
     else:
@@ -24,9 +24,9 @@ def running_form(kernel: Any, problem: Problem, group: int, backward: bool) -> F
         blocks = triton.cdiv(p.channels, tile["CB"])
     parts = parts_of(tiles_in(p, tile), blocks, _LEAST, 4 * sms)
     # Entries of a warp: with more of them the gradient of wide groups spills.
-    warps = tile["CB"] * tile["NB"] * tile["L"] // (512 if backward else 1024)
+    warps = tile["CB"] * tile["NB"] * tile["L"] // (512 if two else 1024)
     constants = tile | {"GROUP": group, "W": power_of_two(group) if group else 0}
-    constants |= {"STAGES": 3 if warps < 8 else 2, "num_warps": min(max(4, warps), 32)}
+    constants |= {"STAGES": 3 if warps < 16 else 2, "num_warps": min(max(4, warps), 32)}
     return Form(kernel, blocks * parts, parts, constants)
 
 

@@ -140,7 +140,7 @@ def _window(ptr, rows, c, C, inside, M: tl.constexpr):
 
 @triton.jit
 def _unified_d(window, rows, q, by_batch, EPS: tl.constexpr, M: tl.constexpr):
-    alive = (window > EPS) & (rows < M)
+    alive = (rows < M) & ~(window <= EPS)  # a NaN goes on
     number = tl.sum(tl.where(alive, 1.0, 0.0), axis=0)[None, :]
     logs = tl.sum(tl.where(alive, tl.log(tl.where(alive, window, 1.0)), 0.0), axis=0)[None, :]
     mean = tl.where(number > 0.0, tl.exp(logs / tl.maximum(number, 1.0)), q)

@@ -40,7 +40,7 @@ def _forward(x, pad_mask, d, weight, bias, iters, warmup, groups, eps, y, sums):
     """One launch: y where it is given, sums where they are."""
     x, view = in_place(x)
     problem, numbers, constants = _lying(x, view)
-    form = running_form(running_forward, problem, x.shape[1] // groups if groups else 0, backward=False)
+    form = running_form(running_forward, problem, x.shape[1] // groups if groups else 0, pad_mask is not None)
     targets = (None, None, None) if sums is None else targets_of(form, tuple(sums), 2)
     pad = None if pad_mask is None else contiguous(pad_mask).view(torch.uint8)
     tensors = (x, pad, d, contiguous(weight), contiguous(bias), iters, y, *targets)
@@ -98,7 +98,7 @@ def gradient(dy, x, a, b, weight, ema, rate, groups, summed):
     x, view = in_place(x)
     dy, dy_view = beside(dy, x, view.tokens)
     problem, numbers, constants = _lying(x, view, dy_view)
-    form = running_form(running_backward, problem, x.shape[1] // groups if groups else 0, backward=True)
+    form = running_form(running_backward, problem, x.shape[1] // groups if groups else 0, True)
     targets = targets_of(form, tuple(sums), 2) if summed else (None, None, None)
     tensors = (dy, x, a, b, contiguous(weight), ema, None if a is None else dx, *targets)
     constants |= form.constants | {"RATE": rate, "SUMS": summed, "GROUP_EPS": GROUP_EPS}
@@ -110,7 +110,8 @@ def gradient(dy, x, a, b, weight, ema, rate, groups, summed):
 
 def _rule(kernel, tensors, channels, count, **constants) -> None:
     block = min(_BLOCK, triton.next_power_of_2(channels))
-    launch(kernel, 1, tensors[0].device, *tensors, channels, count, B=block, **constants)
+    warps = 8 if block == _BLOCK else 4
+    launch(kernel, 1, tensors[0].device, *tensors, channels, count, B=block, num_warps=warps, **constants)
 
 
 def _flag(t: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def with_batch(
 
 
 class MeanSquareNorm(Guarded):
-    """A layer that divides by the root of a mean square. Its state stays in float32 whatever is cast.
+    """A layer that divides by the root of a mean square. Its state is never cast to less than float32.
 
     Squares of half precision overflow above 255, and a mean of logarithms of theirs is a coarse thing.
     """

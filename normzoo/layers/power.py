@@ -174,7 +174,7 @@ class PowerNorm(MeanSquareNorm):
     ``with normzoo.inputs(model, pad_mask=...)``. Padding is normalized, but left out of the mean square; it
     counts in the statistics of the gradient, as in the authors' code. A batch of padding alone moves nothing.
 
-    State: `running_phi`, `ema_gz`, (C,) float32 whatever the layer is cast to, and `iters`. Checkpoints of the
+    State: `running_phi`, `ema_gz`, (C,) float32 or wider whatever the layer is cast to, and `iters`. Checkpoints of the
     authors' code load as they are.
 
     PN-V of the paper is :func:`normzoo.functional.power_norm` without running_phi, and as a layer

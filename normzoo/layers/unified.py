@@ -202,7 +202,7 @@ class UnifiedNorm(MeanSquareNorm):
     :class:`normzoo.PowerNorm` does.
 
     State: `running_var` (C,), a mean of squares, `ema_gz` (C,), the windows `buffer_x2` and `buffer_gz`
-    (steps, C), all float32 whatever the layer is cast to, `iters` and `skip_counter`. Checkpoints of the
+    (steps, C), all float32 or wider whatever the layer is cast to, `iters` and `skip_counter`. Checkpoints of the
     authors' code load as they are, where the windows are as long.
 
     A causal language model sees the future through the statistics of the batch, in every step of training.

@@ -95,7 +95,8 @@ class RunningNorm:
         yield Bound("copies", most=0)
         yield Bound("arguments", most=18)
         if plan != EVERYWHERE:
-            yield Bound("x_width", least=16)
+            vectors = not self.groups or (self.channels // self.groups) % 8 == 0
+            yield Bound("x_width", least=16 if vectors else 8)
             yield Bound("variants", most=5)  # one kernel sums and maps, in one part or several
             yield Bound("kb_in_flight", least=32, dtypes=("bf16",))
 
@@ -108,9 +109,10 @@ def running_cases() -> Iterator[Case]:
     for backward in (False, True):
         tokens = RunningNorm(backward, 1024)
         images = RunningNorm(backward, 256, (56, 56), 32)
-        for case in (tokens, replace(tokens, groups=1), images, replace(images, layout="last")):
+        for case in (replace(tokens, groups=1), images):
             yield case.case(SWEPT)
-        yield replace(tokens, groups=16).case(ON_SM90)
+        for case in (tokens, replace(tokens, groups=16), replace(images, layout="last")):
+            yield case.case(ON_SM90)
         for wide in (4096, 8192):
             yield replace(tokens, channels=wide, groups=1, samples=2048).case(ON_SM90)
         yield replace(images, groups=4).case(ON_SM90)
@@ -118,6 +120,7 @@ def running_cases() -> Iterator[Case]:
         yield replace(tokens, unified=True).case(ON_SM90)
         yield replace(images, unified=True).case(ON_SM90)
         # Every function for every target.
-        small = replace(tokens, samples=1024, channels=96, padded=True)
+        small = replace(tokens, samples=1024, channels=128, padded=True)
         yield replace(small, groups=8).case(EVERYWHERE)
-        yield replace(small, channels=128, unified=True).case(EVERYWHERE)
+        yield replace(small, unified=True).case(EVERYWHERE)
+        yield replace(tokens, channels=768, groups=64, padded=True).case(ON_SM90)
