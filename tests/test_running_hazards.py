@@ -1,0 +1,389 @@
+"""What the kernels of the running engine could trip over: bad values, phases, missing kernels, far offsets."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+
+from running_checks import DEVICE, check, prepared, randn, state_of, step, values
+from training import batches, compiled_is_eager, same
+
+import normzoo
+from normzoo import PowerNorm, UnifiedNorm
+from normzoo_kernels import running as kernels
+from normzoo_kernels._launch import KernelUnavailable, launches, warn_once
+
+Power, Unified = partial(PowerNorm, 6, warmup_iters=1), partial(UnifiedNorm, 6, (3, 2), 2)
+NAN, INF = float("nan"), float("inf")
+numpy_warns = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide):RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def nan_filled(request):
+    """Outputs and workspaces start as NaN, so that an entry no kernel writes cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def per(name: str, table: dict):
+    return pytest.mark.parametrize(name, table.values(), ids=table)
+
+
+KINDS = {
+    "power": Power,
+    "power, no groups": partial(Power, group_num=None),
+    "unified": Unified,
+    "unified, filtered": partial(Unified, outlier_filtration=True),
+}
+
+
+def after(steps: int, make: partial, **options) -> nn.Module:
+    """A layer that may have been trained so long."""
+    layer = prepared(partial(make, **options))
+    layer.iters.fill_(steps)
+    if isinstance(layer, UnifiedNorm) and steps:
+        for window in (layer.buffer_x2, layer.buffer_gz):
+            window.uniform_(0.5, 2)
+    return layer
+
+
+def alike(layer: nn.Module, x: Tensor, dy: Tensor, mask: Tensor | None = None) -> dict:
+    """A step on the kernels, NaN and infinities where the eager engine has them."""
+    eager = copy.deepcopy(layer)
+    ours, wanted = step(layer, "triton", x, dy, mask), step(eager, "reference", x, dy, mask)
+    assert ours.keys() == wanted.keys()
+    for name, t in wanted.items():
+        torch.testing.assert_close(ours[name], t, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+    return ours
+
+
+@numpy_warns
+@pytest.mark.parametrize("value", [NAN, INF, 1e30])
+@pytest.mark.parametrize("steps", [0, 5], ids=["first", "later"])
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@per("make", KINDS)
+def test_a_bad_batch(make, nonfinite, steps, value):
+    """One channel is enough to leave the state of the whole layer as it is."""
+    layer = after(steps, make, nonfinite=nonfinite)
+    before = state_of(layer)
+    x = values(20, 6).detach()
+    x[7, 4] = value
+    found = alike(layer, x.requires_grad_(), randn(20, 6))
+    moved = {name for name in before if not torch.equal(before[name], found[name])}
+    finite = value == 1e30 and layer.__dict__.get("group_num") == 1  # the group brings it down
+    if nonfinite == "propagate" or finite:
+        assert "iters" in moved and not found.get("batches_skipped")
+    else:
+        assert moved == {"batches_skipped"} and found["batches_skipped"] == 1
+
+
+@numpy_warns
+@pytest.mark.parametrize("value", [NAN, -INF])
+@pytest.mark.parametrize("steps", [0, 5], ids=["first", "later"])
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@per("make", {name: KINDS[name] for name in ("power", "unified")})
+def test_a_bad_gradient(make, nonfinite, steps, value):
+    layer, dy = after(steps, make, nonfinite=nonfinite), randn(20, 6)
+    before = state_of(layer)
+    dy[3, 1] = value
+    found = alike(layer, values(20, 6), dy)
+    gradient = [name for name in before if name in ("ema_gz", "buffer_gz")]
+    for name in gradient:
+        assert torch.equal(before[name], found[name]) == (nonfinite == "skip")
+    assert found["iters"] == steps + 1
+    if nonfinite == "skip":
+        assert found["gradients_skipped"] == 1 and not found["batches_skipped"]
+    else:
+        assert not found["ema_gz"][1].isfinite() and found["ema_gz"][0].isfinite()
+
+
+@numpy_warns
+@pytest.mark.parametrize("value", [NAN, INF])
+@per("make", KINDS)
+def test_what_lies_in_padding_does_not_matter(make, value):
+    mask = torch.rand(20, device=DEVICE) < 0.4
+    layer, x, dy = after(3, make), values(20, 6).detach(), randn(20, 6)
+    clean = step(copy.deepcopy(layer), "triton", x, mask=mask)
+    dirty = alike(copy.deepcopy(layer), torch.where(mask[:, None], value, x).requires_grad_(), dy, mask)
+    for name in ("running_phi", "running_var", "buffer_x2", "iters"):
+        assert name not in clean or torch.equal(clean[name], dirty[name])
+    assert torch.equal(clean["y"][~mask], dirty["y"][~mask])
+
+
+@pytest.mark.parametrize("steps", [0, 4], ids=["first", "later"])
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@per("make", KINDS)
+def test_padding_alone_moves_nothing(make, nonfinite, steps):
+    layer = after(steps, make, nonfinite=nonfinite)
+    before, mask = state_of(layer), torch.ones(20, dtype=torch.bool, device=DEVICE)
+    found = check(layer, values(20, 6), randn(20, 6), mask)
+    same({name: found[name] for name in before}, before)
+    assert found["y"].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (0, 3, 6), (3, 0, 6)], ids=str)
+@per("make", KINDS)
+def test_empty_batches(make, shape):
+    layer = after(2, make)
+    before = state_of(layer)
+    found = alike(layer, values(*shape), randn(*shape))
+    same({name: found[name] for name in before}, before)
+    assert found["dx"].shape == shape and not found["dweight"].any() and not found["dbias"].any()
+
+
+def test_after_the_warm_up_no_token_sees_the_others():
+    layer, x = after(2, Power, group_num=2), values(50, 6).detach()
+    other = torch.cat((x[:1], 100 * x[1:] - 3))
+    ours, theirs = (step(copy.deepcopy(layer), "triton", t) for t in (x, other))
+    assert torch.equal(ours["y"][0], theirs["y"][0])
+    assert not torch.equal(ours["running_phi"], theirs["running_phi"])
+
+
+@pytest.mark.parametrize("iters", [1, 2, 3])
+def test_y_is_written_once(iters):
+    """By the sweep after a warm-up of two steps, else by the map."""
+    x, d, w, b = values(40, 6).detach(), *torch.rand(3, 6, device=DEVICE)
+    until = (torch.tensor(iters, device=DEVICE), 2, 2, 1e-5)
+    y, sums = kernels.sweep(x, None, d, w, b, *until)
+    assert sums.isfinite().all() and (y.isfinite().all() if iters >= 2 else y.isnan().all())
+    later = torch.full_like(x, NAN)
+    kernels.map_into(later, x, d, w, b, *until)
+    assert later.isnan().all() if iters >= 2 else later.isfinite().all()
+    always = torch.full_like(x, NAN)
+    kernels.map_into(always, x, d, w, b, None, *until[1:])
+    assert torch.equal(always, y if iters >= 2 else later)
+
+
+@per("make", {"power": Power, "unified": Unified})
+def test_launches(make):
+    layer, x, dy = prepared(make), values(30, 6), randn(30, 6)
+    rule, both = ("power", 1) if isinstance(layer, PowerNorm) else ("unified", 2)
+    forward = {"running_forward": 2, f"{rule}_statistics": 1}
+
+    def launched(call, *args):
+        before = launches.copy()
+        call(*args)
+        return dict(launches - before)
+
+    for _ in range(2):
+        assert launched(step, layer, "triton", x.detach()) == forward
+        backward = {"running_backward": both, f"{rule}_gradient": 1}
+        assert launched(step, layer, "triton", x, dy) == forward | backward
+        backward["running_backward"] = 1
+        assert launched(step, layer, "triton", x.detach(), dy) == forward | backward
+    with torch.no_grad():
+        assert launched(step, layer.eval(), "triton", x) == {"running_forward": 1}
+    assert launched(step, layer, "triton", x) == {}
+
+
+@pytest.mark.parametrize("channel", [-1, 1], ids=["tokens", "images"])
+@per(
+    "make", {"no groups": partial(Power, group_num=None), "groups": partial(Power, group_num=2), "un": Unified}
+)
+def test_eval_mode(make, channel):
+    layer = prepared(partial(make, channel_dim=channel)).eval()
+    x = values(*((31, 6) if channel == -1 else (3, 6, 7, 5)), channel=channel)
+    with torch.no_grad():
+        ours, plain = (step(layer, name, x)["y"] for name in ("triton", "reference"))
+    torch.testing.assert_close(ours, plain)
+    assert ours.stride() == x.stride()
+
+
+def test_a_step_without_recording():
+    layer, x = prepared(Power), values(20, 6)
+    eager = copy.deepcopy(layer)
+    with torch.no_grad():
+        same(step(layer, "triton", x), step(layer_twin := copy.deepcopy(eager), "triton", x.detach()))
+    assert layer.iters == layer_twin.iters == 1 != eager.iters
+
+
+def test_runs_are_bitwise_equal():
+    for make in KINDS.values():
+        layer, x, dy = prepared(make), values(900, 6), randn(900, 6)
+        first, second = (step(copy.deepcopy(layer), "triton", x, dy) for _ in range(2))
+        same(first, second)
+
+
+@pytest.mark.parametrize(("masked", "warmup"), [(False, 3), (True, 0)], ids=["warm-up", "masked, later"])
+def test_operators_are_well_formed(masked, warmup):
+    def opcheck(name, *args):
+        operator = getattr(torch.ops.normzoo, name).default
+        torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+        return operator(*args)
+
+    iters, skipped = torch.tensor(2, device=DEVICE), torch.tensor(1, device=DEVICE)
+    d, w, b, a, ema = (torch.rand(6, device=DEVICE) for _ in range(5))
+    for x in (randn(4, 6, 5), randn(4, 5, 6).transpose(1, 2), randn(5, 6, 4).permute(2, 1, 0)):
+        mask = torch.rand(len(x), *x.shape[2:], device=DEVICE) < 0.4 if masked else None
+        y, sums = opcheck("running_sweep", x, mask, d, w, b, iters, warmup, 2, 1e-5)
+        opcheck("running_sweep", x, mask, None, w, None, None, 0, 0, 1e-5)
+        opcheck("running_map", y, x, d, w, b, iters, warmup, 2, None)
+        opcheck("running_gradient", x.clone(), x, a, b, w, ema, 0.1, 2, True)
+        opcheck("running_gradient", x.clone(), x, None, None, w, None, 0.0, 0, True)
+        opcheck("running_gradient", x.clone(), x, a, b, None, None, 0.0, 0, False)
+    counts, count = torch.tensor([7.0, 9.0], device=DEVICE) if masked else None, 9
+    skips = skipped if masked else None
+    how = (1e-5, 0.9, warmup, True, masked)
+    r, counted, *_ = opcheck("power_statistics", sums, counts, count, d, iters, skips, *how)
+    opcheck("power_gradient", a, b, counts, count, r, counted, w, ema, skips, 0.1, masked)
+    how = (1e-5, 0.9, warmup, 1000, True, masked)
+    windows = torch.rand(2, 3, 6, device=DEVICE)
+    r, flags, *_ = opcheck(
+        "unified_statistics", sums, counts, count, d, windows[0], iters, skipped.clone(), skips, *how
+    )
+    how = (0.9, warmup, masked)
+    opcheck("unified_gradient", a, b, counts, count, r, flags, w, ema, windows[1], skips, *how)
+
+
+COMPILED = {
+    "power": partial(PowerNorm, 3, warmup_iters=3, channel_dim=1),
+    "power, as in the paper": partial(
+        PowerNorm,
+        3,
+        affine=False,
+        warmup_iters=2,
+        group_num=None,
+        backward="paper",
+        channel_dim=1,
+        nonfinite="propagate",
+    ),
+    "unified": partial(UnifiedNorm, 3, (3, 2), 3, outlier_filtration=True, channel_dim=1),
+}
+
+
+@per("make", COMPILED)
+def test_compiled_is_eager_over_the_edges(make):
+    before = launches.copy()
+    with normzoo.backend("triton"):
+        compiled_is_eager(make().to(DEVICE), [x.to(DEVICE) for x in batches(5)])
+    found = launches - before
+    assert found["running_forward"] == 20 and found["running_backward"] >= 10
+
+
+def _unavailable(*args):
+    raise KernelUnavailable("running: no compiler")
+
+
+LAUNCHERS = [
+    *((Power, name) for name in ("sweep", "power_forward", "map_into", "gradient", "power_backward")),
+    *((Unified, name) for name in ("sweep", "unified_forward", "map_into", "gradient", "unified_backward")),
+]
+per_launcher = pytest.mark.parametrize(
+    ("make", "launcher"), LAUNCHERS, ids=lambda v: v if isinstance(v, str) else ""
+)
+
+
+@per_launcher
+def test_a_kernel_that_does_not_compile_is_replaced_with_one_warning(monkeypatch, make, launcher):
+    """By the eager engine, which counts the step once."""
+    monkeypatch.setattr(kernels, launcher, _unavailable)
+    monkeypatch.setattr(normzoo.running, "use_kernel", lambda *args, **kwargs: True)
+    warn_once.cache_clear()
+    for steps in (0, 5):
+        layer, x, dy = after(steps, make), values(20, 6), randn(20, 6)
+        mask = torch.rand(20, device=DEVICE) < 0.3
+        eager = copy.deepcopy(layer)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            ours = step(layer, "auto", x, dy, mask)
+        with monkeypatch.context() as plain:
+            plain.setattr(normzoo.running, "use_kernel", lambda *args, **kwargs: False)
+            wanted = step(eager, "reference", x, dy, mask)
+        assert len(said) == (steps == 0) and all("no compiler" in str(w.message) for w in said)
+        torch.testing.assert_close(ours, wanted)
+        assert ours["iters"] == steps + 1
+
+
+@per_launcher
+def test_a_kernel_that_does_not_compile_is_an_error_where_it_was_asked_for(monkeypatch, make, launcher):
+    monkeypatch.setattr(kernels, launcher, _unavailable)
+    layer = after(3, make)
+    before = state_of(layer)
+    with pytest.raises(KernelUnavailable, match="no compiler"):
+        step(layer, "triton", values(20, 6), randn(20, 6))
+    backward = launcher == "gradient" or launcher.endswith("backward")
+    assert layer.iters == 3 + backward
+    same({"ema_gz": layer.ema_gz}, {"ema_gz": before["ema_gz"]})
+
+
+def test_an_eval_kernel_that_does_not_compile(monkeypatch):
+    monkeypatch.setattr(kernels, "map_into", _unavailable)
+    layer, x = prepared(Power).eval(), values(20, 6).detach()
+    wanted = step(layer, "reference", x)["y"]
+    with pytest.raises(KernelUnavailable, match="no compiler"):
+        step(layer.requires_grad_(False), "triton", x)
+    monkeypatch.setattr(normzoo.running, "use_kernel", lambda *args, **kwargs: True)
+    warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="no compiler"):
+        assert torch.equal(step(layer, "auto", x)["y"], wanted)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_the_kernels_cannot_take(monkeypatch, training):
+    """float64, statistics that are no float32, groups that no program holds: an error if the kernels were
+    asked for, else the eager engine."""
+    wide = PowerNorm(8193, warmup_iters=0).to(DEVICE)
+    double, mixed = prepared(Power, torch.float64), prepared(Unified, torch.float64)
+    calls = (
+        (double, values(20, 6).double(), "the input is torch.float64"),
+        (mixed, values(20, 6), "statistics in float32, these are torch.float64"),
+        (wide, values(2, 8193), "groups of up to 8192 channels, here they have 8193"),
+    )
+    for layer, x, message in calls:
+        layer.train(training).requires_grad_(False)
+        before, x = state_of(layer), x.detach()
+        with pytest.raises(RuntimeError, match=message):
+            step(layer, "triton", x)
+        same(state_of(layer), before)
+        wanted = step(copy.deepcopy(layer), "reference", x)
+        with monkeypatch.context() as patch:
+            patch.setattr(normzoo.running, "use_kernel", lambda *args, **kwargs: True)
+            found = step(layer, "auto", x)
+        if x.dtype == torch.float32:
+            same(found, wanted)
+
+
+PROBE = """
+import torch
+from normzoo_kernels import running
+STEP = 1_200_000_000
+def far(shape, strides):
+    size = 1 + sum((n - 1) * s for n, s in zip(shape, strides))
+    view = torch.empty(size, dtype=torch.float16).as_strided(shape, strides)
+    return view.copy_(torch.randn(shape))
+iters = torch.tensor(3)
+for shape, strides in (
+    ((3, 2, 8), (STEP, 8, 1)), ((2, 4, 7), (7, STEP, 1)), ((3, 4, 2), (STEP, 1, 4)), ((1, 4, 3), (0, 1, STEP)),
+):
+    x, dy = far(shape, strides), far(shape, strides)
+    mask = torch.rand(shape[0], shape[2]) < 0.5
+    d, a, b = torch.rand(3, shape[1])
+    for groups in (0, 2):
+        found = []
+        for s, t in ((x, dy), (x.contiguous(), dy.contiguous())):
+            y, sums = running.sweep(s, mask, d, a, b, iters, 0, groups, 1e-5)
+            dx, slopes = running.gradient(t, s, a, b, d, b, 0.1, groups, True)
+            found.append((y, sums, dx, slopes))
+        for one, other in zip(*found):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+print("reached")
+"""
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or sys.platform != "linux", reason="needs lazily mapped memory")
+def test_offsets_beyond_two_to_the_31():
+    """A wrapped int32 offset kills the process, hence a process of its own."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == "reached", done.stderr[-2000:] or f"ended by signal {-done.returncode}"
