@@ -29,7 +29,7 @@ numpy_warns = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide)
 
 
 @pytest.fixture(autouse=True)
-def nan_filled(request):
+def nan_filled():
     """Outputs and workspaces start as NaN, so that an entry no kernel writes cannot pass."""
     torch.use_deterministic_algorithms(True)
     yield
@@ -69,7 +69,7 @@ def alike(layer: nn.Module, x: Tensor, dy: Tensor, mask: Tensor | None = None) -
 
 
 @numpy_warns
-@pytest.mark.parametrize("value", [NAN, INF, 1e30])
+@pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("steps", [0, 5], ids=["first", "later"])
 @pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
 @per("make", KINDS)
@@ -81,8 +81,7 @@ def test_a_bad_batch(make, nonfinite, steps, value):
     x[7, 4] = value
     found = alike(layer, x.requires_grad_(), randn(20, 6))
     moved = {name for name in before if not torch.equal(before[name], found[name])}
-    finite = value == 1e30 and layer.__dict__.get("group_num") == 1  # the group brings it down
-    if nonfinite == "propagate" or finite:
+    if nonfinite == "propagate":
         assert "iters" in moved and not found.get("batches_skipped")
     else:
         assert moved == {"batches_skipped"} and found["batches_skipped"] == 1
@@ -369,14 +368,13 @@ for shape, strides in (
     x, dy = far(shape, strides), far(shape, strides)
     mask = torch.rand(shape[0], shape[2]) < 0.5
     d, a, b = torch.rand(3, shape[1])
-    for groups in (0, 2):
-        found = []
-        for s, t in ((x, dy), (x.contiguous(), dy.contiguous())):
-            y, sums = running.sweep(s, mask, d, a, b, iters, 0, groups, 1e-5)
-            dx, slopes = running.gradient(t, s, a, b, d, b, 0.1, groups, True)
-            found.append((y, sums, dx, slopes))
-        for one, other in zip(*found):
-            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    found = []
+    for s, t in ((x, dy), (x.contiguous(), dy.contiguous())):
+        y, sums = running.sweep(s, mask, d, a, b, iters, 0, 2, 1e-5)
+        dx, slopes = running.gradient(t, s, a, b, d, b, 0.1, 2, True)
+        found.append((y, sums, dx, slopes))
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 print("reached")
 """
 

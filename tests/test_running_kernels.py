@@ -62,7 +62,7 @@ def per(name: str, table: dict):
 @per("groups", GROUPS)
 def test_power_norm_of_tokens(groups):
     group_num, width = groups
-    steps, tokens = (2, 7) if width > 1000 else (3, 23)
+    steps, tokens = (1, 7) if width > 1000 else (3, 23)
     layer = prepared(partial(Power, width, group_num=group_num, warmup_iters=steps - 1))
     train(layer, *batches(steps, (tokens, 2, width), holes=0.3))
     assert layer.iters == steps and not layer.batches_skipped and not layer.gradients_skipped
@@ -78,8 +78,9 @@ def test_the_backward_pass_of_the_paper(groups):
 @per("groups", SMALL)
 def test_power_norm_of_images(groups, size):
     group_num, width = groups
-    layer = prepared(partial(Power, width, group_num=group_num, channel_dim=1))
-    train(layer, *batches(2, (5, width, *size), channel=1, holes=0.3))
+    steps = 2 if size == (7, 7) else 1
+    layer = prepared(partial(Power, width, warmup_iters=steps - 1, group_num=group_num, channel_dim=1))
+    train(layer, *batches(steps, (5, width, *size), channel=1, holes=0.3))
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
@@ -92,9 +93,9 @@ def test_half_precision(make, shape, dtype):
     """Values whose squares are no float16."""
     channel = 1 if len(shape) == 4 else -1
     layer = prepared(partial(make, 24, channel_dim=channel), dtype)
-    xs, *rest = batches(2, shape, channel, dtype)
+    xs, *rest = batches(1, shape, channel, dtype)
     with torch.no_grad():
-        xs[1].mul_(300)
+        xs[0].mul_(300)
     train(layer, xs, *rest)
     assert not layer.batches_skipped and layer.ema_gz.dtype == torch.float32
 
@@ -111,9 +112,9 @@ LAYOUTS = {
 
 
 @per("lay_out", LAYOUTS)
-@per("make", {"power": partial(Power, 6, group_num=2), "unified": partial(Unified, 6)})
+@per("make", {"power": partial(Power, 6, warmup_iters=0, group_num=2), "unified": partial(Unified, 6)})
 def test_layouts_of_images(make, lay_out):
-    batch = batches(2, (4, 6, 3, 5), 1, lay_out=lay_out, holes=0.3)
+    batch = batches(1, (4, 6, 3, 5), 1, lay_out=lay_out, holes=0.3)
     for found, x in zip(train(prepared(partial(make, channel_dim=1)), *batch), batch[0], strict=True):
         dense = x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
         assert found["y"].stride() == found["dx"].stride() == dense.stride()
@@ -129,7 +130,10 @@ TOKENS = {
 
 @per("lay_out", TOKENS)
 def test_layouts_of_tokens(lay_out):
-    train(prepared(partial(Power, 12, group_num=4)), *batches(2, (5, 4, 12), lay_out=lay_out, holes=0.3))
+    train(
+        prepared(partial(Power, 12, warmup_iters=0, group_num=4)),
+        *batches(1, (5, 4, 12), lay_out=lay_out, holes=0.3),
+    )
 
 
 def _expanded(*shape: int):
@@ -152,12 +156,11 @@ UPSTREAM = {
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "channels_last"])
 def test_upstream_gradients(upstream, last):
     x = values(4, 6, 3, 5, channel=1).detach()
+    make = Unified
     if last:
+        make = partial(Power, warmup_iters=0, group_num=2)
         x = x.contiguous(memory_format=torch.channels_last)
-    layer = prepared(partial(Power, 6, group_num=2, channel_dim=1))
-    check(layer, x.requires_grad_(), upstream(x))
-    layer = prepared(partial(Unified, 6, channel_dim=1))
-    check(layer, x, upstream(x))
+    check(prepared(partial(make, 6, channel_dim=1)), x.requires_grad_(), upstream(x))
 
 
 WITHOUT = {
@@ -175,7 +178,7 @@ def test_what_has_no_gradient(make, without):
     layer = prepared(partial(make, **WITHOUT[without]))
     for name, p in layer.named_parameters():
         p.requires_grad_(without not in ("all parameters", name))
-    xs, dys, masks = batches(2, (40, 6))
+    xs, dys, masks = batches(1, (40, 6))
     if without == "x":
         xs = [x.detach() for x in xs]
     found = train(layer, xs, dys, masks)
@@ -191,7 +194,7 @@ def test_what_has_no_gradient(make, without):
 WINDOWS = {
     "unequal": (Unified, 6),
     "a long warm-up": (partial(Unified, window_size=2, warmup_iters=5), 6),
-    "wide": (partial(Unified, window_size=2), 1300),
+    "wide": (partial(Unified, window_size=1, outlier_filtration=True), 1300),
     "of one": (partial(Unified, window_size=1), 6),
 }
 
@@ -200,17 +203,15 @@ WINDOWS = {
 def test_unified_norm_past_the_edges(case):
     make, width = case
     layer = prepared(partial(make, width))
-    steps, tokens = (3, 7) if width > 1000 else (6, 19)
+    steps, tokens = (1, 7) if width > 1000 else (6, 19)
     train(layer, *batches(steps, (tokens, 2, width), holes=0.3))
     assert layer.iters == steps
 
 
-@pytest.mark.parametrize("channel", [-1, 1], ids=["tokens", "images"])
-def test_outliers(channel):
+def test_outliers():
     """Channels differ, so that ordinary steps pass; a factor of 40 does not, nor what a dead unit leaves."""
-    make = partial(Unified, 20, window_size=4, warmup_iters=4, outlier_filtration=True, channel_dim=channel)
-    layer = prepared(make)
-    xs, dys, masks = batches(9, (30, 20) if channel == -1 else (3, 20, 5, 4), channel)
+    layer = prepared(partial(Unified, 20, window_size=4, warmup_iters=4, outlier_filtration=True))
+    xs, dys, masks = batches(9, (30, 20))
     with torch.no_grad():
         for i, factor in enumerate((1, 1, 1, 1, 40, 1, 1, 0, 1)):
             xs[i].div_(1 + i / 3).mul_(factor)
@@ -249,7 +250,7 @@ def test_a_window_of_one_number_has_no_spread():
     assert layer.iters == 2 and not layer.skip_counter
 
 
-SHAPES = {"tokens": (-1, (2300, 20)), "samples": (1, (330, 20, 7)), "planes": (1, (2, 3, 97, 131))}
+SHAPES = {"tokens": (-1, (1100, 20)), "samples": (1, (140, 20, 7)), "planes": (1, (1, 3, 97, 131))}
 
 
 @pytest.mark.parametrize(("name", "programs"), [*((name, 132) for name in SHAPES), ("planes", 0)])
