@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .checks import at_least_float32
+from .dispatch import transformed
 
 GROUP_EPS = 1e-5
 """Added to the mean square of a group; the eps of a layer is for its channels."""
@@ -22,8 +23,16 @@ def unit(x: Tensor, groups: int | None) -> tuple[Tensor, Any]:
     if groups is None:
         return x, None
     parts = x.unflatten(1, (groups, -1))
-    s = (parts.square().mean(2, keepdim=True) + GROUP_EPS).sqrt()
+    s = (_mean_square(parts) + GROUP_EPS).sqrt()
     return (parts / s).flatten(1, 2), s
+
+
+def _mean_square(parts: Tensor) -> Tensor:
+    """Over dimension 2. One vector_norm is fastest, but not differentiable at zero, nor exact for long ones."""
+    width = parts.shape[2]
+    if torch.is_grad_enabled() or transformed() or width > 8192:
+        return parts.square().mean(2, keepdim=True)
+    return torch.linalg.vector_norm(parts, dim=2, keepdim=True).square() / width
 
 
 def squares(u: Tensor, pad_mask: Tensor | None = None) -> Tensor:
@@ -46,11 +55,11 @@ def sums(dy: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def gradient(dy: Tensor, u: Tensor, a: Tensor, b: Tensor, s: Any, groups: int | None) -> Tensor:
     """The gradient of x where that of u is a · dy + b · u."""
-    du = torch.addcmul(dy.to(u.dtype) * _wide(a, u), u, _wide(b, u))
+    du = (dy.to(u.dtype) * _wide(a, u)).addcmul_(u, _wide(b, u))
     if groups is None:
         return du
     du, u = (t.unflatten(1, (groups, -1)) for t in (du, u))
-    return ((du - u * (du * u).mean(2, keepdim=True)) / s).flatten(1, 2)
+    return du.addcmul_(u, (du * u).mean(2, keepdim=True), value=-1).div_(s).flatten(1, 2)
 
 
 def _positions(u: Tensor) -> tuple[int, ...]:

@@ -14,23 +14,23 @@ from ._channels import columns, gradient, job_of, offsets, region_of, sizes, spa
 
 
 @triton.jit
-def _block(C, block, GROUP: tl.constexpr, W: tl.constexpr, CB: tl.constexpr):
-    """(channels of a block, whether there are such)."""
+def _work(
+    N, C, S, parts, GROUP: tl.constexpr, W: tl.constexpr, TOKENS: tl.constexpr, UNIT: tl.constexpr,
+    CHUNKED: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """(part, channels, whether there are such, span of a chunk, first tile, end of tiles) of this program."""
+    tiles = tiles_of(N, S, False, CHUNKED, NB, L)
+    per = tl.cdiv(tiles, parts)
+    blocks = tl.cdiv(C // GROUP, CB // W) if GROUP else tl.cdiv(C, CB)
+    part, _population, block = job_of(parts, blocks)
     j = tl.arange(0, CB)[:, None]
-    if GROUP == W or GROUP == 0:
-        c = block * CB + j
-        return c, c < C
-    else:
+    c = block * CB + j
+    there = c < C
+    if GROUP != 0 and GROUP != W:  # channels of a block are not side by side
         c = (block * (CB // W) + j // W) * GROUP + j % W
-        return c, (j % W < GROUP) & (c < C)
-
-
-@triton.jit
-def _blocks(C, GROUP: tl.constexpr, W: tl.constexpr, CB: tl.constexpr):
-    if GROUP:
-        return tl.cdiv(C // GROUP, CB // W)
-    else:
-        return tl.cdiv(C, CB)
+        there = (j % W < GROUP) & (c < C)
+    low = part * per
+    return part, c, there, span_of(S, 1 if TOKENS else UNIT, L), low, tl.minimum(low + per, tiles)
 
 
 @triton.jit
@@ -67,13 +67,7 @@ def running_forward(
     before, and one that does not sum runs only in the warm-up.
     """
     C, S = sizes(C, S, UNIT, TOKENS)
-    tiles = tiles_of(N, S, False, CHUNKED, NB, L)
-    per = tl.cdiv(tiles, parts)
-    part, _population, block = job_of(parts, _blocks(C, GROUP, W, CB))
-    c, there = _block(C, block, GROUP, W, CB)
-    span = span_of(S, 1 if TOKENS else UNIT, L)
-    low = part * per
-    high = tl.minimum(low + per, tiles)
+    part, c, there, span, low, high = _work(N, C, S, parts, GROUP, W, TOKENS, UNIT, CHUNKED, CB, NB, L)
     steady = True
     if iters_ptr is not None:
         steady = tl.load(iters_ptr) >= WARMUP
@@ -128,12 +122,7 @@ def running_backward(
     correction is RATE * ema.
     """
     C, S = sizes(C, S, UNIT, TOKENS)
-    tiles = tiles_of(N, S, False, CHUNKED, NB, L)
-    per = tl.cdiv(tiles, parts)
-    part, _population, block = job_of(parts, _blocks(C, GROUP, W, CB))
-    c, there = _block(C, block, GROUP, W, CB)
-    span = span_of(S, 1 if TOKENS else UNIT, L)
-    low = part * per
+    part, c, there, span, low, high = _work(N, C, S, parts, GROUP, W, TOKENS, UNIT, CHUNKED, CB, NB, L)
     if dx_ptr is not None:
         a = tl.load(a_ptr + c, mask=there, other=0.0)
         b = tl.load(b_ptr + c, mask=there, other=0.0)
@@ -143,7 +132,7 @@ def running_backward(
     if SUMS:
         s1 = tl.zeros([CB, NB * L], tl.float32)
         s2 = tl.zeros([CB, NB * L], tl.float32)
-    for i in tl.range(low, tl.minimum(low + per, tiles), num_stages=STAGES):
+    for i in tl.range(low, high, num_stages=STAGES):
         n, s, here = columns(i, 0, N, S, span, False, CHUNKED, NB, L)
         at = offsets(n, c, s, x_sample, x_step, UNIT, 1, TOKENS)
         inside = here & there

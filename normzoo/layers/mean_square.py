@@ -27,7 +27,10 @@ def check_input(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """x with its channels in dimension 1, after all checks."""
+    """x with its channels in dimension 1, after all checks; :func:`laid_back` undoes that.
+
+    Contiguous tokens become rows, (M, C), for the order of dimensions decides how fast torch sums on a CPU.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{layer}: the input is a {type(x).__name__}; it must be a torch.Tensor")
     if x.dim() < 2 or not -x.dim() <= channel_dim < x.dim() or channel_dim in (0, -x.dim()):
@@ -42,11 +45,20 @@ def check_input(
         )
     if pad_mask is not None:
         _check_mask(layer, x, channel_dim, pad_mask)
-    x = x.movedim(channel_dim, 1)
+    tokens = channel_dim % x.dim() == x.dim() - 1 and x.is_contiguous()
+    x = x.flatten(0, -2) if tokens else x.movedim(channel_dim, 1)
     checks.channels(layer, x, None, weight=weight, bias=bias)
     if groups is not None and x.shape[1] % groups:
         raise ValueError(f"{layer}: group_num is {groups}; it must divide the {x.shape[1]} channels")
     return x
+
+
+def laid_back(y: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+    """y, made of what :func:`check_input` made of x, in the dimensions of x."""
+    if y.dim() != x.dim():
+        return y.view(x.shape)
+    # Not a view where there is nothing to move: FSDP2 loses its hooks when a view is changed in place.
+    return y if channel_dim % x.dim() == 1 else y.movedim(1, channel_dim)
 
 
 def _check_mask(layer: str, x: Tensor, channel_dim: int, pad_mask: Tensor) -> None:
@@ -103,7 +115,12 @@ def with_batch(
         return scale, shift if bias is None else shift + bias
 
     u = x if groups is None else sweeps.unit(x, groups)[0]
-    return normalize(u, combine, mask=pad_mask)[0].to(x.dtype)
+    return normalize(u, combine, mask=_over(x, pad_mask))[0].to(x.dtype)
+
+
+def _over(x: Tensor, pad_mask: Tensor | None) -> Tensor | None:
+    """The mask for x (N, C, \\*) or (M, C)."""
+    return None if pad_mask is None else pad_mask.reshape(x.shape[0], *x.shape[2:])
 
 
 class MeanSquareNorm(Guarded):
@@ -189,7 +206,7 @@ class MeanSquareNorm(Guarded):
                 "torch.export and tracing would lose; use eval mode"
             )
         how = (self.weight, self.bias, groups, rule, self.sync, self.process_group)
-        return run(x, pad_mask, *how)
+        return run(x, _over(x, pad_mask), *how)
 
     def _padding(self, pad_mask: Tensor | None) -> Tensor | None:
         if pad_mask is None and self.training:

@@ -21,6 +21,7 @@ from .mean_square import (
     check_channel_dim,
     check_group_num,
     check_input,
+    laid_back,
     with_batch,
 )
 
@@ -63,13 +64,13 @@ def power_norm(
     check_channel_dim("power_norm", channel_dim)
     check_group_num("power_norm", group_num)
     checks.eps("power_norm", eps)
-    x = check_input("power_norm", x, None, channel_dim, group_num, pad_mask, weight, bias)
-    checks.channels("power_norm", x, None, running_phi=running_phi)
+    h = check_input("power_norm", x, None, channel_dim, group_num, pad_mask, weight, bias)
+    checks.channels("power_norm", h, None, running_phi=running_phi)
     if running_phi is None:
-        y = with_batch(x, pad_mask, weight, bias, eps, group_num)
+        y = with_batch(h, pad_mask, weight, bias, eps, group_num)
     else:
-        y = by_stored(x, running_phi, weight, bias, eps, group_num)
-    return y.movedim(1, channel_dim)
+        y = by_stored(h, running_phi, weight, bias, eps, group_num)
+    return laid_back(y, x, channel_dim)
 
 
 @dataclass
@@ -174,8 +175,8 @@ class PowerNorm(MeanSquareNorm):
     ``with normzoo.inputs(model, pad_mask=...)``. Padding is normalized, but left out of the mean square; it
     counts in the statistics of the gradient, as in the authors' code. A batch of padding alone moves nothing.
 
-    State: `running_phi`, `ema_gz`, (C,) float32 or wider whatever the layer is cast to, and `iters`. Checkpoints of the
-    authors' code load as they are.
+    State: `running_phi`, `ema_gz`, (C,) float32 or wider whatever the layer is cast to, and `iters`.
+    Checkpoints of the authors' code load as they are.
 
     PN-V of the paper is :func:`normzoo.functional.power_norm` without running_phi, and as a layer
     ``UnifiedNorm(num_features, window_size=1)``. Activation checkpointing is an error in training, for the
@@ -241,12 +242,12 @@ class PowerNorm(MeanSquareNorm):
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         pad_mask = self._padding(pad_mask)
         own = (self.num_features, self.channel_dim, None, pad_mask)
-        x = check_input("PowerNorm", x, *own, self.weight)
+        h = check_input("PowerNorm", x, *own, self.weight)
         if self.training:
-            y = self._train(x, pad_mask, self.group_num, _Power(self))
+            y = self._train(h, pad_mask, self.group_num, _Power(self))
         else:
-            y = by_stored(x, self.running_phi, self.weight, self.bias, self.eps, self.group_num)
-        return y.movedim(1, self.channel_dim)
+            y = by_stored(h, self.running_phi, self.weight, self.bias, self.eps, self.group_num)
+        return laid_back(y, x, self.channel_dim)
 
     def extra_repr(self) -> str:
         said = f"{self.num_features}, eps={self.eps}, alpha_fwd={self.alpha_fwd}, alpha_bkw={self.alpha_bkw}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import checks
 from ..running import by_stored
 from ..state import average, kernel_state, present, snapshot
-from .mean_square import MeanSquareNorm, check_channel_dim, check_input, with_batch
+from .mean_square import MeanSquareNorm, check_channel_dim, check_input, laid_back, with_batch
 
 _COMPENSATED_AFTER = 1000
 """Steps without compensation of the gradient, whatever the warm-up: the authors' number."""
@@ -59,13 +59,13 @@ def unified_norm(
     """
     check_channel_dim("unified_norm", channel_dim)
     checks.eps("unified_norm", eps)
-    x = check_input("unified_norm", x, None, channel_dim, None, pad_mask, weight, bias)
-    checks.channels("unified_norm", x, None, running_var=running_var)
+    h = check_input("unified_norm", x, None, channel_dim, None, pad_mask, weight, bias)
+    checks.channels("unified_norm", h, None, running_var=running_var)
     if running_var is None:
-        y = with_batch(x, pad_mask, weight, bias, eps, None)
+        y = with_batch(h, pad_mask, weight, bias, eps, None)
     else:
-        y = by_stored(x, running_var, weight, bias, eps, None)
-    return y.movedim(1, channel_dim)
+        y = by_stored(h, running_var, weight, bias, eps, None)
+    return laid_back(y, x, channel_dim)
 
 
 @dataclass
@@ -202,8 +202,8 @@ class UnifiedNorm(MeanSquareNorm):
     :class:`normzoo.PowerNorm` does.
 
     State: `running_var` (C,), a mean of squares, `ema_gz` (C,), the windows `buffer_x2` and `buffer_gz`
-    (steps, C), all float32 or wider whatever the layer is cast to, `iters` and `skip_counter`. Checkpoints of the
-    authors' code load as they are, where the windows are as long.
+    (steps, C), all float32 or wider whatever the layer is cast to, `iters` and `skip_counter`. Checkpoints of
+    the authors' code load as they are, where the windows are as long.
 
     A causal language model sees the future through the statistics of the batch, in every step of training.
     Activation checkpointing is an error in training, for the state has moved when it recomputes.
@@ -273,12 +273,12 @@ class UnifiedNorm(MeanSquareNorm):
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         pad_mask = self._padding(pad_mask)
         own = (self.num_features, self.channel_dim, None, pad_mask)
-        x = check_input("UnifiedNorm", x, *own, self.weight)
+        h = check_input("UnifiedNorm", x, *own, self.weight)
         if self.training:
-            y = self._train(x, pad_mask, None, _Unified(self))
+            y = self._train(h, pad_mask, None, _Unified(self))
         else:
-            y = by_stored(x, self.running_var, self.weight, self.bias, self.eps, None)
-        return y.movedim(1, self.channel_dim)
+            y = by_stored(h, self.running_var, self.weight, self.bias, self.eps, None)
+        return laid_back(y, x, self.channel_dim)
 
     def extra_repr(self) -> str:
         said = f"{self.num_features}, window_size={self.window_size}, warmup_iters={self.warmup_iters}"
