@@ -192,20 +192,34 @@ def test_what_has_no_gradient(make, without):
 
 
 WINDOWS = {
-    "unequal": (Unified, 6),
-    "a long warm-up": (partial(Unified, window_size=2, warmup_iters=5), 6),
-    "wide": (partial(Unified, window_size=1, outlier_filtration=True), 1300),
-    "of one": (partial(Unified, window_size=1), 6),
+    "unequal": Unified,
+    "a long warm-up": partial(Unified, window_size=2, warmup_iters=5),
+    "of one": partial(Unified, window_size=1),
 }
 
 
-@per("case", WINDOWS)
-def test_unified_norm_past_the_edges(case):
-    make, width = case
-    layer = prepared(partial(make, width))
-    steps, tokens = (1, 7) if width > 1000 else (6, 19)
-    train(layer, *batches(steps, (tokens, 2, width), holes=0.3))
-    assert layer.iters == steps
+@per("make", WINDOWS)
+def test_unified_norm_past_the_edges(make):
+    layer = prepared(partial(make, 6))
+    train(layer, *batches(6, (19, 2, 6), holes=0.3))
+    assert layer.iters == 6
+
+
+@pytest.mark.parametrize("outlier", [None, 3, 1200])
+def test_wide_windows(outlier):
+    """More channels than the rule takes at a time, any of which can be the outlier."""
+    layer = prepared(partial(Unified, 1300, outlier_filtration=True))
+    scale = torch.linspace(0.5, 2, 1300, device=DEVICE)
+    layer.buffer_x2.uniform_(0.9, 1.1).mul_(scale.square())
+    layer.buffer_gz.normal_()
+    layer.iters.fill_(4)
+    xs, *rest = batches(1, (16, 1300))
+    with torch.no_grad():
+        xs[0].mul_(scale / xs[0].square().mean(0).sqrt())
+        if outlier is not None:
+            xs[0][:, outlier] *= 40
+    train(layer, xs, *rest)
+    assert layer.iters == 5 and layer.skip_counter == (outlier is not None)
 
 
 def test_outliers():
@@ -224,6 +238,7 @@ def test_dead_units_are_left_out_of_the_geometric_mean():
     xs, dys, masks = batches(6, (30, 6))
     with torch.no_grad():
         xs[3][:, 2] = 0
+        xs[3][:, 1] *= 1e-4
         for x in xs:
             x[:, 4] = 0
     found = train(layer, xs, dys, masks)
