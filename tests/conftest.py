@@ -6,7 +6,13 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite(
-    "channel_checks", "distributed_checks", "distributed_work", "tolerance", "training", "zoo_cases"
+    "channel_checks",
+    "distributed_checks",
+    "distributed_work",
+    "running_checks",
+    "tolerance",
+    "training",
+    "zoo_cases",
 )
 
 if not torch.cuda.is_available():

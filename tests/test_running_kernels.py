@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from running_checks import DEVICE, check, prepared, randn, train, values
+from running_checks import DEVICE, check, prepared, randn, step, train, values
 
 from normzoo import PowerNorm, UnifiedNorm
 from normzoo_kernels import _running_forms
@@ -280,3 +280,43 @@ def test_parts(monkeypatch, name, programs):
         )
         train(layer, *batches(1, shape, channel, holes=0.3))
         assert launches["merge_sums"] - before == 2 * (programs > 0)
+
+
+@per("make", {"power": partial(Power, 6), "unified": partial(Unified, 6)})
+def test_launches(make):
+    layer, x, dy = prepared(make), values(30, 6), randn(30, 6)
+    rule, both = ("power", 1) if isinstance(layer, PowerNorm) else ("unified", 2)
+    forward = {"running_forward": 2, f"{rule}_statistics": 1}
+
+    def launched(call, *args):
+        before = launches.copy()
+        call(*args)
+        return dict(launches - before)
+
+    for _ in range(2):
+        assert launched(step, layer, "triton", x.detach()) == forward
+        backward = {"running_backward": both, f"{rule}_gradient": 1}
+        assert launched(step, layer, "triton", x, dy) == forward | backward
+        backward["running_backward"] = 1
+        assert launched(step, layer, "triton", x.detach(), dy) == forward | backward
+    with torch.no_grad():
+        assert launched(step, layer.eval(), "triton", x) == {"running_forward": 1}
+    assert launched(step, layer, "triton", x) == {}
+
+
+@pytest.mark.parametrize("channel", [-1, 1], ids=["tokens", "images"])
+@per(
+    "make",
+    {
+        "no groups": partial(Power, 6, group_num=None),
+        "groups": partial(Power, 6, group_num=2),
+        "unified": partial(Unified, 6),
+    },
+)
+def test_eval_mode(make, channel):
+    layer = prepared(partial(make, channel_dim=channel)).eval()
+    x = values(*((31, 6) if channel == -1 else (3, 6, 7, 5)), channel=channel)
+    with torch.no_grad():
+        ours, plain = (step(layer, name, x)["y"] for name in ("triton", "reference"))
+    torch.testing.assert_close(ours, plain)
+    assert ours.stride() == x.stride()
