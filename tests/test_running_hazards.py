@@ -109,7 +109,7 @@ def test_a_bad_gradient(make, nonfinite, steps, value):
 
 @numpy_warns
 @pytest.mark.parametrize("channel", [3, 1200])
-@per("make", {"power": partial(PowerNorm, warmup_iters=0), "unified": partial(UnifiedNorm, window_size=2)})
+@per("make", {"power": partial(PowerNorm, group_num=None), "unified": partial(UnifiedNorm, window_size=2)})
 def test_one_bad_channel_of_many(make, channel):
     """More of them than a rule takes at a time."""
     layer = after(5, partial(make, 1300))
