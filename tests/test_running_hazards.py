@@ -162,6 +162,20 @@ def test_empty_batches(make, shape):
     assert found["dx"].shape == shape and not found["dweight"].any() and not found["dbias"].any()
 
 
+def test_where_the_filter_draws_the_line():
+    """Against the unbiased variance of the window before the step, here of four numbers."""
+    zero, iters = (torch.tensor(n, device=DEVICE) for n in (0, 4))
+    found, wanted = [], []
+    for _ in range(40):
+        window, q = torch.rand(2, 2, device=DEVICE) + 0.1, torch.rand(2, device=DEVICE) + 0.1
+        how = (window, iters, zero, None, 1e-5, 0.9, 0, 1000, True, False)
+        _, flags, *_ = kernels.unified_forward(torch.stack((q, q)), None, 1, torch.ones_like(q), *how)
+        now = torch.stack((window[0], q))
+        found.append(bool(flags[3]))
+        wanted.append(bool((now.mean(0) - now.log().mean(0).exp() > 2 * window.sqrt().var()).any()))
+    assert found == wanted and 5 < sum(wanted) < 35
+
+
 def test_after_the_warm_up_no_token_sees_the_others():
     layer, x = after(2, Power, group_num=2), values(50, 6).detach()
     other = torch.cat((x[:1], 100 * x[1:] - 3))
