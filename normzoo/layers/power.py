@@ -42,13 +42,14 @@ def power_norm(
 
     Args:
         x: (\*, C), or with the channels in `channel_dim`; any real floating dtype.
-        running_phi: (C,), a mean of u²; None takes that of x, and then this is PN-V of the paper, with its true
-            gradient.
+        running_phi: (C,), a mean of u²; None takes that of the batch at hand, with the true gradient. With
+            ``group_num=None`` that is PN-V of the paper.
         weight, bias: (C,) or None, of any floating dtype.
         eps: added to phi; positive. Groups have 1e-5.
         group_num: groups of C / group_num neighbouring channels; None for u = x.
         channel_dim: where the channels are, not the first dimension.
-        pad_mask: bool, the shape of x without its channels, True for padding, which a mean of x leaves out.
+        pad_mask: bool, the shape of x without its channels, True for padding, which a mean of u² leaves out. It
+            has no effect where running_phi is given.
 
     Returns:
         Shape and dtype of `x`, under autocast too.
@@ -173,12 +174,13 @@ class PowerNorm(MeanSquareNorm):
     Input (\*, C) or as `channel_dim` says, output alike in shape and dtype. A call takes `pad_mask`, bool, of
     the shape of the input without its channels, True for padding, or finds it in
     ``with normzoo.inputs(model, pad_mask=...)``. Padding is normalized, but left out of the mean square; it
-    counts in the statistics of the gradient, as in the authors' code. A batch of padding alone moves nothing.
+    counts in the statistics of the gradient, as in the authors' code. A batch of padding alone moves nothing. In
+    eval mode the mask has no effect.
 
     State: `running_phi`, `ema_gz`, (C,) float32 or wider whatever the layer is cast to, and `iters`.
     Checkpoints of the authors' code load as they are.
 
-    PN-V of the paper is :func:`normzoo.functional.power_norm` without running_phi, and as a layer
+    PN-V of the paper is ``functional.power_norm(x, group_num=None)`` without running_phi, and as a layer
     ``UnifiedNorm(num_features, window_size=1)``. Activation checkpointing is an error in training, for the
     state has moved when it recomputes.
 

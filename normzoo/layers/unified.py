@@ -44,7 +44,8 @@ def unified_norm(
         weight, bias: (C,) or None, of any floating dtype.
         eps: added to running_var; positive.
         channel_dim: where the channels are, not the first dimension.
-        pad_mask: bool, the shape of x without its channels, True for padding, which a mean of x leaves out.
+        pad_mask: bool, the shape of x without its channels, True for padding, which a mean of x² leaves out. It
+            has no effect where running_var is given.
 
     Returns:
         Shape and dtype of `x`, under autocast too.
@@ -187,10 +188,12 @@ class UnifiedNorm(MeanSquareNorm):
     Args:
         num_features: C.
         window_size: steps of the window, of 1 or more; a pair for those of the forward and the backward pass.
-            1 is PN-V of the PowerNorm paper: the statistics of the batch, with the exact gradient.
+            1 is PN-V of the PowerNorm paper: the statistics of the batch, with the exact gradient as long as
+            there is no padding. Under a mask the correction is the mean over padding too, as in the authors'
+            code: ``functional.unified_norm(x, pad_mask=...)`` has the exact one.
         warmup_iters: steps that go by the batch. For fine-tuning set `iters` back to 0, or there is none.
-        outlier_filtration: a step whose statistics jump goes by its own, with the exact gradient, and
-            `skip_counter` counts it. The authors have it on for images and off for text. Watch the counter:
+        outlier_filtration: a step whose statistics jump goes by its own, with the gradient of window_size=1,
+            and `skip_counter` counts it. The authors have it on for images and off for text. Watch the counter:
             with few channels, or a short warm-up, every later step can become an outlier.
         eps: added to the mean square; positive.
         decay: weight of the old value in the running statistics, from 0 to 1; the authors call it momentum.
