@@ -48,8 +48,8 @@ def power_norm(
         eps: added to phi; positive. Groups have 1e-5.
         group_num: groups of C / group_num neighbouring channels; None for u = x.
         channel_dim: where the channels are, not the first dimension.
-        pad_mask: bool, the shape of x without its channels, True for padding, which a mean of u² leaves out. It
-            has no effect where running_phi is given.
+        pad_mask: bool, the shape of x without its channels, True for padding, which a mean of u² leaves out;
+            without effect where running_phi is given.
 
     Returns:
         Shape and dtype of `x`, under autocast too.
@@ -174,8 +174,8 @@ class PowerNorm(MeanSquareNorm):
     Input (\*, C) or as `channel_dim` says, output alike in shape and dtype. A call takes `pad_mask`, bool, of
     the shape of the input without its channels, True for padding, or finds it in
     ``with normzoo.inputs(model, pad_mask=...)``. Padding is normalized, but left out of the mean square; it
-    counts in the statistics of the gradient, as in the authors' code. A batch of padding alone moves nothing. In
-    eval mode the mask has no effect.
+    counts in the statistics of the gradient, as in the authors' code. A batch of padding alone moves nothing.
+    In eval mode the mask has no effect.
 
     State: `running_phi`, `ema_gz`, (C,) float32 or wider whatever the layer is cast to, and `iters`.
     Checkpoints of the authors' code load as they are.

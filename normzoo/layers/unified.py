@@ -44,8 +44,8 @@ def unified_norm(
         weight, bias: (C,) or None, of any floating dtype.
         eps: added to running_var; positive.
         channel_dim: where the channels are, not the first dimension.
-        pad_mask: bool, the shape of x without its channels, True for padding, which a mean of x² leaves out. It
-            has no effect where running_var is given.
+        pad_mask: bool, the shape of x without its channels, True for padding, which a mean of x² leaves out;
+            without effect where running_var is given.
 
     Returns:
         Shape and dtype of `x`, under autocast too.
