@@ -317,6 +317,15 @@ def test_layers_that_cannot_take_it_up(layer, words):
         folding.into_previous(layer, norm)
 
 
+def test_swapped_arguments():
+    norm, linear = made(LAST["power"](), torch.float32), nn.Linear(6, 6)
+    came = r"and Linear came for the norm, PowerNorm for the layer; swap them"
+    with pytest.raises(folding.Unfoldable, match=rf"into_previous: the arguments are \(layer, norm\), {came}"):
+        folding.into_previous(norm, linear)
+    with pytest.raises(folding.Unfoldable, match=rf"into_next: the arguments are \(norm, layer\), {came}"):
+        folding.into_next(linear, norm)
+
+
 def test_other_refusals():
     norm, images = made(LAST["power"](), torch.float32), made(nn.BatchNorm2d(6), torch.float32)
     with pytest.raises(folding.Unfoldable, match="into_next: an Embedding takes indices, which no norm scales"):

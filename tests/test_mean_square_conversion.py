@@ -120,6 +120,13 @@ def test_a_channel_where_shift_and_mean_cancel():
     assert made.verify(images()).same
 
 
+def test_notes_are_short():
+    for norm in (nn.BatchNorm2d(8), normzoo.FrozenBatchNorm(8), nn.LayerNorm(8), nn.RMSNorm(8)):
+        for target in TARGETS:
+            (step,) = normzoo.plan(nn.Sequential(norm), target).steps
+            assert 20 < len(step.reason) < 150
+
+
 def test_an_optimizer_follows():
     model = nn.Sequential(seen(nn.BatchNorm2d(8)), nn.Conv2d(8, 2, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -228,7 +235,7 @@ def test_from_a_layer_norm(target, options, over_channels):
     made = normzoo.plan(nn.Sequential(norm), target, **options)
     (step,) = made.steps
     assert step.exactness is (Exactness.APPROXIMATE if groups else Exactness.CALIBRATE)
-    assert "padding counts in training unless normzoo.inputs gives pad_mask" in step.reason
+    assert "padding counts unless normzoo.inputs gives pad_mask" in step.reason
     assert ("recalibrate(model, batches) before eval mode" in step.reason) == (groups is None)
     assert step.tensors["kept"] == ("weight", "bias") and step.tensors["lost"] == () and made.verify(x).passed
     model = made.apply().eval()
@@ -270,6 +277,7 @@ def test_to_a_batch_norm(source, dtype):
     )
     assert not new.running_mean.any() and new.num_batches_tracked == 7
     assert (new.momentum, new.eps, new.nonfinite) == (0.2, 1e-3, "skip")
+    assert "running_mean is 0; nonfinite stays 'skip'" in made.steps[0].reason
     phi = getattr(old, TARGETS[f"{source}_norm"][0])
     assert new.running_var is phi
     assert type(new).__name__ == "BatchNorm2dOfAnyRank" and (new.weight is None) == (source == "unified")

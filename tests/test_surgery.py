@@ -104,8 +104,11 @@ def test_encoder_layers_call_a_changed_norm(norm_first, masked):
     assert (
         flags["layers.1.norm2"] == ["its encoder layer computes it itself in eval mode"] and not flags["norm"]
     )
-    made = normzoo.plan(model, "rms_norm")
+    made = normzoo.plan(model, "rms_norm", exclude="layers.1.norm2")
+    turned = "its encoder layer would compute it itself in eval mode: its fast path is turned off"
+    assert [step.site.flags for step in made.steps] == [[turned]] * 4 + [[]]
     made.apply()
+    assert not any(site.flags for site in normzoo.inspect(model).sites)  # they are called from now on
     with torch.no_grad():
         fast = model(x, src_key_padding_mask=mask)
     slow = model(x, src_key_padding_mask=mask).detach()  # with gradients no fast path is taken
@@ -116,6 +119,27 @@ def test_encoder_layers_call_a_changed_norm(norm_first, masked):
     with torch.no_grad():
         assert torch.equal(model(x, src_key_padding_mask=mask), wanted)
     assert all(layer.activation_relu_or_gelu == 1 for layer in model.layers)
+
+
+@pytest.mark.parametrize("norm", [normzoo.PowerNorm(16), normzoo.UnifiedNorm(16), nn.RMSNorm(16)], ids=str)
+def test_a_norm_put_by_hand_into_an_encoder_layer(norm, monkeypatch):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    layer.norm2 = norm
+    if isinstance(norm, nn.RMSNorm):
+        norm.eps, norm.bias = layer.norm1.eps, nn.Parameter(torch.zeros(16))
+    layer.eval()
+    x = 3 * torch.randn(2, 5, 16)
+    wanted = layer(x)
+    with torch.no_grad():
+        assert (layer(x) - wanted).abs().max() > 1e-2  # of torch's LayerNorm
+    flags = {site.name: site.flags for site in normzoo.inspect(layer).sites}
+    (said,) = flags["norm2"]
+    assert "computes a LayerNorm in its place" in said and "WRONG" in said
+    assert flags["norm1"] == ["its encoder layer computes it itself in eval mode"]
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), wanted)
+    assert not any(site.flags for site in normzoo.inspect(layer).sites)
 
 
 def test_encoder_layers_keep_the_fast_path_of_the_same_norm():

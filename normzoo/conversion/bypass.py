@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 _READ = re.compile(
@@ -21,6 +22,14 @@ _FUNCTIONAL = re.compile(r"\b(?:F|functional|torch)\.(\w*_norm|normalize)\(")
 # Methods that prepare or describe a module and compute nothing, such as zero_init_last. All others count, even
 # those that forward does not lead to: somebody outside the class may call them.
 _SETTING_UP = re.compile(r"(^|_)(init|initiali[sz]e|reset|prune)(_|$)|^extra_repr$")
+
+COMPUTED = "its encoder layer computes it itself in eval mode"
+REPLACED = (
+    "its encoder layer computes a LayerNorm in its place in eval mode without gradients, which is WRONG: call "
+    "torch.backends.mha.set_fastpath_enabled(False)"
+)
+TURNED_OFF = "its encoder layer would compute it itself in eval mode: its fast path is turned off"
+"""What is said of a norm in an encoder layer; the last where a plan changes a norm of that layer."""
 
 
 def reads(parent: nn.Module, child: str) -> tuple[str, ...]:
@@ -61,6 +70,12 @@ def _sources(cls: type[nn.Module]) -> Iterator[str]:
 def fast_path(parent: nn.Module, child: str) -> bool:
     """Whether torch's fused encoder may compute the norm called `child` in its place."""
     return isinstance(parent, nn.TransformerEncoderLayer) and child in ("norm1", "norm2")
+
+
+def takes_fast_path(parent: Any) -> bool:
+    """Whether the settings of an encoder layer let it; its input may yet forbid it."""
+    allowed = parent.activation_relu_or_gelu and parent.self_attn.batch_first
+    return bool(allowed) and torch.backends.mha.get_fastpath_enabled()
 
 
 def without_fast_path(model: nn.Module, layers: Collection[nn.Module]) -> list[tuple[nn.Module, str, Any]]:

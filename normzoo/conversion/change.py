@@ -74,6 +74,18 @@ class Plan:
         self._swap: Swap | None = None
         self._made: dict[nn.Module, Replacement] = {}
         self._undo_optimizer: Callable[[], None] | None = None
+        self._slowed = {
+            parent
+            for step in self.changes
+            if step.exactness is not Exactness.EXACT
+            for parent, child in step.site.parents
+            if bypass.fast_path(parent, child)
+        }
+        """Encoder layers whose fast path would ignore their new norm."""
+        for step in steps:
+            if any(parent in self._slowed for parent, _ in step.site.parents):
+                said = (bypass.COMPUTED, bypass.REPLACED)
+                step.site.flags = [bypass.TURNED_OFF if f in said else f for f in step.site.flags]
 
     @property
     def changes(self) -> list[Step]:
@@ -265,14 +277,7 @@ class Plan:
             raise ValueError(f"convert: the model has changed since the plan was made: {error}") from error
 
     def _exchange(self, made: Mapping[nn.Module, Replacement]) -> Swap:
-        layers = {
-            parent
-            for step in self.changes
-            if step.exactness is not Exactness.EXACT
-            for parent, child in step.site.parents
-            if bypass.fast_path(parent, child)
-        }
-        settings = bypass.without_fast_path(self.model, layers)
+        settings = bypass.without_fast_path(self.model, self._slowed)
         return Swap(self.model, {old: each.module for old, each in made.items()}, settings)
 
     def _exchanges(self, made: Mapping[nn.Module, Replacement]) -> list[Exchange]:

@@ -104,6 +104,12 @@ def examine(model: nn.Module, caller: str) -> list[Site]:
     return found
 
 
+def _is_layer_norm(site: Site) -> bool:
+    """Whether its weight, bias and eps, put into torch's operator, give what it computes."""
+    norm = site.norm
+    return norm is not None and norm.family == "layer" and not (norm.offset or norm.after) and norm.axis == -1
+
+
 def _flags(site: Site) -> Iterator[str]:
     module = site.module
     if len(site.names) > 1:
@@ -118,7 +124,8 @@ def _flags(site: Site) -> Iterator[str]:
         yield f"{site.outside} holds it too, outside the module tree"
     for parent, child in site.parents:
         if bypass.fast_path(parent, child):
-            yield "its encoder layer computes it itself in eval mode"
+            if bypass.takes_fast_path(parent):
+                yield bypass.COMPUTED if _is_layer_norm(site) else bypass.REPLACED
         elif names := bypass.reads(parent, child):
             yield f"{type(parent).__name__} reads its {', '.join(names)} itself"
     momentum = getattr(module, "momentum", None)

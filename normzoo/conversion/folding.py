@@ -72,6 +72,7 @@ def into_next(norm: nn.Module, layer: nn.Module) -> nn.Module:
     >>> norm, linear, x = nn.BatchNorm1d(4).eval(), nn.Linear(4, 2), torch.randn(3, 4)
     >>> torch.testing.assert_close(into_next(norm, linear)(x), linear(norm(x)))
     """
+    _check_order("into_next", norm, layer, "(norm, layer)")
     known, scale, shift = _read(norm, "into_next")
     old, weight = _checked("into_next", known, layer)
     if isinstance(old, nn.Embedding):
@@ -109,6 +110,7 @@ def into_previous(layer: nn.Module, norm: nn.Module) -> nn.Module:
     >>> conv, norm, x = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8).eval(), torch.randn(2, 3, 5, 5)
     >>> torch.testing.assert_close(into_previous(conv, norm)(x), norm(conv(x)))
     """
+    _check_order("into_previous", norm, layer, "(layer, norm)")
     known, scale, shift = _read(norm, "into_previous")
     old, weight = _checked("into_previous", known, layer)
     if isinstance(old, nn.Embedding):
@@ -126,6 +128,14 @@ def into_previous(layer: nn.Module, norm: nn.Module) -> nn.Module:
         bias = shift if bias is None else bias + shift
     axis = 1 if isinstance(old, _ConvTransposeNd) else 0
     return _remade("into_previous", old, weight * _spread(scale, old, axis).unsqueeze(-1), bias)
+
+
+def _check_order(caller: str, norm: nn.Module, layer: nn.Module, order: str) -> None:
+    if isinstance(norm, _LAYERS) and not isinstance(layer, _LAYERS):
+        raise Unfoldable(
+            f"{caller}: the arguments are {order}, and {type(norm).__name__} came for the norm, "
+            f"{type(layer).__name__} for the layer; swap them"
+        )
 
 
 def _read(module: nn.Module, caller: str) -> tuple[Norm, Tensor, Tensor]:

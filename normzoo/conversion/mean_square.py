@@ -33,14 +33,13 @@ _BESIDES = (
 """Attributes of these layers that mean nothing to another one."""
 _OF_ROWS = ("normalized_shape", "elementwise_affine", "offset", "cast")
 
-_FROM_BATCH = "in training no mean is taken away, and the gradient is approximate"
+_FROM_BATCH = "training takes no mean away, and its gradient is approximate"
 _FROM_FROZEN = "statistics move in training; weight and bias become parameters, which do not train yet"
 _TO_BATCH = "in training it takes mean and variance of the batch; running_mean is 0"
-_UNGROUPED = "group_num=None unless given: with groups it is another function"
-_KNOWN = "it goes by running_phi from the first step on, where that is known, unless warmup_iters is given"
+_UNGROUPED = "without group scaling"
 _FRESH = "running mean squares start at 1: normzoo.recalibrate(model, batches) before eval mode"
-_PADDING = "padding counts in training unless normzoo.inputs gives pad_mask"
-_BEGINS = f"training and recalibrate() divide each channel by its own mean square too; {_PADDING}"
+_PADDING = "padding counts unless normzoo.inputs gives pad_mask"
+_BEGINS = f"until training or recalibrate() moves its statistics; {_PADDING}"
 
 
 def _statistic(layer: Layer) -> str:
@@ -108,12 +107,8 @@ def _from_batch(norm: Norm, module: nn.Module, options: Options, layer: Layer) -
     return carried
 
 
-@transfer(
-    "batch", "power_norm", Exactness.EVAL_EXACT, f"{_FROM_BATCH}; {_KNOWN}; {_UNGROUPED}", by_options=True
-)
-@transfer(
-    "ghost_batch", "power_norm", Exactness.EVAL_EXACT, f"{_FROM_BATCH}; {_KNOWN}; {_UNGROUPED}", by_options=True
-)
+@transfer("batch", "power_norm", Exactness.EVAL_EXACT, f"{_UNGROUPED}; {_FROM_BATCH}", by_options=True)
+@transfer("ghost_batch", "power_norm", Exactness.EVAL_EXACT, f"{_UNGROUPED}; {_FROM_BATCH}", by_options=True)
 def _(norm: Norm, module: nn.Module, options: Options) -> Carried:
     return _from_batch(norm, module, options, PowerNorm)
 
@@ -122,7 +117,7 @@ def _(norm: Norm, module: nn.Module, options: Options) -> Carried:
     "frozen_batch",
     "power_norm",
     Exactness.EVAL_EXACT,
-    f"{_FROM_FROZEN}; {_KNOWN}; {_UNGROUPED}",
+    f"{_UNGROUPED}; {_FROM_FROZEN}",
     by_options=True,
 )
 def _(norm: Norm, module: nn.Module, options: Options) -> Carried:
@@ -166,12 +161,12 @@ def _as_group_scaling(layer: nn.Module) -> None:
         layer.running_phi.fill_(max(1 - layer.eps, 0))
 
 
-@transfer("layer", "power_norm", Exactness.APPROXIMATE, f"begins as an RMSNorm; {_BEGINS}", by_options=True)
+@transfer("layer", "power_norm", Exactness.APPROXIMATE, f"an RMSNorm {_BEGINS}", by_options=True)
 @transfer(
     "rms",
     "power_norm",
     Exactness.APPROXIMATE,
-    f"begins as it was but for eps, eval-exact where that is {GROUP_EPS:g}; {_BEGINS}",
+    f"an RMSNorm with eps={GROUP_EPS:g} {_BEGINS}",
     by_options=True,
 )
 def _(norm: Norm, module: nn.Module, options: Options) -> Carried:
@@ -243,14 +238,14 @@ def _(norm: Norm, module: nn.Module, options: Options) -> Carried:
     "power",
     "unified_norm",
     Exactness.EVAL_EXACT,
-    "its windows are empty; with group scaling needs calibration",
+    "its windows are empty",
     by_options=True,
 )
 def _(norm: Norm, module: nn.Module, options: Options) -> Carried:
     return _again(norm, module, options, UnifiedNorm)
 
 
-@transfer("unified", "power_norm", Exactness.EVAL_EXACT, f"{_KNOWN}; {_UNGROUPED}", by_options=True)
+@transfer("unified", "power_norm", Exactness.EVAL_EXACT, _UNGROUPED, by_options=True)
 def _(norm: Norm, module: nn.Module, options: Options) -> Carried:
     return _again(norm, module, options, PowerNorm)
 
@@ -266,6 +261,8 @@ def _(norm: Norm, module: nn.Module) -> Carried:
         )
     carried = _stored(norm, module)
     carried.arguments["momentum"] = norm.momentum
+    if isinstance(module, MeanSquareNorm):
+        carried.note = f"{_TO_BATCH}; nonfinite stays {module.nonfinite!r}"
     carried.kept["running_var"] = norm.statistics[0]
     carried.kept |= {"num_batches_tracked": "iters"} if tensor(module, "iters") is not None else {}
     return carried
