@@ -16,9 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from normzoo_kernels._op import needs_grad
+from normzoo_kernels._op import differentiated, needs_grad
 
 from . import ranks, sweeps
 from .dispatch import insisted, use_kernel
@@ -30,6 +29,9 @@ State = Sequence[Tensor]
 _WIDEST = 8192
 """Channels of a group that a kernel can hold."""
 
+_LONGEST = 256
+"""Rows of a window that a kernel can hold."""
+
 
 class Rule(Protocol):
     """What a layer does between the passes. Tensors are (C,) or single numbers, float32 at least.
@@ -37,6 +39,8 @@ class Rule(Protocol):
     ``kept`` is what the backward pass needs of the forward pass. New state is that of a step which may have
     been skipped: then it is the old.
     """
+
+    layer: str
 
     @property
     def state(self) -> State:
@@ -134,6 +138,8 @@ def _fits(x: Tensor, groups: int | None, *state: Tensor) -> bool:
     """
     if groups is not None and x.shape[1] // groups > _WIDEST:
         what = f"groups of up to {_WIDEST} channels, here they have {x.shape[1] // groups}"
+    elif windows := [len(t) for t in state if t.dim() == 2 and len(t) > _LONGEST]:
+        what = f"windows of up to {_LONGEST} steps, here one has {windows[0]}"
     elif wrong := [t.dtype for t in state if t.dtype not in (torch.float32, torch.long)]:
         what = f"statistics in float32, these are {wrong[0]}"
     else:
@@ -160,12 +166,16 @@ class _Run(Function):
         return y, *new
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):  # type: ignore[override]
+    def backward(ctx, *grads):
         nothing = (None,) * 10
         dy = grads[0]
         if dy is None:
             return nothing
+        if differentiated(dy):  # with once_differentiable a path through dx would end without a word
+            raise RuntimeError(
+                f"{ctx.how[1].layer}: in training its backward pass is no derivative and has none, so that "
+                "create_graph=True and batched gradients cannot go through it; use eval mode"
+            )
         x, weight, counts, *kept = ctx.saved_tensors
         rule, found, wants_x = ctx.how[1], None, ctx.needs_input_grad[0]
         if ctx.kernels:

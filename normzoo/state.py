@@ -161,6 +161,15 @@ class Guarded(_NormBase):
         skipped = torch.zeros((), dtype=torch.long, device=device) if nonfinite == "skip" else None
         self.register_buffer("batches_skipped", skipped, persistent=False)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # A checkpoint that is assigned to a layer on the meta device does not hold these counters.
+        held = [b for b in self._buffers.values() if b is not None and not b.is_meta]
+        for name in self._non_persistent_buffers_set if held else ():
+            counter = self._buffers[name]
+            if counter is not None and counter.is_meta:
+                self._buffers[name] = torch.zeros_like(counter, device=held[0].device)
+
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
         skipped = getattr(self, "batches_skipped", None)  # torch's constructor calls this before there is one

@@ -136,10 +136,17 @@ def test_a_backward_pass_that_fails_leaves_the_state(kind, options):
 @per_form
 def test_second_derivatives_in_training_are_refused(kind, options):
     layer, x = kind(C, **options), torch.randn(5, C, requires_grad=True)
-    (dx,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
+    h = nn.Linear(C, C)(x)
+    y = layer(h)
     after = tensors(layer)
-    with pytest.raises(RuntimeError, match=r"differentiate twice a function .* @once_differentiable"):
-        dx.pow(2).sum().backward()
+    # Of a loss linear in y too, whose second derivative would else end at the layer without a word.
+    for loss in (y.pow(2).sum(), y.sum()):
+        with pytest.raises(
+            RuntimeError, match=f"{kind.__name__}: in training .* create_graph=True .* eval mode"
+        ):
+            torch.autograd.grad(loss, h, create_graph=True)
+    with pytest.raises(RuntimeError, match="batched gradients"):
+        torch.autograd.grad(y, h, torch.ones(2, 5, C), is_grads_batched=True)
     same(tensors(layer), after)
 
 

@@ -99,7 +99,7 @@ def test_activation_checkpointing_in_a_graph(make):
     close(train(saving, xs, traced), train(plain, xs))
 
 
-BY_LAYER = "(BatchChannelNorm: with estimate=True|(PowerNorm|UnifiedNorm): it normalises by running statistics)"
+BY_LAYER = "(BatchChannelNorm: with estimate=True|(PowerNorm|UnifiedNorm): it normalizes by running statistics)"
 BY_GRAPH = "normzoo: a compiled graph reads stored statistics"
 WAYS = {
     "reentrant": (lambda inner: Checkpointed(inner, reentrant=True), BY_LAYER),

@@ -12,6 +12,9 @@ from ._launch import sm_count
 _LEAST = 4
 """Fewest tiles of a part."""
 
+_MOST = 8192
+"""Entries of a tile for which there are registers."""
+
 
 def running_form(kernel: Any, problem: Problem, group: int, two: bool) -> Form:
     """`group`: channels that are scaled together, 0 for none. `two`: tensors to read, or sums of x to keep."""
@@ -26,7 +29,7 @@ def running_form(kernel: Any, problem: Problem, group: int, two: bool) -> Form:
     # Entries of a warp: with more of them the gradient of wide groups spills.
     warps = tile["CB"] * tile["NB"] * tile["L"] // (512 if two else 1024)
     constants = tile | {"GROUP": group, "W": power_of_two(group) if group else 0}
-    constants |= {"STAGES": 3 if warps < 16 else 2, "num_warps": min(max(4, warps), 32)}
+    constants |= {"STAGES": 3 if warps < 16 else 2, "num_warps": min(max(4, warps), 16)}
     return Form(kernel, blocks * parts, parts, constants)
 
 
@@ -37,8 +40,8 @@ def _group_tile(p: Problem, group: int, elements: int) -> tuple[dict[str, Any], 
     if p.tokens:  # narrow groups side by side, up to a cache line
         together = min(max(1, 64 // width), power_of_two(groups))
     channels = width * together
-    # A few positions at least, which lie side by side in planes.
-    chunk = max(elements // channels, 1 if p.tokens else 8)
+    # In planes positions lie side by side: a few of them at least, if the registers hold as many channels.
+    chunk = max(1, elements // channels, 0 if p.tokens else min(8, _MOST // channels))
     whole = power_of_two(p.count)
     samples = 1
     if p.samples > 1 and whole < chunk:

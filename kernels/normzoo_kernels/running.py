@@ -43,7 +43,7 @@ def _forward(x, pad_mask, d, weight, bias, iters, warmup, groups, eps, y, sums):
     form = running_form(running_forward, problem, x.shape[1] // groups if groups else 0, pad_mask is not None)
     targets = (None, None, None) if sums is None else targets_of(form, tuple(sums), 2)
     pad = None if pad_mask is None else contiguous(pad_mask).view(torch.uint8)
-    tensors = (x, pad, d, contiguous(weight), contiguous(bias), iters, y, *targets)
+    tensors = (x, pad, contiguous(d), contiguous(weight), contiguous(bias), iters, y, *targets)
     constants |= form.constants | {"WARMUP": warmup, "SUMS": sums is not None, "EPS": eps}
     constants["GROUP_EPS"] = GROUP_EPS
     launch(form.kernel, form.programs, x.device, *tensors, *numbers, form.parts, **constants)
@@ -100,7 +100,8 @@ def gradient(dy, x, a, b, weight, ema, rate, groups, summed):
     problem, numbers, constants = _lying(x, view, dy_view)
     form = running_form(running_backward, problem, x.shape[1] // groups if groups else 0, True)
     targets = targets_of(form, tuple(sums), 2) if summed else (None, None, None)
-    tensors = (dy, x, a, b, contiguous(weight), ema, None if a is None else dx, *targets)
+    rows = [contiguous(t) for t in (a, b, weight, ema)]
+    tensors = (dy, x, *rows, None if a is None else dx, *targets)
     constants |= form.constants | {"RATE": rate, "SUMS": summed, "GROUP_EPS": GROUP_EPS}
     launch(form.kernel, form.programs, x.device, *tensors, *numbers, form.parts, **constants)
     if summed:
@@ -108,10 +109,16 @@ def gradient(dy, x, a, b, weight, ema, rate, groups, summed):
     return dx, sums
 
 
-def _rule(kernel, tensors, channels, count, **constants) -> None:
-    block = min(_BLOCK, triton.next_power_of_2(channels))
-    warps = 8 if block == _BLOCK else 4
+def _rule(kernel, tensors, channels, count, rows=1, **constants) -> None:
+    """A program, whose inputs may lie in any way; `rows`: of its window."""
+    block = min(_BLOCK, triton.next_power_of_2(channels), max(32, 8 * _BLOCK // rows))
+    warps = 8 if block * rows >= _BLOCK else 4
+    tensors = [contiguous(t) for t in tensors]
     launch(kernel, 1, tensors[0].device, *tensors, channels, count, B=block, num_warps=warps, **constants)
+
+
+def _fresh(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def _flag(t: Tensor) -> Tensor:
@@ -119,12 +126,12 @@ def _flag(t: Tensor) -> Tensor:
 
 
 def _like(t: Tensor | None, device: torch.device) -> Tensor:
-    return torch.empty_like(t) if t is not None else torch.empty(0, dtype=torch.long, device=device)
+    return torch.empty(0, dtype=torch.long, device=device) if t is None else _fresh(t)
 
 
 def _power_like(sums, counts, count, phi, iters, skipped, eps, alpha, warmup, paper, guard):
     r, counted = sums.new_empty((3, sums.shape[1])), _flag(sums)
-    return r, counted, torch.empty_like(phi), torch.empty_like(iters), _like(skipped, phi.device)
+    return r, counted, _fresh(phi), _fresh(iters), _like(skipped, phi.device)
 
 
 @op(
@@ -142,7 +149,7 @@ def power_forward(sums, counts, count, phi, iters, skipped, eps, alpha, warmup, 
 
 
 def _power_gradient_like(slope, total, counts, count, r, counted, weight, ema, skipped, rate, guard):
-    return torch.empty_like(slope), torch.empty_like(ema), _like(skipped, ema.device)
+    return _fresh(slope), _fresh(ema), _like(skipped, ema.device)
 
 
 @op(
@@ -153,15 +160,15 @@ def _power_gradient_like(slope, total, counts, count, r, counted, weight, ema, s
 def power_backward(slope, total, counts, count, r, counted, weight, ema, skipped, rate, guard):
     """(dweight, ema, skipped), the last two after the step."""
     new = _power_gradient_like(slope, total, counts, count, r, counted, weight, ema, skipped, rate, guard)
-    tensors = (slope, total, counts, r, counted, contiguous(weight), ema, skipped, *new)
+    tensors = (slope, total, counts, r, counted, weight, ema, skipped, *new)
     _rule(power_gradient, tensors, len(slope), count, RATE=rate, GUARD=guard)
     return new
 
 
 def _unified_like(sums, counts, count, var, squares, iters, outliers, skipped, *_):
     flags = iters.new_empty(5)
-    state = (torch.empty_like(var), torch.empty_like(squares), _like(skipped, var.device))
-    return torch.empty_like(sums), flags, *state
+    state = (_fresh(var), _fresh(squares), _like(skipped, var.device))
+    return _fresh(sums), flags, *state
 
 
 @op(
@@ -191,14 +198,15 @@ def unified_forward(
     r, flags, *new = _unified_like(sums, counts, count, var, squares, iters, outliers, skipped)
     tensors = (sums, counts, var, squares, iters, outliers, skipped, r, *new[:2], flags, new[2])
     numbers = {"EPS": eps, "DECAY": decay, "WARMUP": warmup, "COMPENSATED": compensated, "FILTER": filtered}
-    numbers |= {"GUARD": guard, "M": len(squares), "MP": triton.next_power_of_2(len(squares))}
-    _rule(unified_statistics, tensors, sums.shape[1], count, **numbers)
+    rows = triton.next_power_of_2(len(squares))
+    numbers |= {"GUARD": guard, "M": len(squares), "MP": rows}
+    _rule(unified_statistics, tensors, sums.shape[1], count, rows, **numbers)
     return r, flags, *new
 
 
 def _unified_gradient_like(slope, total, counts, count, r, flags, weight, ema, slopes, skipped, *_):
-    state = (torch.empty_like(ema), torch.empty_like(slopes), _like(skipped, ema.device))
-    return torch.empty_like(r), torch.empty_like(slope), *state
+    state = (_fresh(ema), _fresh(slopes), _like(skipped, ema.device))
+    return _fresh(r), _fresh(slope), *state
 
 
 @op(
@@ -210,8 +218,8 @@ def _unified_gradient_like(slope, total, counts, count, r, flags, weight, ema, s
 def unified_backward(slope, total, counts, count, r, flags, weight, ema, slopes, skipped, decay, warmup, guard):
     """((a, b), dweight, ema, slopes, skipped), the last three after the step."""
     made = _unified_gradient_like(slope, total, counts, count, r, flags, weight, ema, slopes, skipped)
-    tensors = (slope, total, counts, r, flags, contiguous(weight), ema, slopes, skipped, *made)
-    rows = len(slopes)
-    numbers = {"DECAY": decay, "WARMUP": warmup, "GUARD": guard}
-    _rule(unified_gradient, tensors, len(slope), count, K=rows, KP=triton.next_power_of_2(rows), **numbers)
+    tensors = (slope, total, counts, r, flags, weight, ema, slopes, skipped, *made)
+    rows = triton.next_power_of_2(len(slopes))
+    numbers = {"DECAY": decay, "WARMUP": warmup, "GUARD": guard, "K": len(slopes), "KP": rows}
+    _rule(unified_gradient, tensors, len(slope), count, rows, **numbers)
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +39,11 @@ def check_input(
             f"{layer}: the input has shape {tuple(x.shape)} and channel_dim is {channel_dim}; it must have two "
             "dimensions or more, and the channels not be the first"
         )
+    if x.is_nested or x.layout is not torch.strided:
+        raise TypeError(
+            f"{layer}: the input is nested or sparse; it must be a dense tensor, with a pad_mask for what is "
+            "not there"
+        )
     if number is not None and x.shape[channel_dim] != number:
         raise ValueError(
             f"{layer}: num_features is {number} but the input has shape {tuple(x.shape)}; its dimension "
@@ -70,9 +76,10 @@ def _check_mask(layer: str, x: Tensor, channel_dim: int, pad_mask: Tensor) -> No
     channel = channel_dim % x.dim()
     wanted = (*x.shape[:channel], *x.shape[channel + 1 :])
     if pad_mask.shape != wanted:
+        hint = "; pad_mask.T fits" if pad_mask.dim() == 2 and pad_mask.T.shape == wanted else ""
         raise ValueError(
             f"{layer}: pad_mask has shape {tuple(pad_mask.shape)} but the input has shape {tuple(x.shape)}; it "
-            f"must be {wanted}, the input without its channels"
+            f"must be {wanted}, the input without its channels{hint}"
         )
     checks.same_device(layer, "pad_mask", pad_mask, x)
 
@@ -108,7 +115,9 @@ def with_batch(
     gradient: PN-V of the PowerNorm paper."""
 
     def combine(m: Moments):
-        q = (m.var + m.mean.square())[:1] if pad_mask is not None else m.var + m.mean.square()
+        q = m.var + m.mean.square()
+        if pad_mask is not None:
+            q = torch.where(m.count > 0, q, 1)[:1]  # where all is padding
         scale = torch.rsqrt(q + eps)
         scale = scale if weight is None else scale * weight
         shift = m.pivot * scale
@@ -149,6 +158,8 @@ class MeanSquareNorm(Guarded):
         nonfinite: str,
     ) -> None:
         check_channel_dim(type(self).__name__, channel_dim)
+        for name, flag in (("affine", affine), ("bias", bias)):
+            checks.flag(type(self).__name__, name, flag)
         options = {"bias": bias, "sync": sync, "process_group": process_group, "nonfinite": nonfinite}
         super().__init__(num_features, eps, None, affine, False, device, dtype, **options)
         # torch.export takes buffers after one that is None for others.
@@ -159,8 +170,9 @@ class MeanSquareNorm(Guarded):
         skipped = torch.zeros((), dtype=torch.long, device=device) if nonfinite == "skip" else None
         self.register_buffer("gradients_skipped", skipped, persistent=False)
 
-    def _statistic(self, name: str, start: float, *shape: int, device=None) -> None:
-        self.register_buffer(name, torch.full(shape, start, dtype=torch.float32, device=device))
+    def _statistic(self, name: str, start: float, *shape: int, device=None, dtype=None) -> None:
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        self.register_buffer(name, torch.full(shape, start, dtype=wide, device=device))
 
     def _counter(self, name: str, device=None) -> None:
         self.register_buffer(name, torch.zeros((), dtype=torch.long, device=device))
@@ -175,7 +187,8 @@ class MeanSquareNorm(Guarded):
         before = dict(self._state())
         super()._apply(fn, recurse)
         for name, now in [*self._state()]:
-            if now.dtype in (torch.float16, torch.bfloat16) and before[name].dtype != now.dtype:
+            real = now.is_floating_point()
+            if real != before[name].is_floating_point() or (real and now.dtype.itemsize < 4):
                 self._buffers[name] = before[name].to(now.device)
         return self
 
@@ -183,7 +196,8 @@ class MeanSquareNorm(Guarded):
         for name, own in self._state():
             given = state_dict.get(prefix + name)
             if isinstance(given, Tensor) and given.squeeze().shape == own.squeeze().shape:
-                state_dict[prefix + name] = given.reshape(own.shape).to(own.dtype)  # with assign=True too
+                # As it will be stored with assign=True.
+                state_dict[prefix + name] = given.reshape(own.shape).to(own.dtype).contiguous()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def reset_running_stats(self) -> None:
@@ -197,7 +211,7 @@ class MeanSquareNorm(Guarded):
         layer = type(self).__name__
         if recomputing():
             raise RuntimeError(
-                f"{layer}: it normalises by running statistics that have moved since the forward pass, so that "
+                f"{layer}: it normalizes by running statistics that have moved since the forward pass, so that "
                 "activation checkpointing would give wrong gradients; leave it out of the checkpoint"
             )
         if transformed():
@@ -213,13 +227,32 @@ class MeanSquareNorm(Guarded):
             return side_input(self, "pad_mask", required=False)
         return pad_mask
 
-    def _fits(self, *statistics: Tensor) -> Tensor:
+    def _options(self) -> str:
+        return (", bias=False" if self.affine and self.bias is None else "") + super()._options()
+
+
+class Step:
+    """What the rules of the layers share: what they need of a layer, not the layer itself, which may hold the
+    graph that holds the rule."""
+
+    def __init__(self, layer: MeanSquareNorm) -> None:
+        self.layer, self.eps, self.ema_gz = type(layer).__name__, layer.eps, layer.ema_gz
+        self.guard = layer.nonfinite == "skip"
+        counters = (layer.batches_skipped, layer.gradients_skipped)
+        self.batches_skipped, self.gradients_skipped = (() if n is None else (n,) for n in counters)
+
+    def fits(self, *statistics: Tensor) -> Tensor:
         """Whether new statistics may be stored, and fit the dtype of the state: a bool on the device."""
-        if self.nonfinite == "skip":
+        if self.guard:
             return finite(*(s.to(self.ema_gz.dtype) for s in statistics))
         return torch.ones((), dtype=torch.bool, device=statistics[0].device)
 
-    def _counter_of(self, name: str) -> tuple[Tensor, ...]:
-        """The counter, if there is one."""
-        counter = getattr(self, name)
-        return () if counter is None else (counter,)
+
+def first(counters: tuple[Tensor, ...]) -> Tensor | None:
+    return counters[0] if counters else None
+
+
+def in_widest(*statistics: Tensor) -> tuple[Tensor, ...]:
+    """In the widest of their dtypes: those of a batch may be narrower than the stored ones, or wider."""
+    dtype = functools.reduce(torch.promote_types, (s.dtype for s in statistics))
+    return tuple(s.to(dtype) for s in statistics)

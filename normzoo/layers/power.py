@@ -7,7 +7,6 @@ token in `group_num` groups, and a warm-up in which the forward pass goes by the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +17,12 @@ from ..running import by_stored
 from ..state import average, kernel_state, present, snapshot
 from .mean_square import (
     MeanSquareNorm,
+    Step,
     check_channel_dim,
     check_group_num,
     check_input,
+    first,
+    in_widest,
     laid_back,
     with_batch,
 )
@@ -74,72 +76,69 @@ def power_norm(
     return laid_back(y, x, channel_dim)
 
 
-@dataclass
-class _Power:
+class _Power(Step):
     """The arithmetic of a step t, in the paper's words: phi is a mean of squares, nu corrects the gradient."""
 
-    layer: PowerNorm
+    def __init__(self, layer: PowerNorm) -> None:
+        super().__init__(layer)
+        self.running_phi, self.iters, self.warmup_iters = layer.running_phi, layer.iters, layer.warmup_iters
+        self.alpha_fwd, self.alpha_bkw, self.paper = layer.alpha_fwd, layer.alpha_bkw, layer.backward == "paper"
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        return self.layer.running_phi, self.layer.iters, *self.layer._counter_of("batches_skipped")
+        return self.running_phi, self.iters, *self.batches_skipped
 
     @property
     def gradient_state(self) -> tuple[Tensor, ...]:
-        return self.layer.ema_gz, *self.layer._counter_of("gradients_skipped")
+        return self.ema_gz, *self.gradients_skipped
 
     def forward(self, q: Tensor, whole: Tensor, some: Tensor | None):
-        layer = self.layer
-        phi, before = snapshot(layer.running_phi).to(q.dtype), snapshot(layer.iters)
-        t, warmup = before + 1, layer.warmup_iters
+        phi, before = snapshot(self.running_phi), snapshot(self.iters)
+        q, whole, phi = in_widest(q, whole, phi)
+        t, warmup = before + 1, self.warmup_iters
         if some is not None:
             q = torch.where(some, q, phi)
         d = torch.where(t <= warmup, q, phi)
         # In warm-up a plain average runs beside the exponential one; it stops a step before the end.
         steps = t.to(q.dtype)  # integers divide in float32
         plain = torch.where(t < warmup, phi * ((steps - 1) / steps) + q / steps, phi)
-        moved = average(plain, q, 1 - layer.alpha_fwd)
-        good = layer._fits(moved)
+        moved = average(plain, q, 1 - self.alpha_fwd)
+        good = self.fits(moved)
         stored = good if some is None else good & some
-        r = torch.rsqrt(d + layer.eps)
-        inverse = r if layer.backward == "paper" else torch.rsqrt(q + layer.eps)
-        skipped = [n + ~good for n in layer._counter_of("batches_skipped")]
+        r = torch.rsqrt(d + self.eps)
+        inverse = r if self.paper else torch.rsqrt(q + self.eps)
+        skipped = [n + ~good for n in self.batches_skipped]
         new = (torch.where(stored, moved, phi), before + stored, *skipped)
         return r, (r, inverse, whole * r.square(), stored), new
 
     def backward(self, kept: Any, weight: Tensor | None, slope: Tensor, after: Tensor):
         r, inverse, power, counted = kept
-        layer = self.layer
-        ema = present(layer.ema_gz, after).to(r.dtype)
+        ema = present(self.ema_gz, after).to(r.dtype)
         w = 1 if weight is None else weight.to(r.dtype)
-        nu = (1 - layer.alpha_bkw) * ema
+        nu = (1 - self.alpha_bkw) * ema
         moved = ema + w * r * slope - nu * power
-        good = layer._fits(moved)
-        skipped = [n + (counted & ~good) for n in layer._counter_of("gradients_skipped")]
+        good = self.fits(moved)
+        skipped = [n + (counted & ~good) for n in self.gradients_skipped]
         return w * inverse, -nu * r * inverse, r, (torch.where(counted & good, moved, ema), *skipped)
 
     @property
     def known(self) -> dict[str, Any]:
-        layer = self.layer
-        start = {"d": kernel_state(layer.running_phi), "iters": kernel_state(layer.iters)}
-        return start | {"warmup": layer.warmup_iters, "eps": layer.eps}
+        start = {"d": kernel_state(self.running_phi), "iters": kernel_state(self.iters)}
+        return start | {"warmup": self.warmup_iters, "eps": self.eps}
 
     def known_backward(self, kept: Any):
-        return kept[0][1], kept[0][0], self.layer.ema_gz, 1 - self.layer.alpha_bkw
+        return kept[0][1], kept[0][0], self.ema_gz, 1 - self.alpha_bkw
 
     def launch_forward(self, kernels: Any, sums: Tensor, counts: Tensor | None, count: int):
-        layer = self.layer
-        paper, guard = layer.backward == "paper", layer.nonfinite == "skip"
-        before = (kernel_state(layer.running_phi), kernel_state(layer.iters), layer.batches_skipped)
-        how = (layer.eps, layer.alpha_fwd, layer.warmup_iters, paper, guard)
+        before = (kernel_state(self.running_phi), kernel_state(self.iters), first(self.batches_skipped))
+        how = (self.eps, self.alpha_fwd, self.warmup_iters, self.paper, self.guard)
         r, counted, *new = kernels.power_forward(sums, counts, count, *before, *how)
-        return r[0], (r, counted), new if guard else new[:-1]
+        return r[0], (r, counted), new if self.guard else new[:-1]
 
     def launch_backward(self, kernels: Any, kept: Any, weight: Tensor | None, *sums: Any):
-        layer, guard = self.layer, self.layer.nonfinite == "skip"
-        before = (weight, layer.ema_gz, layer.gradients_skipped)
-        dweight, *new = kernels.power_backward(*sums, *kept, *before, 1 - layer.alpha_bkw, guard)
-        return dweight, None, new if guard else new[:-1]
+        before = (weight, self.ema_gz, first(self.gradients_skipped))
+        dweight, *new = kernels.power_backward(*sums, *kept, *before, 1 - self.alpha_bkw, self.guard)
+        return dweight, None, new if self.guard else new[:-1]
 
     def plain(self, kept: Any):
         return *kept[0], kept[1] != 0
@@ -230,8 +229,8 @@ class PowerNorm(MeanSquareNorm):
         self.alpha_fwd, self.alpha_bkw, self.warmup_iters = alpha_fwd, alpha_bkw, warmup_iters
         self.group_num, self.backward = group_num, backward
         self.running_var = None
-        self._statistic("running_phi", 1.0, num_features, device=device)
-        self._statistic("ema_gz", 0.0, num_features, device=device)
+        self._statistic("running_phi", 1.0, num_features, device=device, dtype=dtype)
+        self._statistic("ema_gz", 0.0, num_features, device=device, dtype=dtype)
         self._counter("iters", device=device)
 
     def reset_running_stats(self) -> None:
@@ -244,7 +243,7 @@ class PowerNorm(MeanSquareNorm):
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         pad_mask = self._padding(pad_mask)
         own = (self.num_features, self.channel_dim, None, pad_mask)
-        h = check_input("PowerNorm", x, *own, self.weight)
+        h = check_input("PowerNorm", x, *own, self.weight, self.bias)
         if self.training:
             y = self._train(h, pad_mask, self.group_num, _Power(self))
         else:

@@ -12,7 +12,6 @@ and the outputs of the steps after it grow 316-fold; here such steps are left ou
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +20,16 @@ from torch import Tensor
 from .. import checks
 from ..running import by_stored
 from ..state import average, kernel_state, present, snapshot
-from .mean_square import MeanSquareNorm, check_channel_dim, check_input, laid_back, with_batch
+from .mean_square import (
+    MeanSquareNorm,
+    Step,
+    check_channel_dim,
+    check_input,
+    first,
+    in_widest,
+    laid_back,
+    with_batch,
+)
 
 _COMPENSATED_AFTER = 1000
 """Steps without compensation of the gradient, whatever the warm-up: the authors' number."""
@@ -69,92 +77,90 @@ def unified_norm(
     return laid_back(y, x, channel_dim)
 
 
-@dataclass
-class _Unified:
+class _Unified(Step):
     """The arithmetic of a step t, with windows of the last M statistics and K gradient statistics."""
 
-    layer: UnifiedNorm
+    def __init__(self, layer: UnifiedNorm) -> None:
+        super().__init__(layer)
+        self.running_var, self.buffer_x2, self.buffer_gz = layer.running_var, layer.buffer_x2, layer.buffer_gz
+        self.iters, self.skip_counter = layer.iters, layer.skip_counter
+        self.warmup_iters, self.decay, self.filtered = layer.warmup_iters, layer.decay, layer.outlier_filtration
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        layer = self.layer
-        moved = (layer.running_var, layer.buffer_x2, layer.iters, layer.skip_counter)
-        return *moved, *layer._counter_of("batches_skipped")
+        return self.running_var, self.buffer_x2, self.iters, self.skip_counter, *self.batches_skipped
 
     @property
     def gradient_state(self) -> tuple[Tensor, ...]:
-        return self.layer.ema_gz, self.layer.buffer_gz, *self.layer._counter_of("gradients_skipped")
+        return self.ema_gz, self.buffer_gz, *self.gradients_skipped
 
     def forward(self, q: Tensor, whole: Tensor, some: Tensor | None):
-        layer = self.layer
-        stored, squares = (snapshot(b).to(q.dtype) for b in (layer.running_var, layer.buffer_x2))
-        before, eps, M = snapshot(layer.iters), layer.eps, len(squares)
+        state = (snapshot(b) for b in (self.running_var, self.buffer_x2))
+        q, stored, squares = in_widest(q, *state)
+        before, eps, M = snapshot(self.iters), self.eps, len(squares)
         t = before + 1
         if some is not None:
             q = torch.where(some, q, stored)
         slot = _slot(squares, t)
         window = torch.where(slot, q, squares)
         odd = torch.zeros((), dtype=torch.bool, device=q.device)
-        if layer.outlier_filtration:
+        if self.filtered:
             spread = M * squares.sqrt().var() if squares.numel() > 1 else math.inf  # one number has none
-            odd = (window.mean(0) - window.log().mean(0).exp() > spread).any() & (t >= layer.warmup_iters)
+            odd = (window.mean(0) - window.log().mean(0).exp() > spread).any() & (t >= self.warmup_iters)
             if some is not None:
                 odd = odd & some
             window = torch.where(slot & odd, stored, window)
         own = odd | (M == 1)
-        by_batch = (t <= M) | (t < layer.warmup_iters) | own
+        by_batch = (t <= M) | (t < self.warmup_iters) | own
         d = torch.where(by_batch, q, _geometric_mean(window, q, eps))
         ratio = ((d + eps) / (stored + eps)).sqrt().clamp(1 / 5, 5)
-        ratio = torch.where((t <= max(_COMPENSATED_AFTER, layer.warmup_iters)) | own, 1, ratio)
-        moved = average(stored, d, 1 - layer.decay)
-        good = layer._fits(moved, window)
+        ratio = torch.where((t <= max(_COMPENSATED_AFTER, self.warmup_iters)) | own, 1, ratio)
+        moved = average(stored, d, 1 - self.decay)
+        good = self.fits(moved, window)
         kept = good if some is None else good & some
         r = torch.rsqrt(d + eps)
-        counters = (before + kept, layer.skip_counter + (odd & kept))
-        skipped = [n + ~good for n in layer._counter_of("batches_skipped")]
+        counters = (before + kept, self.skip_counter + (odd & kept))
+        skipped = [n + ~good for n in self.batches_skipped]
         new = (torch.where(kept, moved, stored), torch.where(kept, window, squares))
         return r, (r, ratio, own, t, kept), (*new, *counters, *skipped)
 
     def backward(self, kept: Any, weight: Tensor | None, slope: Tensor, after: Tensor):
         r, ratio, own, t, counted = kept
-        layer = self.layer
-        ema, slopes = (present(b, after).to(r.dtype) for b in (layer.ema_gz, layer.buffer_gz))
+        ema, slopes = (present(b, after).to(r.dtype) for b in (self.ema_gz, self.buffer_gz))
         w = ratio if weight is None else ratio * weight.to(r.dtype)
         gz = w * r * slope
         window = torch.where(_slot(slopes, t), torch.where(own, ema, gz), slopes)
-        by_batch = (t <= len(window)) | (t < layer.warmup_iters) | own
+        by_batch = (t <= len(window)) | (t < self.warmup_iters) | own
         smooth = torch.where(by_batch, gz, window.mean(0))
-        moved = average(ema, smooth, 1 - layer.decay)
+        moved = average(ema, smooth, 1 - self.decay)
         c = torch.where(own, smooth, moved)
-        good = layer._fits(moved, window)
+        good = self.fits(moved, window)
         stored = counted & good
-        skipped = [n + (counted & ~good) for n in layer._counter_of("gradients_skipped")]
+        skipped = [n + (counted & ~good) for n in self.gradients_skipped]
         new = (torch.where(stored, moved, ema), torch.where(stored, window, slopes), *skipped)
         return w * r, -c * r.square(), ratio * r, new
 
     @property
     def known(self) -> dict[str, Any]:
-        return {"d": None, "iters": None, "warmup": 0, "eps": self.layer.eps}
+        return {"d": None, "iters": None, "warmup": 0, "eps": self.eps}
 
     def known_backward(self, kept: Any) -> None:
         return None
 
     def launch_forward(self, kernels: Any, sums: Tensor, counts: Tensor | None, count: int):
-        layer, guard = self.layer, self.layer.nonfinite == "skip"
-        before = [kernel_state(b) for b in (*self.state[:4],)]
-        plain = max(_COMPENSATED_AFTER, layer.warmup_iters)
-        how = (layer.eps, layer.decay, layer.warmup_iters, plain, layer.outlier_filtration, guard)
-        made = kernels.unified_forward(sums, counts, count, *before, layer.batches_skipped, *how)
+        before = [kernel_state(b) for b in self.state[:4]]
+        plain = max(_COMPENSATED_AFTER, self.warmup_iters)
+        how = (self.eps, self.decay, self.warmup_iters, plain, self.filtered, self.guard)
+        made = kernels.unified_forward(sums, counts, count, *before, first(self.batches_skipped), *how)
         r, flags, var, squares, skipped = made
-        new = (var, squares, flags[0], flags[1], *([skipped] if guard else []))
+        new = (var, squares, flags[0], flags[1], *([skipped] if self.guard else []))
         return r[0], (r, flags), new
 
     def launch_backward(self, kernels: Any, kept: Any, weight: Tensor | None, *sums: Any):
-        layer, guard = self.layer, self.layer.nonfinite == "skip"
-        before = (weight, layer.ema_gz, layer.buffer_gz, layer.gradients_skipped)
-        how = (layer.decay, layer.warmup_iters, guard)
+        before = (weight, self.ema_gz, self.buffer_gz, first(self.gradients_skipped))
+        how = (self.decay, self.warmup_iters, self.guard)
         late, dweight, *new = kernels.unified_backward(*sums, *kept, *before, *how)
-        return dweight, late, new if guard else new[:-1]
+        return dweight, late, new if self.guard else new[:-1]
 
     def plain(self, kept: Any):
         r, flags = kept
@@ -259,10 +265,10 @@ class UnifiedNorm(MeanSquareNorm):
         super().__init__(num_features, eps, affine, channel_dim, device, dtype, **options)
         self.window_size = forward if forward == backward else (forward, backward)
         self.warmup_iters, self.outlier_filtration, self.decay = warmup_iters, outlier_filtration, decay
-        self._statistic("running_var", 1.0, num_features, device=device)
-        self._statistic("ema_gz", 0.0, num_features, device=device)
-        self._statistic("buffer_x2", 0.0, forward, num_features, device=device)
-        self._statistic("buffer_gz", 0.0, backward, num_features, device=device)
+        self._statistic("running_var", 1.0, num_features, device=device, dtype=dtype)
+        self._statistic("ema_gz", 0.0, num_features, device=device, dtype=dtype)
+        self._statistic("buffer_x2", 0.0, forward, num_features, device=device, dtype=dtype)
+        self._statistic("buffer_gz", 0.0, backward, num_features, device=device, dtype=dtype)
         self._counter("iters", device=device)
         self._counter("skip_counter", device=device)
 
@@ -276,7 +282,7 @@ class UnifiedNorm(MeanSquareNorm):
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         pad_mask = self._padding(pad_mask)
         own = (self.num_features, self.channel_dim, None, pad_mask)
-        h = check_input("UnifiedNorm", x, *own, self.weight)
+        h = check_input("UnifiedNorm", x, *own, self.weight, self.bias)
         if self.training:
             y = self._train(h, pad_mask, None, _Unified(self))
         else:
