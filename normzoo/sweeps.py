@@ -50,7 +50,7 @@ def gradient(dy: Tensor, u: Tensor, a: Tensor, b: Tensor, s: Any, groups: int | 
     if groups is None:
         return du
     du, u = (t.unflatten(1, (groups, -1)) for t in (du, u))
-    return du.addcmul_(u, (du * u).mean(2, keepdim=True), value=-1).div_(s).flatten(1, 2)
+    return du.sub_(u * (du * u).mean(2, keepdim=True)).div_(s).flatten(1, 2)
 
 
 def _positions(u: Tensor) -> tuple[int, ...]:
