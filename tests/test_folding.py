@@ -215,6 +215,32 @@ def test_hooks_and_frozen_weights_come_along():
     assert len(calls) == 1
 
 
+def test_hooks_between_the_two_are_refused():
+    norm, linear = made(LAST["power"](), torch.float32), nn.Linear(6, 6)
+
+    def seen(*_):
+        return None
+
+    for module, register, order in (
+        (norm, norm.register_forward_hook, "both"),
+        (norm, norm.register_forward_pre_hook, "both"),
+        (norm, norm.register_full_backward_hook, "both"),
+        (linear, linear.register_forward_pre_hook, "next"),
+        (linear, linear.register_forward_hook, "previous"),
+    ):
+        handle = register(seen)
+        sentence = f"{type(module).__name__} has hooks that would be lost"
+        if order != "previous":
+            with pytest.raises(folding.Unfoldable, match=sentence):
+                folding.into_next(norm, linear)
+        if order != "next":
+            with pytest.raises(folding.Unfoldable, match=sentence):
+                folding.into_previous(linear, norm)
+        handle.remove()
+    folding.into_next(norm, linear)
+    folding.into_previous(linear, norm)
+
+
 class Doubling(nn.Linear):
     def forward(self, input):
         return 2 * super().forward(input)

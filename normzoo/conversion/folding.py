@@ -58,7 +58,7 @@ def into_next(norm: nn.Module, layer: nn.Module) -> nn.Module:
 
     Args:
         norm: as in :func:`affine_map`. Its channels must be those that `layer` takes; with a linear layer the
-            last dimension, which a batch norm has for its channels in (N, C) alone.
+            last dimension, which dimension 1 of a batch norm or of channel_dim=1 is in (N, C) alone.
         layer: Linear, Conv1d/2d/3d or ConvTranspose1d/2d/3d. The zeros that a convolution pads with are not
             shifted: it takes up a shift only where it has none, a transposed one only where every output
             sees one input.
@@ -75,6 +75,7 @@ def into_next(norm: nn.Module, layer: nn.Module) -> nn.Module:
     _check_order("into_next", norm, layer, "(norm, layer)")
     known, scale, shift = _read(norm, "into_next")
     old, weight = _checked("into_next", known, layer)
+    _check_hooks("into_next", norm, layer, "_forward_pre_hooks")
     if isinstance(old, nn.Embedding):
         raise Unfoldable("into_next: an Embedding takes indices, which no norm scales")
     number = old.in_features if isinstance(old, nn.Linear) else old.in_channels
@@ -99,7 +100,8 @@ def into_previous(layer: nn.Module, norm: nn.Module) -> nn.Module:
     Args:
         layer: Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d or Embedding.
         norm: as in :func:`affine_map`. Its channels must be those that `layer` makes; with a linear layer or
-            an embedding the last dimension, which a batch norm has for its channels in (N, C) alone.
+            an embedding the last dimension, which dimension 1 of a batch norm or of channel_dim=1 is in (N, C)
+            alone.
 
     Returns:
         A new layer, with a bias if `layer` has one or needs one. All but weight and bias is shared.
@@ -113,6 +115,7 @@ def into_previous(layer: nn.Module, norm: nn.Module) -> nn.Module:
     _check_order("into_previous", norm, layer, "(layer, norm)")
     known, scale, shift = _read(norm, "into_previous")
     old, weight = _checked("into_previous", known, layer)
+    _check_hooks("into_previous", norm, layer, "_forward_hooks")
     if isinstance(old, nn.Embedding):
         _check_number("into_previous", scale, old, old.embedding_dim)
         if old.max_norm is not None:
@@ -136,6 +139,17 @@ def _check_order(caller: str, norm: nn.Module, layer: nn.Module, order: str) -> 
             f"{caller}: the arguments are {order}, and {type(norm).__name__} came for the norm, "
             f"{type(layer).__name__} for the layer; swap them"
         )
+
+
+def _check_hooks(caller: str, norm: nn.Module, layer: nn.Module, between: str) -> None:
+    """Refuses hooks of what will be gone, and those of the layer that stand between the two."""
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    for module, hooks in ((norm, tables), (layer, (between,))):
+        if any(getattr(module, table) for table in hooks):
+            raise Unfoldable(
+                f"{caller}: {type(module).__name__} has hooks that would be lost, or see other numbers; remove "
+                "them first"
+            )
 
 
 def _read(module: nn.Module, caller: str) -> tuple[Norm, Tensor, Tensor]:
