@@ -111,7 +111,7 @@ def gradient(dy, x, a, b, weight, ema, rate, groups, summed):
 
 def _rule(kernel, tensors, channels, count, rows=1, **constants) -> None:
     """A program, whose inputs may lie in any way; `rows`: of its window."""
-    block = min(_BLOCK, triton.next_power_of_2(channels), max(32, 8 * _BLOCK // rows))
+    block = min(_BLOCK, triton.next_power_of_2(channels), max(32, 4 * _BLOCK // rows))
     warps = 8 if block * rows >= _BLOCK else 4
     tensors = [contiguous(t) for t in tensors]
     launch(kernel, 1, tensors[0].device, *tensors, channels, count, B=block, num_warps=warps, **constants)

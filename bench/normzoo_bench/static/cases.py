@@ -16,6 +16,7 @@ EXCEPTIONS: tuple[tuple[str, str, str], ...] = (
     ("ln-bwd-16384-*@*", "x_passes", _TWICE),
     ("rms-bwd-16384-fp32@*", "x_passes", _TWICE),
     ("pn-bwd-*x8192-g1-*@*", "spills", "a group of 8192 leaves a few bytes no register beside both sums"),
+    ("pn-bwd-*x2048x16x16-g1-*@*", "spills", "with fewer positions a tile would use little of what it reads"),
     ("rms-bwd-4095-bf16@*", "instructions", "with fewer the gradient of narrow rows loses a digit"),
 )
 

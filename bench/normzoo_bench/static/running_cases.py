@@ -28,6 +28,7 @@ class RunningNorm:
     unified: bool = False
     warm: bool = False  # PowerNorm in its warm-up
     padded: bool = False
+    window: int = 4
 
     @property
     def name(self) -> str:
@@ -37,6 +38,7 @@ class RunningNorm:
         parts += [self.layout] if self.layout != "planes" else []
         parts += [f"g{self.groups}"] if self.groups else []
         parts += ["padded"] if self.padded else []
+        parts += [f"window{self.window}"] if self.window != 4 else []
         return "-".join(parts)
 
     def build(self, samples: int, dtype: str, target: fake.Target) -> tuple[Call, torch.Tensor]:
@@ -50,7 +52,8 @@ class RunningNorm:
         c = self.channels
         phi, ema, weight, bias, slope = (torch.empty(c, device="meta") for _ in range(5))
         number = torch.empty((), dtype=torch.long, device="meta")
-        window, flags = torch.empty((4, c), device="meta"), torch.empty(5, dtype=torch.long, device="meta")
+        window = torch.empty((self.window, c), device="meta")
+        flags = torch.empty(5, dtype=torch.long, device="meta")
         steps = (number, _WARMUP, self.groups)
 
         def power_forward() -> None:
@@ -95,8 +98,9 @@ class RunningNorm:
         yield Bound("copies", most=0)
         yield Bound("arguments", most=18)
         if plan != EVERYWHERE:
-            vectors = not self.groups or (self.channels // self.groups) % 8 == 0
-            yield Bound("x_width", least=16 if vectors else 8)
+            group = self.channels // self.groups if self.groups else 8
+            narrow = group % 8 or (self.size and group > 1024)  # few positions of so many channels
+            yield Bound("x_width", least=8 if narrow else 16)
             yield Bound("variants", most=5)  # one kernel sums and maps, in one part or several
             yield Bound("kb_in_flight", least=32, dtypes=("bf16",))
 
@@ -116,9 +120,11 @@ def running_cases() -> Iterator[Case]:
         for wide in (4096, 8192):
             yield replace(tokens, channels=wide, groups=1, samples=2048).case(ON_SM90)
         yield replace(images, groups=4).case(ON_SM90)
+        yield replace(images, channels=2048, size=(16, 16), groups=1).case(ON_SM90)
         yield replace(tokens, warm=True).case(ON_SM90)
         yield replace(tokens, unified=True).case(ON_SM90)
         yield replace(images, unified=True).case(ON_SM90)
+        yield replace(tokens, unified=True, window=64).case(ON_SM90)
         # Every function for every target.
         small = replace(tokens, samples=1024, channels=128, padded=True)
         yield replace(small, groups=8).case(EVERYWHERE)
