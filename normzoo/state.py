@@ -158,22 +158,29 @@ class Guarded(_NormBase):
         if not bias:  # torch 2.11 has no such argument
             self.register_parameter("bias", None)
         self.sync, self.process_group, self.nonfinite = sync, process_group, nonfinite
-        skipped = torch.zeros((), dtype=torch.long, device=device) if nonfinite == "skip" else None
-        self.register_buffer("batches_skipped", skipped, persistent=False)
+        self._count_in("batches_skipped", device)
+
+    def _count_in(self, name: str, device) -> None:
+        """Makes a counter of what is skipped, None where nothing is."""
+        skipped = torch.zeros((), dtype=torch.long, device=device) if self.nonfinite == "skip" else None
+        self.register_buffer(name, skipped, persistent=False)
+
+    def _counters(self) -> list[tuple[str, Tensor]]:
+        """(name, counter) of what is skipped; torch's constructor asks before there is one."""
+        found = ((name, self._buffers.get(name)) for name in ("batches_skipped", "gradients_skipped"))
+        return [(name, counter) for name, counter in found if counter is not None]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         # A checkpoint that is assigned to a layer on the meta device does not hold these counters.
         held = [b for b in self._buffers.values() if b is not None and not b.is_meta]
-        for name in self._non_persistent_buffers_set if held else ():
-            counter = self._buffers[name]
-            if counter is not None and counter.is_meta:
+        for name, counter in self._counters():
+            if held and counter.is_meta:
                 self._buffers[name] = torch.zeros_like(counter, device=held[0].device)
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
-        skipped = getattr(self, "batches_skipped", None)  # torch's constructor calls this before there is one
-        if skipped is not None:
+        for _, skipped in self._counters():
             skipped.zero_()
 
     def reset_parameters(self) -> None:

@@ -13,7 +13,7 @@ from .. import checks, sweeps
 from ..dispatch import transformed
 from ..engine import normalize
 from ..moments import Moments
-from ..running import Rule, run
+from ..running import Rule, by_stored, run
 from ..side_inputs import side_input
 from ..state import Guarded, finite, recomputing
 
@@ -103,16 +103,19 @@ def check_channel_dim(layer: str, channel_dim: int) -> None:
         )
 
 
-def with_batch(
+def without_state(
     x: Tensor,
+    stored: Tensor | None,
     pad_mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     groups: int | None,
 ) -> Tensor:
-    """weight · u / sqrt(q + eps) + bias for x (N, C, \\*), q the mean square of the batch, with the true
-    gradient: PN-V of the PowerNorm paper."""
+    """weight · u / sqrt(q + eps) + bias for x (N, C, \\*), with the true gradient. q is the stored mean square,
+    or else that of the batch: PN-V of the PowerNorm paper."""
+    if stored is not None:
+        return by_stored(x, stored, weight, bias, eps, groups)
 
     def combine(m: Moments):
         q = m.var + m.mean.square()
@@ -141,6 +144,7 @@ class MeanSquareNorm(Guarded):
     side_inputs = ("pad_mask",)
     ema_gz: Tensor
     gradients_skipped: Tensor | None
+    group_num: int | None = None
     _usual = "skip"
 
     def __init__(
@@ -167,8 +171,7 @@ class MeanSquareNorm(Guarded):
             del self._buffers[name]
         self.running_mean = self.num_batches_tracked = None
         self.channel_dim = channel_dim
-        skipped = torch.zeros((), dtype=torch.long, device=device) if nonfinite == "skip" else None
-        self.register_buffer("gradients_skipped", skipped, persistent=False)
+        self._count_in("gradients_skipped", device)
 
     def _statistic(self, name: str, start: float, *shape: int, device=None, dtype=None) -> None:
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
@@ -200,14 +203,26 @@ class MeanSquareNorm(Guarded):
                 state_dict[prefix + name] = given.reshape(own.shape).to(own.dtype).contiguous()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def reset_running_stats(self) -> None:
-        super().reset_running_stats()
-        skipped = getattr(self, "gradients_skipped", None)
-        if skipped is not None:
-            skipped.zero_()
+    def _divisor(self) -> Tensor:
+        """The running mean square."""
+        raise NotImplementedError
 
-    def _train(self, x: Tensor, pad_mask: Tensor | None, groups: int | None, rule: Rule) -> Tensor:
-        """A step of training."""
+    def _rule(self) -> Rule:
+        """What a step of training does."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        if pad_mask is None and self.training:
+            pad_mask = side_input(self, "pad_mask", required=False)
+        own = (self.num_features, self.channel_dim, None, pad_mask)
+        h = check_input(type(self).__name__, x, *own, self.weight, self.bias)
+        if self.training:
+            y = self._train(h, pad_mask)
+        else:
+            y = by_stored(h, self._divisor(), self.weight, self.bias, self.eps, self.group_num)
+        return laid_back(y, x, self.channel_dim)
+
+    def _train(self, x: Tensor, pad_mask: Tensor | None) -> Tensor:
         layer = type(self).__name__
         if recomputing():
             raise RuntimeError(
@@ -219,13 +234,8 @@ class MeanSquareNorm(Guarded):
                 f"{layer}: in training its backward pass is no derivative, which torch.func, forward-mode AD, "
                 "torch.export and tracing would lose; use eval mode"
             )
-        how = (self.weight, self.bias, groups, rule, self.sync, self.process_group)
+        how = (self.weight, self.bias, self.group_num, self._rule(), self.sync, self.process_group)
         return run(x, _over(x, pad_mask), *how)
-
-    def _padding(self, pad_mask: Tensor | None) -> Tensor | None:
-        if pad_mask is None and self.training:
-            return side_input(self, "pad_mask", required=False)
-        return pad_mask
 
     def _options(self) -> str:
         return (", bias=False" if self.affine and self.bias is None else "") + super()._options()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..running import by_stored
+from ..running import Rule
 from ..state import average, kernel_state, present, snapshot
 from .mean_square import (
     MeanSquareNorm,
@@ -24,7 +24,7 @@ from .mean_square import (
     first,
     in_widest,
     laid_back,
-    with_batch,
+    without_state,
 )
 
 BACKWARDS = ("official", "paper")
@@ -69,10 +69,7 @@ def power_norm(
     checks.eps("power_norm", eps)
     h = check_input("power_norm", x, None, channel_dim, group_num, pad_mask, weight, bias)
     checks.channels("power_norm", h, None, running_phi=running_phi)
-    if running_phi is None:
-        y = with_batch(h, pad_mask, weight, bias, eps, group_num)
-    else:
-        y = by_stored(h, running_phi, weight, bias, eps, group_num)
+    y = without_state(h, running_phi, pad_mask, weight, bias, eps, group_num)
     return laid_back(y, x, channel_dim)
 
 
@@ -240,15 +237,11 @@ class PowerNorm(MeanSquareNorm):
             self.ema_gz.zero_()
             self.iters.zero_()
 
-    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
-        pad_mask = self._padding(pad_mask)
-        own = (self.num_features, self.channel_dim, None, pad_mask)
-        h = check_input("PowerNorm", x, *own, self.weight, self.bias)
-        if self.training:
-            y = self._train(h, pad_mask, self.group_num, _Power(self))
-        else:
-            y = by_stored(h, self.running_phi, self.weight, self.bias, self.eps, self.group_num)
-        return laid_back(y, x, self.channel_dim)
+    def _divisor(self) -> Tensor:
+        return self.running_phi
+
+    def _rule(self) -> Rule:
+        return _Power(self)
 
     def extra_repr(self) -> str:
         said = f"{self.num_features}, eps={self.eps}, alpha_fwd={self.alpha_fwd}, alpha_bkw={self.alpha_bkw}"

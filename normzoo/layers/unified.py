@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..running import by_stored
+from ..running import Rule
 from ..state import average, kernel_state, present, snapshot
 from .mean_square import (
     MeanSquareNorm,
@@ -28,7 +28,7 @@ from .mean_square import (
     first,
     in_widest,
     laid_back,
-    with_batch,
+    without_state,
 )
 
 _COMPENSATED_AFTER = 1000
@@ -70,10 +70,7 @@ def unified_norm(
     checks.eps("unified_norm", eps)
     h = check_input("unified_norm", x, None, channel_dim, None, pad_mask, weight, bias)
     checks.channels("unified_norm", h, None, running_var=running_var)
-    if running_var is None:
-        y = with_batch(h, pad_mask, weight, bias, eps, None)
-    else:
-        y = by_stored(h, running_var, weight, bias, eps, None)
+    y = without_state(h, running_var, pad_mask, weight, bias, eps, None)
     return laid_back(y, x, channel_dim)
 
 
@@ -279,15 +276,11 @@ class UnifiedNorm(MeanSquareNorm):
             for zero in (self.ema_gz, self.buffer_x2, self.buffer_gz, self.iters, self.skip_counter):
                 zero.zero_()
 
-    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
-        pad_mask = self._padding(pad_mask)
-        own = (self.num_features, self.channel_dim, None, pad_mask)
-        h = check_input("UnifiedNorm", x, *own, self.weight, self.bias)
-        if self.training:
-            y = self._train(h, pad_mask, None, _Unified(self))
-        else:
-            y = by_stored(h, self.running_var, self.weight, self.bias, self.eps, None)
-        return laid_back(y, x, self.channel_dim)
+    def _divisor(self) -> Tensor:
+        return self.running_var
+
+    def _rule(self) -> Rule:
+        return _Unified(self)
 
     def extra_repr(self) -> str:
         said = f"{self.num_features}, window_size={self.window_size}, warmup_iters={self.warmup_iters}"

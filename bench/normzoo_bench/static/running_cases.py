@@ -90,12 +90,8 @@ class RunningNorm:
             if self.swept:
                 launcher(running.gradient)(dy, x, ab[0], ab[1], None, None, 0.0, 0, False)
 
-        kind = "unified" if self.unified else "power"
-        calls = {
-            "power": (power_forward, power_backward),
-            "unified": (unified_forward, unified_backward),
-        }
-        return calls[kind][self.backward], x
+        power, unified = (power_forward, power_backward), (unified_forward, unified_backward)
+        return (unified if self.unified else power)[self.backward], x
 
     def bounds(self, plan: Plan) -> Iterator[Bound]:
         if not self.swept:
