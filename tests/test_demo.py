@@ -49,10 +49,18 @@ def test_json(capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["normzoo-demo.html"]
 
 
-def test_in_words(capsys, monkeypatch, tmp_path):
+def test_in_words(result, capsys, monkeypatch, tmp_path):
     for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "rich", None)
+    for step, part in (
+        ("train", "curve"),
+        ("approximate",) * 2,
+        ("compare", "conversion"),
+        ("time_rows", "timings"),
+    ):
+        monkeypatch.setattr(demo, step, lambda *_, found=result[part]: found)
+    monkeypatch.setattr(demo.images, "study", lambda settings: result["images"])
     assert cli.main(["demo", "--quick", "--report", "here.html"]) == 0
     printed = capsys.readouterr().out
     assert printed.isascii()

@@ -14,8 +14,8 @@ from training import (
     close,
     compiled,
     compiled_is_eager,
+    per_compiled,
     per_drop_in,
-    per_dtype,
     per_layer,
     per_recomputed,
     per_refusing,
@@ -36,8 +36,7 @@ def fresh_graphs():
     torch._dynamo.reset()
 
 
-@per_dtype
-@per_layer
+@per_compiled
 def test_compiled_is_eager(make, dtype):
     compiled_is_eager(make().to(dtype), batches(6, dtype=dtype))
 

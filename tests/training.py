@@ -60,12 +60,23 @@ def _refuses_checkpoints(make: partial) -> bool:
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+IN_BFLOAT16 = ("default", "alpha, skip", "adab2n", "bcn, estimate, skip", "power", "unified")
+"""Layers whose compiled form is tried in half precision too: one for each way to keep statistics."""
 
 per_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 per_drop_in = pytest.mark.parametrize("make", **_only(lambda make: hasattr(nn, make.func.__name__)))
 per_refusing = pytest.mark.parametrize("make", **_only(_refuses_checkpoints))
 per_recomputed = pytest.mark.parametrize("make", **_only(lambda make: not _refuses_checkpoints(make)))
 per_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+per_compiled = pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        pytest.param(make, dtype, id=f"{name}-{kind}")
+        for name, make in LAYERS.items()
+        for kind, dtype in DTYPES.items()
+        if kind == "float32" or name in IN_BFLOAT16
+    ],
+)
 
 
 def torchs(make: partial) -> nn.Module:
