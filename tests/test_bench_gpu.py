@@ -163,6 +163,24 @@ def test_what_is_under_way_ends_with_the_command(tmp_path):
         os.kill(int(log.read_text()), 0)
 
 
+def test_an_interruption_in_the_midst_of_a_wait_ends_it_too(tmp_path, monkeypatch):
+    """It may leave the lock taken under which Popen waits."""
+
+    held = []
+
+    def interrupted(process, timeout=None):
+        monkeypatch.undo()
+        process._waitpid_lock.acquire()
+        held.append(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu._run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", 60.0)
+    held[0]._waitpid_lock.release()
+    assert held[0].wait(20) == -signal.SIGKILL
+
+
 def test_outcomes_are_read_from_either_log():
     turns = (
         "tests/test_kernels.py::test_a[x y] PASSED   [ 50%]\n"

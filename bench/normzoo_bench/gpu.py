@@ -8,6 +8,7 @@ the tests lie beside it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -283,7 +284,9 @@ def _run(command: list[str], log: Path, seconds: float, **environ: str) -> int |
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # the workers of pytest-xdist too
-                process.wait()
+                # An interruption may have left the lock of Popen taken, for which a plain wait would wait.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1.0)
 
 
 if __name__ == "__main__":
