@@ -3,13 +3,16 @@ r"""The channel engine: a norm is a combine.
 Statistics of x, a little arithmetic on small tensors, one affine map of x: three passes over x forward and five
 backward, whatever the arithmetic is. The backward passes meet without a further one because the gradient of
 y reaches the node of the statistics untouched: ``_Apply`` hands dy to its view of x and the scale to a carrier,
-and ``_Moments`` writes dx from both in one pass, together with what came through the statistics.
+and ``_Moments`` writes dx from both in one pass, together with what came through the statistics. A map that is
+not affine hands over all its parameters, each to a carrier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from torch.autograd import Function
 
 from normzoo_kernels._op import differentiated, needs_grad
 
-from . import passes
+from . import checks, curves, passes
 from .dispatch import insisted, transformed, use_kernel
 from .moments import Moments
 
@@ -32,6 +35,7 @@ def normalize(
     per_sample: bool = False,
     *,
     channel_dim: int = 1,
+    curve: str = "affine",
 ) -> tuple[Tensor, Any]:
     r"""y = (x − pivot) · scale + shift, where `combine` makes scale and shift from the statistics of x.
 
@@ -45,6 +49,9 @@ def normalize(
         per_sample: whether statistics are (N, C), of each sample, rather than (C,), of the batch.
         channel_dim: where the channels are; -1 for tokens (N, \*, C), with one sample a sequence. Tokens of
             which each is a sample of its own are (M, C).
+        curve: ``"affine"``; ``"bounded"``, y = scale · x / max(bound, slope · x + level) + shift; or
+            ``"swish"``, y = scale · x · sigmoid(slope · x) + shift. The last two need ``per_sample=True`` and
+            no mask, and `combine` returns their parameters in that order, such as ``(scale, slope, shift)``.
 
     Returns:
         ``(y, aux)``: y has the shape, dtype and memory format of x; aux is None where `combine` returns none.
@@ -66,9 +73,12 @@ def normalize(
     x = _channels_second(x, channel_dim)
     if not callable(combine):
         raise TypeError(f"normalize: combine is of type {type(combine).__name__}; it must be callable")
+    checks.choice("normalize", "curve", curve, tuple(curves.PARAMETERS))
+    if curve != "affine" and (mask is not None or not per_sample):
+        raise ValueError(f"normalize: curve={curve!r} needs per_sample=True and takes no mask")
     if mask is not None:
         mask = _checked_mask(mask, x)
-    y, aux = _normalize(x, combine, mask, per_sample)
+    y, aux = _normalize(x, combine, mask, per_sample, curve)
     # Not a view where there is nothing to move: FSDP2 loses its hooks when a view is changed in place.
     return (y if channel_dim == 1 else y.movedim(1, channel_dim)), aux
 
@@ -104,35 +114,39 @@ def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:
     return (mask != 0).to(torch.uint8)
 
 
-def _normalize(x: Tensor, combine: Combine, mask: Tensor | None, per_sample: bool) -> tuple[Tensor, Any]:
-    body = _Passes(use_kernel(x, fusible=False))
+def _normalize(
+    x: Tensor, combine: Combine, mask: Tensor | None, per_sample: bool, curve: str
+) -> tuple[Tensor, Any]:
+    body = _body(curve, use_kernel(x, fusible=False))
     seen_through = transformed()
+    carriers = ()
     if seen_through or not needs_grad(x):
         pivot, delta, m2 = body.moments(x, mask, per_sample)
-        inputs = None, x, None  # Dynamo takes no tensor twice
+        pseudo, real = None, x  # Dynamo takes no tensor twice
     else:
-        pivot, delta, m2, *inputs = _Moments.apply(x, mask, per_sample, body)
+        pivot, delta, m2, pseudo, real, *carriers = _Moments.apply(x, mask, per_sample, body)
     m = Moments(passes.counts(x, mask, per_sample), pivot, delta, m2, regions=mask is not None)
-    with _without_autocast(x.device.type):
-        scale, shift, aux = _combined(combine, m)
-    if not seen_through and needs_grad(inputs[0], scale, shift):
-        return _Apply.apply(*inputs, pivot, scale, shift, mask, body), aux
-    return body.apply(x, mask, pivot, scale, shift), aux
+    with without_autocast(x.device.type):
+        parameters, aux = _combined(combine, m, curve)
+    if not seen_through and needs_grad(pseudo, *parameters):
+        return _Apply.apply(pseudo, real, pivot, mask, body, *parameters, *carriers), aux
+    return body.apply(x, mask, pivot, *parameters), aux
 
 
-def _without_autocast(device: str) -> AbstractContextManager:
+def without_autocast(device: str) -> AbstractContextManager:
+    """A block in which autocast is off on `device`."""
     if not torch.amp.is_autocast_available(device):  # meta, whose context raises
         return nullcontext()
     return torch.autocast(device, enabled=False)
 
 
-def _combined(combine: Combine, m: Moments) -> tuple[Tensor, Tensor, Any]:
-    made = combine(m)
-    if not isinstance(made, tuple) or len(made) not in (2, 3):
-        raise TypeError("normalize: combine must return (scale, shift) or (scale, shift, aux)")
-    scale, shift, *aux = made
+def _combined(combine: Combine, m: Moments, curve: str) -> tuple[list[Tensor], Any]:
+    made, names = combine(m), curves.PARAMETERS[curve]
+    if not isinstance(made, tuple) or len(made) not in (len(names), len(names) + 1):
+        wanted = ", ".join(names)
+        raise TypeError(f"normalize: combine must return ({wanted}) or ({wanted}, aux)")
     shape, dtype = m.pivot.shape, m.pivot.dtype
-    for name, t in (("scale", scale), ("shift", shift)):
+    for name, t in zip(names, made, strict=False):
         if not isinstance(t, Tensor):
             raise TypeError(f"normalize: combine returned a {type(t).__name__} for {name}; it must be a tensor")
         if not t.is_floating_point() or t.device != m.pivot.device:
@@ -147,48 +161,88 @@ def _combined(combine: Combine, m: Moments) -> tuple[Tensor, Tensor, Any]:
                 f"normalize: combine returned a {name} of shape {tuple(t.shape)}; it must broadcast to the "
                 f"statistics, {tuple(shape)}"
             )
-    return scale.to(dtype).expand(shape), shift.to(dtype).expand(shape), aux[0] if aux else None
+    aux = made[len(names)] if len(made) > len(names) else None
+    return [t.to(dtype).expand(shape) for t in made[: len(names)]], aux
 
 
 class _Passes:
     """The four passes: by kernels where these run, else in eager PyTorch."""
 
+    carried = 1
+    """How many of the parameters of the map, the first ones, the backward pass needs."""
+
     def __init__(self, kernels: bool) -> None:
         self.kernels = kernels
         self.strict = kernels and insisted()
 
-    def moments(self, *args):
-        return self._run("moments", args)
+    def plain(self) -> _Passes:
+        """The same in eager PyTorch, which can be differentiated."""
+        return _Passes(kernels=False)
 
-    def apply(self, *args):
-        return self._run("apply", args)
+    def moments(self, x, mask, per_sample):
+        return self._run("channels", passes, "moments", x, mask, per_sample)
 
-    def sums(self, *args):
-        return self._run("sums", args)
+    def affine(self, x, mask, pivot, scale, shift):
+        return self._run("channels", passes, "apply", x, mask, pivot, scale, shift)
 
-    def dx(self, *args):
-        return self._run("dx", args)
+    def apply(self, x, mask, pivot, *parameters):
+        return self.affine(x, mask, pivot, *parameters)
 
-    def _run(self, name: str, args: tuple):
+    def sums(self, dy, x, mask, pivot, *carried):
+        """The gradients of all parameters of the map."""
+        of_samples = _of_samples(pivot, mask)
+        d_shift, d_scale = self._run("channels", passes, "sums", dy, x, mask, pivot, of_samples)
+        return d_scale, d_shift
+
+    def dx(self, dy, x, mask, pivot, carried, *statistics):
+        """dx from dy, what the map carries, and (slope, offset), where x gets a gradient through them."""
+        (scale,) = carried
+        if not statistics:
+            zero = torch.zeros_like(pivot)
+            return self.affine(dy, mask, zero, scale, zero)
+        return self._run("channels", passes, "dx", dy, x, mask, pivot, scale, *statistics)
+
+    def _run(self, kernels: str, eager: ModuleType, name: str, *args):
         if self.kernels:
-            from normzoo_kernels import channels
             from normzoo_kernels._launch import KernelUnavailable, warn_once
 
             try:
-                return getattr(channels, name)(*args)
+                return getattr(import_module(f"normzoo_kernels.{kernels}"), name)(*args)
             except KernelUnavailable as error:
                 if self.strict:
                     raise
                 warn_once(str(error))
-        return getattr(passes, name)(*args)
+        return getattr(eager, name)(*args)
 
 
-_PLAIN = _Passes(kernels=False)
+class _Curve(_Passes):
+    """The passes of a map that is not affine: those of the statistics are the same."""
+
+    def __init__(self, curve: str, kernels: bool) -> None:
+        super().__init__(kernels)
+        self.curve, self.carried = curve, len(curves.PARAMETERS[curve]) - 1
+
+    def plain(self) -> _Passes:
+        return _Curve(self.curve, kernels=False)
+
+    def apply(self, x, mask, pivot, *parameters):
+        return self._run("curves", curves, "apply", x, self.curve, *parameters)
+
+    def sums(self, dy, x, mask, pivot, *carried):
+        return self._run("curves", curves, "sums", dy, x, self.curve, *carried)
+
+    def dx(self, dy, x, mask, pivot, carried, *statistics):
+        through = (pivot, *statistics) if statistics else ()
+        return self._run("curves", curves, "dx", dy, x, self.curve, carried, *through)
+
+
+def _body(curve: str, kernels: bool) -> _Passes:
+    return _Passes(kernels) if curve == "affine" else _Curve(curve, kernels)
 
 
 class _Moments(Function):
     """Statistics of x, and x for ``_Apply``: once to bring the gradient of y back (pseudo), once to be saved
-    there (real). The carrier brings the scale back."""
+    there (real). The carriers bring parameters of the map back."""
 
     @staticmethod
     def forward(ctx, x, mask, per_sample, body):
@@ -197,32 +251,29 @@ class _Moments(Function):
         ctx.body = body
         ctx.mark_non_differentiable(pivot)
         ctx.set_materialize_grads(False)
-        carrier = torch.empty_like(delta)  # only its gradient says anything
-        return pivot, delta, m2, x.view_as(x), x.view_as(x), carrier
+        carriers = [torch.empty_like(delta) for _ in range(body.carried)]  # only their gradients say anything
+        return pivot, delta, m2, x.view_as(x), x.view_as(x), *carriers
 
     @staticmethod
     def backward(ctx, *grads):
-        _, d_delta, d_m2, dy, d_real, scale = grads
+        _, d_delta, d_m2, dy, d_real, *carried = grads
         x, mask, pivot, delta = ctx.saved_tensors
-        slope, offset = _slope_and_offset(x, mask, pivot, delta, d_delta, d_m2)
-        plain = dy is None or differentiated(dy)
-        body = _PLAIN if plain else ctx.body
-        if slope is None:  # statistics were constants
-            zero = torch.zeros_like(pivot)
-            dx = None if dy is None else body.apply(dy, mask, zero, scale, zero)
-        elif dy is None:
-            dx = body.apply(x, mask, pivot, slope, offset)
+        through = _slope_and_offset(x, mask, pivot, delta, d_delta, d_m2)
+        body = ctx.body.plain() if dy is None or differentiated(dy) else ctx.body
+        if dy is not None:
+            dx = body.dx(dy, x, mask, pivot, carried, *through)
         else:
-            dx = body.dx(dy, x, mask, pivot, scale, slope, offset)
+            dx = body.affine(x, mask, pivot, *through) if through else None
         if d_real is not None:
             dx = d_real if dx is None else dx + d_real
         return dx, None, None, None
 
 
-def _slope_and_offset(x, mask, pivot, delta, d_delta, d_m2) -> tuple[Tensor | None, Tensor | None]:
-    """Of the gradient that x gets through its statistics: slope · (x − pivot) + offset."""
+def _slope_and_offset(x, mask, pivot, delta, d_delta, d_m2) -> tuple[Tensor, ...]:
+    """Of the gradient that x gets through its statistics: slope · (x − pivot) + offset; empty where these are
+    constants."""
     if d_delta is None and d_m2 is None:
-        return None, None
+        return ()
     if d_delta is None:
         offset = torch.zeros_like(pivot)
     else:
@@ -238,34 +289,29 @@ def _of_samples(pivot: Tensor, mask: Tensor | None) -> bool:
 
 
 class _Apply(Function):
-    """The affine map. The gradient of y goes to pseudo as it is, that of the carrier is the scale; neither is
+    """The map. The gradient of y goes to pseudo as it is, those of the carriers are parameters; none of them is
     looked at, and x is read and saved as real."""
 
     @staticmethod
-    def forward(ctx, pseudo, real, carrier, pivot, scale, shift, mask, body):
-        ctx.save_for_backward(real, pivot, scale, mask)
-        ctx.body = body
+    def forward(ctx, pseudo, real, pivot, mask, body, *rest):
+        parameters = rest[: len(rest) - body.carried] if pseudo is not None else rest
+        ctx.save_for_backward(real, pivot, mask, *parameters[: body.carried])
+        ctx.body, ctx.pseudo = body, pseudo is not None
         ctx.set_materialize_grads(False)
-        return body.apply(real, mask, pivot, scale, shift)
+        return body.apply(real, mask, pivot, *parameters)
 
     @staticmethod
     def backward(ctx, *grads):
         (dy,) = grads
+        wants_x, *_ = wants = ctx.needs_input_grad
         if dy is None:
-            return (None,) * 8
-        x, pivot, scale, mask = ctx.saved_tensors
-        body = _PLAIN if differentiated(dy) else ctx.body
-        wants_x, _, wants_carrier, _, wants_scale, wants_shift, *_ = ctx.needs_input_grad
-        d_scale = d_shift = None
-        if wants_scale or wants_shift:
-            d_shift, d_scale = body.sums(dy, x, mask, pivot, _of_samples(pivot, mask))
-        return (
-            dy if wants_x else None,
-            None,
-            scale if wants_carrier else None,
-            None,
-            d_scale if wants_scale else None,
-            d_shift if wants_shift else None,
-            None,
-            None,
-        )
+            return (None,) * len(wants)
+        x, pivot, mask, *carried = ctx.saved_tensors
+        body = ctx.body.plain() if differentiated(dy) else ctx.body
+        number = len(wants) - 5 - (len(carried) if ctx.pseudo else 0)
+        found: Sequence[Tensor | None] = [None] * number
+        if any(wants[5 : 5 + number]):
+            found = body.sums(dy, x, mask, pivot, *carried)
+        found = [*found, *(carried if ctx.pseudo else ())]
+        found = [t if wanted else None for t, wanted in zip(found, wants[5:], strict=True)]
+        return dy if wants_x else None, None, None, None, None, *found

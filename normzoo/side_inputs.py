@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, overload
 from weakref import WeakSet
 
 import torch
@@ -102,6 +102,14 @@ _RECOMPUTES = (
     "activation checkpointing recomputes; pass it to forward, or enter the block in the context_fn of a "
     "checkpoint with use_reentrant=False"
 )
+
+
+@overload
+def side_input(module: nn.Module, name: str) -> Tensor: ...
+
+
+@overload
+def side_input(module: nn.Module, name: str, *, required: bool) -> Tensor | None: ...
 
 
 def side_input(module: nn.Module, name: str, *, required: bool = True) -> Tensor | None:

@@ -138,6 +138,22 @@ def _padded(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
     return layer(x, mask)
 
 
+def _evo(config: dict, cls: type[nn.Module]) -> nn.Module:
+    return cls(**config)
+
+
+def _region_b(config: dict) -> nn.Module:
+    return normzoo.RegionNormB(config["feature_channels"])
+
+
+def _region_l(config: dict) -> nn.Module:
+    return normzoo.RegionNormL(config["feature_channels"], config["threshold"])
+
+
+def _timed(layer: nn.Module, x: Tensor, log_snr: Tensor) -> Tensor:
+    return layer(x, log_snr / 4)
+
+
 ADAPTERS = {
     "rmsnorm": Adapter(
         lambda config: normzoo.RMSNorm(config["last_dim"], config["eps"], elementwise_affine=False)
@@ -157,6 +173,21 @@ ADAPTERS = {
     # Where a group is one channel, rounding is what is left of a gradient that cancels.
     "powernorm": Adapter(_power, absolute=1e-6, call=_time_first),
     "unified": Adapter(_unified, call=_padded),
+    # Rounding in a region of one pixel comes back times 1 / sqrt(eps).
+    "RN_B": Adapter(_region_b, relative=1e-4, absolute=1e-5),
+    "RN_L": Adapter(_region_l, relative=1e-4, absolute=1e-5),
+    "tdln-layernorm": Adapter(
+        lambda config: normzoo.TimeDependentLayerNorm(**config), relative=2e-5, absolute=1e-6, call=_timed
+    ),
+    "tdln-rmsnorm": Adapter(
+        lambda config: normzoo.TimeDependentRMSNorm(**config), relative=2e-5, absolute=1e-6, call=_timed
+    ),
+}
+ADAPTERS |= {
+    f"evonorm-{form.lower()}": Adapter(
+        partial(_evo, cls=getattr(normzoo, f"EvoNorm{form}")), relative=2e-5, absolute=1e-6
+    )
+    for form in ("B0", "B1", "B2", "S0", "S1", "S2")
 }
 ADAPTERS["BayesianBatchNorm"] = ADAPTERS["AlphaBatchNorm"]
 

@@ -66,7 +66,7 @@ def rms_norm(
         return norm("rms", x, shape, weight, bias, **how, reference=Reference(again))
 
     h = checks.at_least_float32(x)
-    y = h * torch.rsqrt(_sum_of_squares(h, len(shape)) / math.prod(shape) + eps)
+    y = h * torch.rsqrt(sum_of_squares(h, len(shape)) / math.prod(shape) + eps)
     return _affine(y, x.dtype, weight, bias, offset, cast)
 
 
@@ -148,7 +148,7 @@ def crms_norm(
 
     h = checks.at_least_float32(x)
     dropped = h.sum(dim=tuple(range(-len(shape), 0)), keepdim=True)
-    squares = _sum_of_squares(h, len(shape)) + dropped.square()
+    squares = sum_of_squares(h, len(shape)) + dropped.square()
     y = h * torch.rsqrt(squares / (math.prod(shape) + 1) + eps)
     return _affine(y, x.dtype, weight, None, 0.0, "torch")
 
@@ -164,7 +164,7 @@ def _options(name: str, x: Tensor, weight: Tensor | None, eps: float | None, off
     return eps
 
 
-def _sum_of_squares(h: Tensor, dims: int) -> Tensor:
+def sum_of_squares(h: Tensor, dims: int) -> Tensor:
     """Over the last `dims` dimensions, kept with size one."""
     rows = h if dims == 1 else h.flatten(-dims)
     recorded = rows.requires_grad and torch.is_grad_enabled()
