@@ -15,13 +15,19 @@ from .layers.alpha import AlphaBatchNorm
 from .layers.balance import AdaB2N
 from .layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .layers.batch_channel import BatchChannelNorm
+from .layers.evo_batch import EvoNormB0, EvoNormB1, EvoNormB2
+from .layers.evo_sample import EvoNormS0, EvoNormS1, EvoNormS2
 from .layers.frozen import FrozenBatchNorm
 from .layers.ghost import GhostBatchNorm
 from .layers.group import GroupNorm
 from .layers.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .layers.layer import LayerNorm
+from .layers.modulated import AdaptiveLayerNorm, AdaptiveRMSNorm
 from .layers.power import PowerNorm
+from .layers.region import RegionNormB
+from .layers.region_learned import RegionNormL
 from .layers.rms import CRMSNorm, RMSNorm
+from .layers.time_dependent import TimeDependentLayerNorm, TimeDependentRMSNorm
 from .layers.unified import UnifiedNorm
 
 
@@ -68,6 +74,8 @@ class Entry:
     """Keyword arguments that a test should try."""
     sample: Callable[..., Tensor] = lambda *lead, **kwargs: torch.randn(*(lead or (4, 3)), 16, **kwargs)
     """Makes an input from leading sizes and the keyword arguments of torch.randn."""
+    beside: Callable[[Tensor], dict[str, Tensor]] = lambda x: {}
+    """Makes what a call needs beside an input, by name."""
 
     @property
     def name(self) -> str:
@@ -95,6 +103,29 @@ def _images(*lead: int, **kwargs) -> Tensor:
     """(N, 16, H, W) from N or from (N, H, W)."""
     n, *space = lead or (4,)
     return torch.randn(n, 16, *(space or (3, 2)), **kwargs)
+
+
+def _tokens(*lead: int, **kwargs) -> Tensor:
+    """(B, *, 16), of 4 samples of 3 tokens by default."""
+    return torch.randn(*(lead if len(lead) > 1 else (*(lead or (4,)), 3)), 16, **kwargs)
+
+
+def _wave(x: Tensor, *size: int) -> Tensor:
+    """A tensor without chance, beside x."""
+    n = torch.Size(size).numel()
+    return torch.arange(n, device=x.device).mul(0.7).sin().view(size).to(x.dtype)
+
+
+def _hole(x: Tensor) -> dict[str, Tensor]:
+    return {"mask": _wave(x, x.shape[0], 1, *x.shape[2:]) > 0}
+
+
+def _modulation(x: Tensor) -> dict[str, Tensor]:
+    return {"scale": _wave(x, x.shape[0], x.shape[-1]), "shift": _wave(x, *x.shape)}
+
+
+def _time(x: Tensor) -> dict[str, Tensor]:
+    return {"t": _wave(x, x.shape[0])}
 
 
 ZOO: tuple[Entry, ...] = (
@@ -264,6 +295,167 @@ ZOO: tuple[Entry, ...] = (
         arguments=(16, 4),
         variants=({}, {"channel_affine": "channel", "eps": 1e-3}, {"nonfinite": "skip", "momentum": None}),
         sample=_images,
+    ),
+    Entry(
+        cls=RegionNormB,
+        function=functional.region_norm_b,
+        title="Region normalization by a mask, RN-B",
+        family="channels",
+        layout="(N, C, *)",
+        kernel=True,
+        couples_samples=True,
+        eval_statistics=True,
+        paper="1911.10375",
+        official="geekyutao/RN",
+        variants=({}, {"separate_beta": True}, {"per_instance": True}),
+        sample=_images,
+        beside=_hole,
+    ),
+    Entry(
+        cls=RegionNormL,
+        function=functional.region_norm_l,
+        title="Region normalization by a learned mask, RN-L",
+        family="channels",
+        layout="(N, C, H, W)",
+        kernel=True,
+        couples_samples=True,
+        eval_statistics=True,
+        paper="1911.10375",
+        official="geekyutao/RN",
+        variants=({}, {"per_instance": True}),
+        sample=_images,
+    ),
+    Entry(
+        cls=EvoNormB0,
+        function=functional.evo_norm_b0,
+        title="EvoNorm-B0",
+        family="channels",
+        layout="(N, C, *)",
+        kernel=True,
+        couples_samples=True,
+        paper="2004.02967",
+        official="tensorflow/tpu",
+        variants=({}, {"running_var_unbiased": False, "eps": 1e-5}, {"nonfinite": "skip"}),
+        sample=_images,
+    ),
+    Entry(
+        cls=EvoNormB1,
+        function=functional.evo_norm_b1,
+        title="EvoNorm-B1",
+        family="channels",
+        layout="(N, C, *)",
+        kernel=True,
+        couples_samples=True,
+        paper="2004.02967",
+        variants=({},),
+        sample=_images,
+    ),
+    Entry(
+        cls=EvoNormB2,
+        function=functional.evo_norm_b2,
+        title="EvoNorm-B2",
+        family="channels",
+        layout="(N, C, *)",
+        kernel=True,
+        couples_samples=True,
+        paper="2004.02967",
+        variants=({},),
+        sample=_images,
+    ),
+    Entry(
+        cls=EvoNormS0,
+        function=functional.evo_norm_s0,
+        title="EvoNorm-S0",
+        family="channels",
+        layout="(N, C, *)",
+        kernel=True,
+        couples_samples=False,
+        paper="2004.02967",
+        official="tensorflow/tpu",
+        arguments=(16, 4),
+        variants=({}, {"apply_act": False}),
+        sample=_images,
+    ),
+    Entry(
+        cls=EvoNormS1,
+        function=functional.evo_norm_s1,
+        title="EvoNorm-S1",
+        family="channels",
+        layout="(N, C, *)",
+        kernel=True,
+        couples_samples=False,
+        paper="2004.02967",
+        arguments=(16, 4),
+        variants=({},),
+        sample=_images,
+    ),
+    Entry(
+        cls=EvoNormS2,
+        function=functional.evo_norm_s2,
+        title="EvoNorm-S2",
+        family="channels",
+        layout="(N, C, *)",
+        kernel=True,
+        couples_samples=False,
+        paper="2004.02967",
+        arguments=(16, 4),
+        variants=({},),
+        sample=_images,
+    ),
+    Entry(
+        cls=AdaptiveLayerNorm,
+        function=functional.adaptive_layer_norm,
+        title="Adaptive layer normalization",
+        family="rows",
+        layout="(B, *, d)",
+        kernel=True,
+        couples_samples=False,
+        paper="2212.09748",
+        official="facebookresearch/DiT",
+        variants=({},),
+        sample=_tokens,
+        beside=_modulation,
+    ),
+    Entry(
+        cls=AdaptiveRMSNorm,
+        function=functional.adaptive_rms_norm,
+        title="Adaptive RMS normalization",
+        family="rows",
+        layout="(B, *, d)",
+        kernel=True,
+        couples_samples=False,
+        paper="2212.09748",
+        variants=({},),
+        sample=_tokens,
+        beside=_modulation,
+    ),
+    Entry(
+        cls=TimeDependentLayerNorm,
+        function=functional.time_dependent_layer_norm,
+        title="Time-dependent layer normalization",
+        family="rows",
+        layout="(B, *, d)",
+        kernel=True,
+        couples_samples=False,
+        paper="2406.09416",
+        official="qihao067/DiMR",
+        variants=({},),
+        sample=_tokens,
+        beside=_time,
+    ),
+    Entry(
+        cls=TimeDependentRMSNorm,
+        function=functional.time_dependent_rms_norm,
+        title="Time-dependent RMS normalization",
+        family="rows",
+        layout="(B, *, d)",
+        kernel=True,
+        couples_samples=False,
+        paper="2406.09416",
+        official="qihao067/DiMR",
+        variants=({}, {"bias": True}, {"partial": 0.5}),
+        sample=_tokens,
+        beside=_time,
     ),
     Entry(
         cls=PowerNorm,
