@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -180,18 +179,17 @@ class _Passes:
         return _Passes(kernels=False)
 
     def moments(self, x, mask, per_sample):
-        return self._run("channels", passes, "moments", x, mask, per_sample)
+        return self._run("moments", x, mask, per_sample)
 
     def affine(self, x, mask, pivot, scale, shift):
-        return self._run("channels", passes, "apply", x, mask, pivot, scale, shift)
+        return self._run("apply", x, mask, pivot, scale, shift)
 
     def apply(self, x, mask, pivot, *parameters):
         return self.affine(x, mask, pivot, *parameters)
 
     def sums(self, dy, x, mask, pivot, *carried):
         """The gradients of all parameters of the map."""
-        of_samples = _of_samples(pivot, mask)
-        d_shift, d_scale = self._run("channels", passes, "sums", dy, x, mask, pivot, of_samples)
+        d_shift, d_scale = self._run("sums", dy, x, mask, pivot, _of_samples(pivot, mask))
         return d_scale, d_shift
 
     def dx(self, dy, x, mask, pivot, carried, *statistics):
@@ -200,18 +198,24 @@ class _Passes:
         if not statistics:
             zero = torch.zeros_like(pivot)
             return self.affine(dy, mask, zero, scale, zero)
-        return self._run("channels", passes, "dx", dy, x, mask, pivot, scale, *statistics)
+        return self._run("dx", dy, x, mask, pivot, scale, *statistics)
 
-    def _run(self, kernels: str, eager: ModuleType, name: str, *args):
-        if self.kernels:
-            from normzoo_kernels._launch import KernelUnavailable, warn_once
+    def _run(self, name: str, *args):
+        if not self.kernels:
+            return getattr(passes, name)(*args)
+        from normzoo_kernels import channels
 
-            try:
-                return getattr(import_module(f"normzoo_kernels.{kernels}"), name)(*args)
-            except KernelUnavailable as error:
-                if self.strict:
-                    raise
-                warn_once(str(error))
+        return self._try(channels, passes, name, args)
+
+    def _try(self, kernels: ModuleType, eager: ModuleType, name: str, args: tuple):
+        from normzoo_kernels._launch import KernelUnavailable, warn_once
+
+        try:
+            return getattr(kernels, name)(*args)
+        except KernelUnavailable as error:
+            if self.strict:
+                raise
+            warn_once(str(error))
         return getattr(eager, name)(*args)
 
 
@@ -226,14 +230,21 @@ class _Curve(_Passes):
         return _Curve(self.curve, kernels=False)
 
     def apply(self, x, mask, pivot, *parameters):
-        return self._run("curves", curves, "apply", x, self.curve, *parameters)
+        return self._map("apply", x, self.curve, *parameters)
 
     def sums(self, dy, x, mask, pivot, *carried):
-        return self._run("curves", curves, "sums", dy, x, self.curve, *carried)
+        return self._map("sums", dy, x, self.curve, *carried)
 
     def dx(self, dy, x, mask, pivot, carried, *statistics):
         through = (pivot, *statistics) if statistics else ()
-        return self._run("curves", curves, "dx", dy, x, self.curve, carried, *through)
+        return self._map("dx", dy, x, self.curve, carried, *through)
+
+    def _map(self, name: str, *args):
+        if not self.kernels:
+            return getattr(curves, name)(*args)
+        from normzoo_kernels import curves as kernels
+
+        return self._try(kernels, curves, name, args)
 
 
 def _body(curve: str, kernels: bool) -> _Passes:
