@@ -60,6 +60,23 @@ def lies(problem: Problem, view: View, dy: View | None = None) -> tuple[tuple, d
     return (*numbers, dy.sample // own, dy.step // own), constants | {"DY_UNIT": own, "DY_INNER": dy.inner}
 
 
+def side_by_side(view: View, problem: Problem) -> bool:
+    """Whether the planes of a sample follow each other without a gap, or are all one entry."""
+    return problem.channels == 1 or view.step == view.inner * problem.count
+
+
+def lies_flat(problem: Problem, view: View, dy: View) -> tuple[tuple, dict]:
+    """The same for a flat kernel: samples of `total` entries, counted in units."""
+    p, total = problem, problem.channels * problem.count
+    x_unit = unit(View(False, view.sample, 0), p.itemsize, total)
+    numbers = (p.samples, p.count, total // x_unit, view.sample // x_unit)
+    constants = {"UNIT": x_unit, "PER_SAMPLE": p.per_sample}
+    if dy == view:
+        return (*numbers, None), constants | {"DY_UNIT": 1, "DY_INNER": 1}
+    own = unit(View(False, dy.sample, 0), p.itemsize, 0)
+    return (*numbers, dy.sample // own), constants | {"DY_UNIT": own, "DY_INNER": dy.inner}
+
+
 def targets_of(form: Form, outputs: tuple[Tensor, ...], arrays: int) -> tuple[Tensor | None, ...]:
     """Where the statistics go: (*outputs, None), or, where there are several parts, `arrays` of those alone."""
     if form.parts == 1:

@@ -69,18 +69,12 @@ def channel_map(
         tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["N", "S", "total", "x_sample", "dy_sample", "parts"])
-def channel_map_flat(
-    x_ptr, dy_ptr, pivot_ptr, scale_ptr, slope_ptr, offset_ptr, out_ptr,
-    N, S, total, x_sample, dy_sample, parts,
-    UNIT: tl.constexpr, DY_UNIT: tl.constexpr, DY_INNER: tl.constexpr,
-    PER_SAMPLE: tl.constexpr, PIVOTS: tl.constexpr, SCALES: tl.constexpr, SLOPES: tl.constexpr, B: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """The same for samples whose planes lie side by side but start on no vector: tiles of B entries anywhere in
-    a sample of `total`, whatever channels they belong to. A block is B entries here."""
-    total = tl.cast(total, tl.int64) * UNIT
-    C = total // S
+@triton.jit
+def flat_work_of(N, S, total, parts, UNIT: tl.constexpr, PER_SAMPLE: tl.constexpr, B: tl.constexpr):
+    """(population, channels, first entry, what is inside, first tile, end of the tiles) of this program.
+
+    A tile is B entries anywhere in a sample of `total`, whatever channels they belong to; a block too.
+    """
     blocks = tl.cdiv(total, B)
     span = tl.cdiv(total // UNIT, blocks) * UNIT  # all tiles about as wide
     tiles = 1 if PER_SAMPLE else N
@@ -92,14 +86,29 @@ def channel_map_flat(
     # Half an entry from the nearest border of two channels, so that rounding the quotient does no harm.
     c = ((q + (first - channel * S).to(tl.int32)).to(tl.float32) + 0.5) / S
     c = c.to(tl.int32) + channel
-    inside = (q < span) & (q < total - first)
+    low = part * per
+    return population, c, first, (q < span) & (q < total - first), low, tl.minimum(low + per, tiles)
+
+
+@triton.jit(do_not_specialize=["N", "S", "total", "x_sample", "dy_sample", "parts"])
+def channel_map_flat(
+    x_ptr, dy_ptr, pivot_ptr, scale_ptr, slope_ptr, offset_ptr, out_ptr,
+    N, S, total, x_sample, dy_sample, parts,
+    UNIT: tl.constexpr, DY_UNIT: tl.constexpr, DY_INNER: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, PIVOTS: tl.constexpr, SCALES: tl.constexpr, SLOPES: tl.constexpr, B: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """The same for samples whose planes lie side by side but start on no vector."""
+    total = tl.cast(total, tl.int64) * UNIT
+    C = total // S
+    population, c, first, inside, low, high = flat_work_of(N, S, total, parts, UNIT, PER_SAMPLE, B)
+    q = tl.arange(0, B)
     pivot = _parameter(pivot_ptr, population, c, N, C, PIVOTS, 0, inside)
     slope = _parameter(slope_ptr, population, c, N, C, SLOPES, 0, inside)
     offset = _parameter(offset_ptr, population, c, N, C, SLOPES, 0, inside)
     if dy_ptr is not None:
         scale = _parameter(scale_ptr, population, c, N, C, SCALES, 0, inside)
-    low = part * per
-    for i in tl.range(low, tl.minimum(low + per, tiles), num_stages=STAGES):
+    for i in tl.range(low, high, num_stages=STAGES):
         n = population + i
         x = tl.load(x_ptr + n * x_sample * UNIT + first + q, mask=inside, other=0.0).to(tl.float32)
         out = slope * (x - pivot) + offset

@@ -46,3 +46,15 @@ def merge_sums(part_ptr, dy_sum_ptr, dyx_sum_ptr, size, parts, P: tl.constexpr, 
     dyx = tl.load(at + tl.cast(size, tl.int64) * parts, mask=inside, other=0.0)
     tl.store(dy_sum_ptr + entry, tl.sum(dy, axis=0)[None, :], mask=entry < size)
     tl.store(dyx_sum_ptr + entry, tl.sum(dyx, axis=0)[None, :], mask=entry < size)
+
+
+@triton.jit(do_not_specialize=["size", "parts"])
+def merge_rows(part_ptr, out_ptr, size, parts, P: tl.constexpr, E: tl.constexpr):
+    """`size` sums, each of `parts` <= P parts."""
+    part = tl.arange(0, P)[:, None]
+    block = tl.program_id(0)
+    entry = tl.cast(block, tl.int64) * E + tl.arange(0, E)[None, :]
+    found = tl.load(
+        part_ptr + part * tl.cast(size, tl.int64) + entry, mask=(part < parts) & (entry < size), other=0.0
+    )
+    tl.store(out_ptr + entry, tl.sum(found, axis=0)[None, :], mask=entry < size)

@@ -11,9 +11,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._channel_calls import beside, contiguous, in_place, lies, merge, problem_of, targets_of
-from ._channel_forms import Problem, flat_form, map_form, may_read_vectors, moments_form, sums_form
-from ._channel_layout import View, like, reads_past, unit
+from ._channel_calls import (
+    beside,
+    contiguous,
+    in_place,
+    lies,
+    lies_flat,
+    merge,
+    problem_of,
+    side_by_side,
+    targets_of,
+)
+from ._channel_forms import flat_form, map_form, may_read_vectors, moments_form, sums_form
+from ._channel_layout import like, reads_past
 from ._channels_merge import merge_moments, merge_sums
 from ._launch import launch
 from ._op import op
@@ -97,32 +107,15 @@ def _map(x, dy, mask, pivot, scale, slope, offset):
     }
     per_sample = any(each.values())
     problem, views = problem_of(x, mask, not per_sample, per_sample, view, dy_view)
-    form = flat_form(problem) if all(_side_by_side(view, problem) for view in views) else None
+    form = flat_form(problem) if all(side_by_side(view, problem) for view in views) else None
     regions = (contiguous(mask),) if form is None else ()
-    numbers, constants = lies(problem, *views) if form is None else _flat(problem, *views)
+    numbers, constants = lies(problem, *views) if form is None else lies_flat(problem, *views)
     form = form or map_form(problem, dy is not None)
     parameters = [contiguous(t) for t in (pivot, scale, slope, offset)]
     tensors = (x, dy, *regions, *parameters, out)
     constants |= each | form.constants
     launch(form.kernel, form.programs, x.device, *tensors, *numbers, form.parts, **constants)
     return out
-
-
-def _side_by_side(view: View, problem: Problem) -> bool:
-    """Whether the planes of a sample follow each other without a gap, or are all one entry."""
-    return problem.channels == 1 or view.step == view.inner * problem.count
-
-
-def _flat(problem: Problem, view: View, dy: View) -> tuple[tuple, dict]:
-    """The same for the flat kernel: samples of `total` entries, counted in units."""
-    p, total = problem, problem.channels * problem.count
-    x_unit = unit(View(False, view.sample, 0), p.itemsize, total)
-    numbers = (p.samples, p.count, total // x_unit, view.sample // x_unit)
-    constants = {"UNIT": x_unit, "PER_SAMPLE": p.per_sample}
-    if dy == view:
-        return (*numbers, None), constants | {"DY_UNIT": 1, "DY_INNER": 1}
-    own = unit(View(False, dy.sample, 0), p.itemsize, 0)
-    return (*numbers, dy.sample // own), constants | {"DY_UNIT": own, "DY_INNER": dy.inner}
 
 
 def _apply_like(x, mask, pivot, scale, shift):

@@ -1,0 +1,21 @@
+"""Which form of a kernel of curves runs: the tiles and parts of `_channel_forms.py`, with room for what a curve
+keeps in registers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ._channel_forms import Form, Problem, flat_form, map_form, sums_form
+from ._curves import curve_map, curve_map_flat, curve_sums
+
+
+def curve_sums_form(problem: Problem, vectors: bool) -> Form:
+    return replace(sums_form(problem, vectors), kernel=curve_sums)
+
+
+def curve_map_form(problem: Problem, backward: bool, flat: bool) -> Form:
+    """`flat`: planes lie side by side."""
+    found = flat_form(problem) if flat else None
+    if found is not None:
+        return replace(found, kernel=curve_map_flat)
+    return replace(map_form(problem, backward), kernel=curve_map)
