@@ -54,3 +54,28 @@ def figure(height: float, width: float = _WIDTH, columns: int = 1, background: s
         yield made.subplots(ncols=columns, sharey=True), svg
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         made.savefig(drawn, format="svg", metadata=nothing)
+
+
+@contextmanager
+def picture(height: float, width: float, rows: int, columns: int):
+    """The same for photos, on white: an array (rows, columns) of axes without ticks, and a function that gives
+    the bytes of a PNG of 256 colors."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    drawn = io.BytesIO()
+
+    def png() -> bytes:
+        few = io.BytesIO()
+        Image.open(drawn).convert("RGB").quantize(256, kmeans=4).save(few, format="png", optimize=True)
+        return few.getvalue()
+
+    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
+        made = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        panels = made.subplots(rows, columns, squeeze=False)
+        for axes in panels.flat:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(True)
+        yield panels, png
+        made.savefig(drawn, format="png", dpi=100)

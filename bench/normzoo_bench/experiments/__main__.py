@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="which one; without it, all are listed")
     parser.add_argument("--seeds", type=int, metavar="N", help="how many, from 0 on (default: its own number)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for NAME.json, NAME.md and NAME.svg")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for NAME.json, .md, .svg and .png")
     parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
     arguments = parser.parse_args(argv)
     if arguments.name is None:
@@ -59,9 +59,11 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"there is no experiment {arguments.name!r}; there are {', '.join(EXPERIMENTS)}")
     if arguments.seeds is not None and arguments.seeds < 1:
         raise ValueError(f"--seeds is {arguments.seeds}; it must be at least 1")
+    if arguments.seeds is not None and not hasattr(EXPERIMENTS[arguments.name].settings, "seeds"):
+        raise ValueError(f"--seeds is given, but nothing is random in {arguments.name}; leave it out")
     if EXPERIMENTS[arguments.name].digits and find_spec("sklearn") is None:
         raise ValueError(
-            "the digits come with scikit-learn, which is not installed; try `pip install scikit-learn`"
+            "its data come with scikit-learn, which is not installed; try `pip install scikit-learn`"
         )
     if arguments.output is not None:
         demand_writable(arguments.output / f"{arguments.name}.json")

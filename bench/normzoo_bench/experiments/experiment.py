@@ -40,7 +40,7 @@ class Experiment:
     says: str
     """In one line, what is compared."""
     settings: Any
-    """A dataclass with a field ``seeds``, their number."""
+    """A dataclass with a field ``seeds``, their number; without one where nothing is random."""
     quick: Any
     """The same, for a run of seconds that shows nothing but that all works."""
     run: Callable[[Any, int], list[tuple[dict, dict]]]
@@ -49,6 +49,8 @@ class Experiment:
     """Of a document."""
     draw: Callable[[dict], str]
     """An SVG of a document."""
+    paint: Callable[[dict], bytes] | None = None
+    """A PNG of a document, beside the SVG."""
     digits: bool = True
     """Whether its data come with scikit-learn."""
 
@@ -61,13 +63,14 @@ def measure(experiment: Experiment, seeds: int | None = None, quick: bool = Fals
     settings = experiment.quick if quick else experiment.settings
     if seeds is not None:
         settings = dataclasses.replace(settings, seeds=seeds)
+    count = getattr(settings, "seeds", 1)
     rows: list[dict] = []
     begun = time.process_time()
-    with _repeatable(), progress(experiment.name, settings.seeds) as step:
+    with _repeatable(), progress(experiment.name, count) as step:
         surroundings = environment("cpu")
         if experiment.digits:
             surroundings["scikit-learn"] = version("sklearn", "scikit-learn")
-        for seed in range(settings.seeds):
+        for seed in range(count):
             for i, (tried, numbers) in enumerate(experiment.run(settings, seed)):
                 if seed == 0:
                     rows.append({**tried, "values": {name: [] for name in numbers}})
@@ -135,19 +138,20 @@ def _around(text: str, width: float | None, places: int) -> str:
 def command(document: dict, experiment: Experiment) -> str:
     """What gives the document again."""
     usual = experiment.quick if document["quick"] else experiment.settings
-    seeds = document["settings"]["seeds"]
-    options = " --quick" * document["quick"] + f" --seeds {seeds}" * (seeds != usual.seeds)
+    seeds = document["settings"].get("seeds")
+    options = " --quick" * document["quick"] + f" --seeds {seeds}" * (seeds != getattr(usual, "seeds", None))
     return f"python -m normzoo_bench.experiments {experiment.name}{options}"
 
 
 def where(document: dict) -> str:
     """How many seeds, on what, and how long it took, in a sentence."""
-    found, seeds = document["environment"], document["settings"]["seeds"]
+    found, seeds = document["environment"], document["settings"].get("seeds")
+    over = f"Mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}" if seeds else "Nothing is random"
     versions = [f"torch {found['torch']}", f"Python {found['python']}"]
     versions += [f"{name} {found[name]}" for name in ("scikit-learn",) if name in found]
     return (
-        f"Mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}; {document['cpu_seconds']:.0f} s of "
-        f"one thread of {found['cpu'] or 'an unknown CPU'}, {', '.join(versions)}."
+        f"{over}; {document['cpu_seconds']:.0f} s of one thread of {found['cpu'] or 'an unknown CPU'}, "
+        f"{', '.join(versions)}."
     )
 
 
@@ -161,14 +165,16 @@ def markdown(document: dict, experiment: Experiment) -> str:
 
 
 def write(document: dict, experiment: Experiment, folder: Path) -> list[Path]:
-    """NAME.json, NAME.md and, where matplotlib is installed, NAME.svg."""
-    texts = {"json": _json(document), "md": markdown(document, experiment)}
+    """NAME.json, NAME.md and, where matplotlib is installed, NAME.svg, of some NAME.png too."""
+    made = {"json": _json(document).encode(), "md": markdown(document, experiment).encode()}
     if there():
-        texts["svg"] = experiment.draw(document)
-    paths = {folder / f"{experiment.name}.{ending}": text for ending, text in texts.items()}
-    for path, text in paths.items():
+        made["svg"] = experiment.draw(document).encode()
+        if experiment.paint is not None:
+            made["png"] = experiment.paint(document)
+    paths = {folder / f"{experiment.name}.{ending}": content for ending, content in made.items()}
+    for path, content in paths.items():
         with whole(path) as part:
-            part.write_text(text, encoding="utf-8")
+            part.write_bytes(content)
     return list(paths)
 
 
