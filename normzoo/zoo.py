@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import functional
+from .entry import Entry, hole, images, modulation, spelling, times, tokens
 from .layers.alpha import AlphaBatchNorm
 from .layers.balance import AdaB2N
 from .layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -30,104 +27,6 @@ from .layers.rms import CRMSNorm, RMSNorm
 from .layers.time_dependent import TimeDependentLayerNorm, TimeDependentRMSNorm
 from .layers.unified import UnifiedNorm
 
-
-@dataclass(frozen=True)
-class Entry:
-    """What the rest of the library needs to know about a layer."""
-
-    cls: type[nn.Module]
-    function: Callable
-    title: str
-    family: str
-    """The engine: ``rows``, ``channels`` or ``running``."""
-    layout: str
-    """Shape of the input."""
-    kernel: bool
-    """Whether a Triton kernel serves it."""
-    couples_samples: bool
-    """Whether the output of one sample depends on the others in the batch."""
-    paper: str
-    """arXiv identifier."""
-    stored: bool = False
-    """Whether it takes stored statistics in training too, and has nothing to train."""
-    eval_statistics: bool = False
-    """Whether it takes statistics of the input in eval mode too, where it couples samples in training."""
-    constant: bool = False
-    """Whether the statistics of the batch are constants for autograd."""
-    swept: bool = False
-    """Whether a step of training goes once over its tensors each way, for statistics that are known before."""
-    approximate: bool = False
-    """Whether the backward pass in training is no derivative of the forward pass."""
-    official: str = ""
-    """The authors' code, where there is any."""
-    added: Callable | None = None
-    """The function with a fused residual addition."""
-    torch_class: type[nn.Module] | None = None
-    """torch's class with the same mathematics and state."""
-    others: tuple[type[nn.Module], ...] = ()
-    """Classes that do the same for inputs of other dimensions."""
-    arguments: tuple = (16,)
-    """Positional constructor arguments for tests and demonstrations."""
-    measured: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments for measuring, where the usual ones do not show what training mostly does."""
-    variants: tuple[dict, ...] = ({},)
-    """Keyword arguments that a test should try."""
-    sample: Callable[..., Tensor] = lambda *lead, **kwargs: torch.randn(*(lead or (4, 3)), 16, **kwargs)
-    """Makes an input from leading sizes and the keyword arguments of torch.randn."""
-    beside: Callable[[Tensor], dict[str, Tensor]] = lambda x: {}
-    """Makes what a call needs beside an input, by name."""
-
-    @property
-    def name(self) -> str:
-        """Snake-case name, the one `convert` and the command line take."""
-        return self.function.__name__
-
-    @property
-    def classes(self) -> tuple[type[nn.Module], ...]:
-        return (self.cls, *self.others)
-
-    def called(self, name: str) -> type[nn.Module] | None:
-        """The one of its classes that is called `name`, in whatever spelling."""
-        return next((cls for cls in self.classes if _spelling(cls.__name__) == _spelling(name)), None)
-
-    def make(self, **kwargs) -> nn.Module:
-        return self.cls(*self.arguments, **kwargs)
-
-
-def _spelling(name: str) -> str:
-    """Equal for names that differ in case and underscores alone: AdaB2N, adab2n, ada_b2n."""
-    return name.replace("_", "").lower()
-
-
-def _images(*lead: int, **kwargs) -> Tensor:
-    """(N, 16, H, W) from N or from (N, H, W)."""
-    n, *space = lead or (4,)
-    return torch.randn(n, 16, *(space or (3, 2)), **kwargs)
-
-
-def _tokens(*lead: int, **kwargs) -> Tensor:
-    """(B, *, 16), of 4 samples of 3 tokens by default."""
-    return torch.randn(*(lead if len(lead) > 1 else (*(lead or (4,)), 3)), 16, **kwargs)
-
-
-def _wave(x: Tensor, *size: int) -> Tensor:
-    """A tensor without chance, beside x."""
-    n = torch.Size(size).numel()
-    return torch.arange(n, device=x.device).mul(0.7).sin().view(size).to(x.dtype)
-
-
-def _hole(x: Tensor) -> dict[str, Tensor]:
-    return {"mask": _wave(x, x.shape[0], 1, *x.shape[2:]) > 0}
-
-
-def _modulation(x: Tensor) -> dict[str, Tensor]:
-    return {"scale": _wave(x, x.shape[0], x.shape[-1]), "shift": _wave(x, *x.shape)}
-
-
-def _time(x: Tensor) -> dict[str, Tensor]:
-    return {"t": _wave(x, x.shape[0])}
-
-
 ZOO: tuple[Entry, ...] = (
     Entry(
         cls=LayerNorm,
@@ -136,7 +35,6 @@ ZOO: tuple[Entry, ...] = (
         title="Layer normalization",
         family="rows",
         layout="(*, d)",
-        kernel=True,
         couples_samples=False,
         paper="1607.06450",
         official="ryankiros/layer-norm",
@@ -150,7 +48,6 @@ ZOO: tuple[Entry, ...] = (
         title="RMS normalization",
         family="rows",
         layout="(*, d)",
-        kernel=True,
         couples_samples=False,
         paper="1910.07467",
         official="bzhangGo/rmsnorm",
@@ -169,7 +66,6 @@ ZOO: tuple[Entry, ...] = (
         title="Compressed RMS normalization",
         family="rows",
         layout="(*, d - 1)",
-        kernel=True,
         couples_samples=False,
         paper="2305.14858",
         official="ZixuanJiang/pre-rmsnorm-transformer",
@@ -182,7 +78,6 @@ ZOO: tuple[Entry, ...] = (
         title="Batch normalization",
         family="channels",
         layout="(N, C, *)",
-        kernel=True,
         couples_samples=True,
         paper="1502.03167",
         torch_class=nn.BatchNorm2d,
@@ -194,7 +89,7 @@ ZOO: tuple[Entry, ...] = (
             {"track_running_stats": False},
             {"nonfinite": "skip"},
         ),
-        sample=_images,
+        sample=images,
     ),
     Entry(
         cls=GroupNorm,
@@ -202,14 +97,13 @@ ZOO: tuple[Entry, ...] = (
         title="Group normalization",
         family="channels",
         layout="(N, C, *)",
-        kernel=True,
         couples_samples=False,
         paper="1803.08494",
         official="facebookresearch/Detectron",
         torch_class=nn.GroupNorm,
         arguments=(4, 16),
         variants=({}, {"bias": False}, {"affine": False}),
-        sample=_images,
+        sample=images,
     ),
     Entry(
         cls=InstanceNorm2d,
@@ -218,13 +112,12 @@ ZOO: tuple[Entry, ...] = (
         title="Instance normalization",
         family="channels",
         layout="(N, C, *)",
-        kernel=True,
         couples_samples=False,
         paper="1607.08022",
         official="DmitryUlyanov/texture_nets",
         torch_class=nn.InstanceNorm2d,
         variants=({}, {"affine": True}, {"affine": True, "bias": False}, {"track_running_stats": True}),
-        sample=_images,
+        sample=images,
     ),
     Entry(
         cls=FrozenBatchNorm,
@@ -237,7 +130,7 @@ ZOO: tuple[Entry, ...] = (
         stored=True,
         paper="1506.01497",
         official="facebookresearch/detectron2",
-        sample=_images,
+        sample=images,
     ),
     Entry(
         cls=GhostBatchNorm,
@@ -245,13 +138,12 @@ ZOO: tuple[Entry, ...] = (
         title="Ghost batch normalization",
         family="channels",
         layout="(N, C, *)",
-        kernel=True,
         couples_samples=True,
         paper="1705.08741",
         official="eladhoffer/bigBatch",
         arguments=(16, 2),
         variants=({}, {"split": "ceil", "stats": "scaled"}, {"split": "interleaved"}, {"affine": False}),
-        sample=_images,
+        sample=images,
     ),
     Entry(
         cls=AlphaBatchNorm,
@@ -259,13 +151,12 @@ ZOO: tuple[Entry, ...] = (
         title="Alpha batch normalization",
         family="channels",
         layout="(N, C, *)",
-        kernel=True,
         couples_samples=True,
         eval_statistics=True,
         constant=True,
         paper="2110.04065",
         variants=({}, {"source_weight": 0.0}, {"unbiased": False, "affine": False}, {"bias": False}),
-        sample=_images,
+        sample=images,
     ),
     Entry(
         cls=AdaB2N,
@@ -273,13 +164,12 @@ ZOO: tuple[Entry, ...] = (
         title="Adaptive balance of batch normalization",
         family="channels",
         layout="(N, C, *)",
-        kernel=True,
         couples_samples=True,
         paper="2310.08855",
         official="lvyilin/AdaB2N",
         arguments=(16, 3),
         variants=({}, {"kappa": 0.4}, {"kappa": 0.0, "absent": "official"}, {"affine": False}),
-        sample=_images,
+        sample=images,
     ),
     Entry(
         cls=BatchChannelNorm,
@@ -287,14 +177,13 @@ ZOO: tuple[Entry, ...] = (
         title="Batch-channel normalization",
         family="channels",
         layout="(N, C, *)",
-        kernel=True,
         couples_samples=True,
         eval_statistics=True,
         paper="1903.10520",
         official="joe-siyuan-qiao/Batch-Channel-Normalization",
         arguments=(16, 4),
         variants=({}, {"channel_affine": "channel", "eps": 1e-3}, {"nonfinite": "skip", "momentum": None}),
-        sample=_images,
+        sample=images,
     ),
     Entry(
         cls=RegionNormB,
@@ -302,14 +191,13 @@ ZOO: tuple[Entry, ...] = (
         title="Region normalization by a mask, RN-B",
         family="channels",
         layout="(N, C, *)",
-        kernel=True,
         couples_samples=True,
         eval_statistics=True,
         paper="1911.10375",
         official="geekyutao/RN",
         variants=({}, {"separate_beta": True}, {"per_instance": True}),
-        sample=_images,
-        beside=_hole,
+        sample=images,
+        beside=hole,
     ),
     Entry(
         cls=RegionNormL,
@@ -317,13 +205,13 @@ ZOO: tuple[Entry, ...] = (
         title="Region normalization by a learned mask, RN-L",
         family="channels",
         layout="(N, C, H, W)",
-        kernel=True,
         couples_samples=True,
         eval_statistics=True,
+        searches=True,
         paper="1911.10375",
         official="geekyutao/RN",
         variants=({}, {"per_instance": True}),
-        sample=_images,
+        sample=images,
     ),
     Entry(
         cls=EvoNormB0,
@@ -331,12 +219,13 @@ ZOO: tuple[Entry, ...] = (
         title="EvoNorm-B0",
         family="channels",
         layout="(N, C, *)",
-        kernel=True,
         couples_samples=True,
+        eval_statistics=True,
+        activates=True,
         paper="2004.02967",
         official="tensorflow/tpu",
         variants=({}, {"running_var_unbiased": False, "eps": 1e-5}, {"nonfinite": "skip"}),
-        sample=_images,
+        sample=images,
     ),
     Entry(
         cls=EvoNormB1,
@@ -344,11 +233,11 @@ ZOO: tuple[Entry, ...] = (
         title="EvoNorm-B1",
         family="channels",
         layout="(N, C, *)",
-        kernel=True,
         couples_samples=True,
+        eval_statistics=True,
+        activates=True,
         paper="2004.02967",
-        variants=({},),
-        sample=_images,
+        sample=images,
     ),
     Entry(
         cls=EvoNormB2,
@@ -356,11 +245,11 @@ ZOO: tuple[Entry, ...] = (
         title="EvoNorm-B2",
         family="channels",
         layout="(N, C, *)",
-        kernel=True,
         couples_samples=True,
+        eval_statistics=True,
+        activates=True,
         paper="2004.02967",
-        variants=({},),
-        sample=_images,
+        sample=images,
     ),
     Entry(
         cls=EvoNormS0,
@@ -368,13 +257,13 @@ ZOO: tuple[Entry, ...] = (
         title="EvoNorm-S0",
         family="channels",
         layout="(N, C, *)",
-        kernel=True,
         couples_samples=False,
+        activates=True,
         paper="2004.02967",
         official="tensorflow/tpu",
         arguments=(16, 4),
         variants=({}, {"apply_act": False}),
-        sample=_images,
+        sample=images,
     ),
     Entry(
         cls=EvoNormS1,
@@ -382,12 +271,11 @@ ZOO: tuple[Entry, ...] = (
         title="EvoNorm-S1",
         family="channels",
         layout="(N, C, *)",
-        kernel=True,
         couples_samples=False,
+        activates=True,
         paper="2004.02967",
         arguments=(16, 4),
-        variants=({},),
-        sample=_images,
+        sample=images,
     ),
     Entry(
         cls=EvoNormS2,
@@ -395,12 +283,11 @@ ZOO: tuple[Entry, ...] = (
         title="EvoNorm-S2",
         family="channels",
         layout="(N, C, *)",
-        kernel=True,
         couples_samples=False,
+        activates=True,
         paper="2004.02967",
         arguments=(16, 4),
-        variants=({},),
-        sample=_images,
+        sample=images,
     ),
     Entry(
         cls=AdaptiveLayerNorm,
@@ -408,13 +295,11 @@ ZOO: tuple[Entry, ...] = (
         title="Adaptive layer normalization",
         family="rows",
         layout="(B, *, d)",
-        kernel=True,
         couples_samples=False,
         paper="2212.09748",
         official="facebookresearch/DiT",
-        variants=({},),
-        sample=_tokens,
-        beside=_modulation,
+        sample=tokens,
+        beside=modulation,
     ),
     Entry(
         cls=AdaptiveRMSNorm,
@@ -422,12 +307,10 @@ ZOO: tuple[Entry, ...] = (
         title="Adaptive RMS normalization",
         family="rows",
         layout="(B, *, d)",
-        kernel=True,
         couples_samples=False,
         paper="2212.09748",
-        variants=({},),
-        sample=_tokens,
-        beside=_modulation,
+        sample=tokens,
+        beside=modulation,
     ),
     Entry(
         cls=TimeDependentLayerNorm,
@@ -435,13 +318,11 @@ ZOO: tuple[Entry, ...] = (
         title="Time-dependent layer normalization",
         family="rows",
         layout="(B, *, d)",
-        kernel=True,
         couples_samples=False,
         paper="2406.09416",
         official="qihao067/DiMR",
-        variants=({},),
-        sample=_tokens,
-        beside=_time,
+        sample=tokens,
+        beside=times,
     ),
     Entry(
         cls=TimeDependentRMSNorm,
@@ -449,13 +330,12 @@ ZOO: tuple[Entry, ...] = (
         title="Time-dependent RMS normalization",
         family="rows",
         layout="(B, *, d)",
-        kernel=True,
         couples_samples=False,
         paper="2406.09416",
         official="qihao067/DiMR",
         variants=({}, {"bias": True}, {"partial": 0.5}),
-        sample=_tokens,
-        beside=_time,
+        sample=tokens,
+        beside=times,
     ),
     Entry(
         cls=PowerNorm,
@@ -463,7 +343,6 @@ ZOO: tuple[Entry, ...] = (
         title="PowerNorm",
         family="running",
         layout="(*, C)",
-        kernel=True,
         couples_samples=True,
         swept=True,
         approximate=True,
@@ -478,7 +357,6 @@ ZOO: tuple[Entry, ...] = (
         title="Unified normalization",
         family="running",
         layout="(*, C)",
-        kernel=True,
         couples_samples=True,
         approximate=True,
         paper="2208.01313",
@@ -501,10 +379,10 @@ def find(name: str, caller: str = "normzoo", others: str = "") -> Entry:
     """
     known = [(text, entry) for entry in ZOO for text in (entry.name, *(cls.__name__ for cls in entry.classes))]
     for text, entry in known:
-        if _spelling(text) == _spelling(name):
+        if spelling(text) == spelling(name):
             return entry
-    word, shown = _spelling(name), {_spelling(text): text for text, _ in reversed(known)}
-    within = [entry.name for entry in ZOO if word and word in _spelling(entry.name)]
+    word, shown = spelling(name), {spelling(text): text for text, _ in reversed(known)}
+    within = [entry.name for entry in ZOO if word and word in spelling(entry.name)]
     short = [entry.name for entry in ZOO if word == "".join(part[0] for part in entry.name.split("_"))]
     close = short or [shown[near] for near in difflib.get_close_matches(word, shown, 1)] or within[:3]
     meant = f"; did you mean {' or '.join(close)}?" if close else ""
