@@ -71,8 +71,8 @@ def _found(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(y, statistics of the regions)."""
     checks.channels(layer, x, None)
-    if x.dim() != 4:
-        raise ValueError(f"{layer}: the input has shape {tuple(x.shape)}; it must be (N, C, H, W)")
+    if x.dim() != 4 or not x.shape[1]:
+        raise ValueError(f"{layer}: the input has shape {tuple(x.shape)}; it must be (N, C, H, W), C not 0")
     with without_autocast(x.device.type):
         a = torch.sigmoid(_conv(mean_and_max(x), importance))
         scale, shift = (_conv(a, *both) for both in (gamma, beta))
