@@ -64,7 +64,8 @@ def dx(dy: Tensor, x: Tensor, curve: str, parameters: tuple[Tensor, ...], *stati
 def _shape(h: Tensor, curve: str, inner: list[Tensor]) -> Tensor:
     if curve == "swish":
         return h * torch.sigmoid(inner[0] * h)
-    return h / _divisor(h, inner)[0]
+    bound, slope, level = inner
+    return h / torch.maximum(torch.addcmul(level, slope, h), bound)
 
 
 def _divisor(h: Tensor, inner: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from zoo_cases import (
     ENTRIES,
     assert_state,
     function_of,
+    made,
     moves_state,
     sample_for,
     small,
@@ -80,17 +81,19 @@ def test_copies_compute_the_same(entry, kwargs, copied):
 @pytest.mark.parametrize(("entry", "kwargs"), CASES)
 def test_meta_then_real(entry, kwargs):
     with torch.device("meta"):
-        layer = entry.make(**kwargs)
+        layer = made(entry, **kwargs)
     layer.to_empty(device="cpu")
+    torch.manual_seed(1)  # for convolutions
     layer.reset_parameters()
-    fresh, x = entry.make(**kwargs), entry.sample()
+    torch.manual_seed(1)
+    fresh, x = made(entry, **kwargs), entry.sample()
     assert_state(layer, state_of(fresh))
     assert torch.equal(layer(x), fresh(x))
 
 
 @pytest.mark.parametrize(("entry", "kwargs"), CASES)
 def test_meta_input(entry, kwargs):
-    y = entry.make(**kwargs, device="meta")(entry.sample(device="meta"))
+    y = made(entry, **kwargs, device="meta")(entry.sample(device="meta"))
     assert y.is_meta and y.shape == entry.sample().shape
 
 
@@ -102,11 +105,11 @@ def test_device_and_dtype_arguments(entry, kwargs):
     assert all(b.is_meta and b.dtype in (stored, torch.long) for b in layer.buffers())
 
 
-@pytest.mark.parametrize(("entry", "kwargs"), CASES)
+@pytest.mark.parametrize(("entry", "kwargs"), [p for p in CASES if p.values[1].get("apply_act", True)])
 def test_the_function_is_the_layer(entry, kwargs):
     layer, x = trained(entry, kwargs).train(not entry.approximate), entry.sample()
     assert torch.equal(function_of(copy.deepcopy(layer), entry)(x), layer(x))
-    if "training" in inspect.signature(entry.function).parameters and layer.running_mean is not None:
+    if "training" in inspect.signature(entry.function).parameters and layer.running_var is not None:
         layer.eval()
         assert torch.equal(function_of(layer, entry)(x), layer(x))
 
@@ -184,12 +187,19 @@ def test_function_transforms(entry, backend):
                 torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, slope)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_vmap_over_the_weight_without_grad(entry):
-    layer, x, weights = trained(entry), entry.sample(), torch.rand(2, 16)
+def test_vmap_over_the_weight_without_grad(entry, backend):
+    """Or over the first of what there is in its place."""
+    layer, x = trained(entry), entry.sample()
+    held = dict(layer.named_parameters()) | entry.beside(x)
+    name = next(iter(held), "weight")
+    weights = torch.rand(2, *(held[name].shape if held else (16,)))
 
     def call(weight):
-        return function_of(layer, entry, weight=weight)(x)
+        if name in inspect.signature(entry.function).parameters:
+            return function_of(layer, entry, **{name: weight})(x)
+        return torch.func.functional_call(layer, {name: weight}, (x,))
 
     with torch.no_grad():
         stacked = torch.vmap(call)(weights)
@@ -205,19 +215,22 @@ def test_dtypes(entry, kwargs, dtype, weight):
     held = {name: t.dtype for name, t in state_of(layer).items()}
     x = entry.sample(4, dtype=torch.float64).to(dtype)
     dy = entry.sample(4, dtype=torch.float64).to(dtype)
+    if entry.searches:  # or the sums that its convolutions get cancel, of what is rounded before a scale
+        dy = dy + x
     exact = step(copy.deepcopy(layer).double(), x.double(), dy.double())
     found = step(layer, x, dy)
     assert found["y"].dtype == found["dx"].dtype == dtype
     assert all(p.grad.dtype == weight for p in layer.parameters())
     assert {name: t.dtype for name, t in state_of(layer).items()} == held
     steps = 2 if kwargs.get("cast") == "llama" else 1
-    allowed = steps * torch.finfo(dtype).eps * exact["y"].abs() + 4e-6
+    size = exact["y"].abs().max() if entry.searches else exact["y"].abs()
+    allowed = steps * torch.finfo(dtype).eps * size + 4e-6
     assert ((found["y"].double() - exact["y"]).abs() <= allowed).all()
-    eps = max(torch.finfo(dtype).eps, torch.finfo(weight).eps)
+    # A region of one pixel has a gradient of terms that cancel.
+    eps = (16 if entry.searches else 4) * max(torch.finfo(dtype).eps, torch.finfo(weight).eps)
     for name in exact.keys() - {"y"}:
-        torch.testing.assert_close(
-            found[name].double(), exact[name], rtol=0, atol=4 * eps * exact[name].abs().max().item() + 4e-6
-        )
+        largest = exact[name].abs().max().item()
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=0, atol=eps * largest + 4e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -296,7 +309,7 @@ SPOILT = {
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_bad_inputs_are_refused(entry, backend, spoil, error, match):
     """By the layer in training and eval mode, which stays as it is, and by the function."""
-    layer, x = entry.make(), spoil(entry.sample())
+    layer, x = made(entry), spoil(entry.sample())
     before = state_of(layer)
     with normzoo.backend(backend):
         for mode in (True, False):

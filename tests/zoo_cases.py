@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from normzoo.layers.alpha import AlphaBatchNorm
-from normzoo.state import Running
+from normzoo.layers.region_learned import RegionNormL
+from normzoo.state import Guarded
 from normzoo.zoo import ZOO, Entry
 
 
@@ -29,9 +30,29 @@ CLASSES = [pytest.param(entry, cls, id=cls.__name__) for entry in ZOO for cls in
 _SPACES = {"1d": (6,), "2d": (3, 2), "3d": (2, 3, 2)}
 
 
+class _Beside:
+    """A hook that adds what a call needs beside x; whatever x is, so that the layer can refuse it."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.beside, self.sample = entry.beside, entry.sample
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        x = args[0]
+        proper = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
+        return args, self.beside(x if proper else self.sample()) | kwargs
+
+
+def made(entry: Entry, cls: type[nn.Module] | None = None, **kwargs) -> nn.Module:
+    """A new layer that can be called with x alone."""
+    layer = (cls or entry.cls)(*entry.arguments, **kwargs)
+    if entry.beside(entry.sample()):
+        layer.register_forward_pre_hook(_Beside(entry), with_kwargs=True)
+    return layer
+
+
 def trained(entry: Entry, kwargs: dict | None = None, cls: type[nn.Module] | None = None, **where) -> nn.Module:
-    """A layer whose parameters and floating-point buffers are not at their initial values."""
-    layer = (cls or entry.cls)(*entry.arguments, **(kwargs or {}), **where)
+    """As `made`, with parameters and floating-point buffers that are not at their initial values."""
+    layer = made(entry, cls, **(kwargs or {}), **where)
     with torch.no_grad():
         for p in layer.parameters():
             p.add_(torch.randn_like(p) / 2)
@@ -60,12 +81,26 @@ def torchs(entry: Entry, cls: type[nn.Module]) -> type[nn.Module]:
 
 def function_of(layer: nn.Module, entry: Entry, **changed):
     """The function of an entry with the arguments that `layer` holds under their names; a function of x."""
-    held = {"use_input_stats": layer.training} | changed
+    held = {"use_input_stats": layer.training} | _convolutions(layer) | changed
+    beside = _Beside(entry)
     _, *parameters = inspect.signature(entry.function).parameters.values()
     arguments = {p.name: held.get(p.name, getattr(layer, p.name, None)) for p in parameters}
     absent = [p for p in parameters if arguments[p.name] is None and p.default is not p.empty]
     omitted = {p.name for p in absent if p.default is None or "None" not in str(p.annotation)}
-    return lambda x: entry.function(x, **{n: v for n, v in arguments.items() if n not in omitted})
+    given = {name: value for name, value in arguments.items() if name not in omitted}
+    own = {name: value for name, value in given.items() if name in changed}
+
+    def function(x):
+        return entry.function(x, **given | beside(layer, (x,), own)[1])
+
+    return function
+
+
+def _convolutions(layer: nn.Module) -> dict:
+    if not isinstance(layer, RegionNormL):
+        return {}
+    both = {name: getattr(layer.sa, f"{name}_conv") for name in ("gamma", "beta")}
+    return {"importance": layer.sa.conv1.weight} | {name: (c.weight, c.bias) for name, c in both.items()}
 
 
 def state_of(layer: nn.Module) -> dict[str, Tensor]:
@@ -83,8 +118,8 @@ def assert_state(layer: nn.Module, before: dict[str, Tensor]) -> None:
 
 def moves_state(layer: nn.Module) -> bool:
     """Whether a forward pass writes buffers, which function transforms refuse; those of torch's layers too."""
-    tracks = isinstance(layer, Running) and not isinstance(layer, AlphaBatchNorm)
-    return tracks and layer.training and layer.running_mean is not None
+    tracks = isinstance(layer, Guarded) and not isinstance(layer, AlphaBatchNorm)
+    return tracks and layer.training and layer.running_var is not None
 
 
 def step(layer: nn.Module, x: Tensor, dy: Tensor | None = None) -> dict[str, Tensor]:
