@@ -31,14 +31,15 @@ def sums(dy: Tensor, x: Tensor, curve: str, *parameters: Tensor) -> tuple[Tensor
     """The gradients of all parameters, (N, C); `parameters` without the shift."""
     scale, *inner = _spread(x, parameters)
     dy, h = at_least_float32(dy), at_least_float32(x)
-    found = [dy * _shape(h, curve, inner)]
     if curve == "swish":
         gate = torch.sigmoid(inner[0] * h)
-        found.append(scale * dy * h.square() * gate * (1 - gate))
+        of_scale = dy * h * gate
+        found = [of_scale, scale * of_scale * (h * (1 - gate))]  # no factor overflows
     else:
         m, beyond = _divisor(h, inner)
-        pull = -scale * dy * h / m.square()
-        found += [pull * (1 - beyond), pull * beyond * h, pull * beyond]
+        of_scale = dy * h / m
+        pull = -scale * of_scale / m
+        found = [of_scale, pull * (1 - beyond), pull * beyond * h, pull * beyond]
     return tuple(_total(part) for part in (*found, dy))
 
 
@@ -52,8 +53,9 @@ def dx(dy: Tensor, x: Tensor, curve: str, parameters: tuple[Tensor, ...], *stati
         gate = torch.sigmoid(slope * h)
         rise = gate + slope * h * gate * (1 - gate)
     else:
+        bound, _, level = inner
         m, beyond = _divisor(h, inner)
-        rise = (1 - beyond * inner[1] * h / m) / m
+        rise = torch.lerp(bound, level, beyond) / m / m  # of the line, m - slope · x is the level
     found = at_least_float32(dy) * scale * rise
     if statistics:
         pivot, slope, offset = _spread(x, statistics)

@@ -1,5 +1,5 @@
-"""Which form of a kernel of curves runs: the tiles and parts of `_channel_forms.py`, with room for what a curve
-keeps in registers."""
+"""Which form of a kernel of curves runs: the tiles and parts of `_channel_forms.py`, with the warps that five
+sums need in order not to leave the registers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from ._curves import curve_map, curve_map_flat, curve_sums
 
 
 def curve_sums_form(problem: Problem, vectors: bool) -> Form:
-    return replace(sums_form(problem, vectors), kernel=curve_sums)
+    form = sums_form(problem, vectors)
+    return replace(form, kernel=curve_sums, constants=form.constants | {"num_warps": 8})
 
 
 def curve_map_form(problem: Problem, backward: bool, flat: bool) -> Form:

@@ -67,8 +67,9 @@ def _rise(x, slope, bound, level, CURVE: tl.constexpr):
         gate, rest = _gates(z)
         return gate * (1.0 + z * rest)
     else:
-        m, beyond = _bounded(slope * x + level, bound)
-        top = tl.where(beyond == 1.0, level, tl.where(beyond == 0.5, 0.5 * level + 0.5 * bound, bound))
+        line = slope * x + level
+        m, _beyond = _bounded(line, bound)
+        top = tl.where(line > bound, level, tl.where(line == bound, 0.5 * level + 0.5 * bound, bound))
         return top / m / m
 
 
@@ -155,8 +156,8 @@ def curve_sums(
     PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr,
     CB: tl.constexpr, NB: tl.constexpr, L: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the parameters: (parts, 5, N, C) of scale, bound, slope, level and offset, or of scale, slope
-    and offset (parts, 3, N, C)."""
+    """Gradients of the parameters: of scale, bound, slope, level and offset, (parts, 5, N, C), or of scale,
+    slope and offset, (parts, 3, N, C)."""
     C, S = sizes(C, S, UNIT, TOKENS)
     part, population, c, span, low, high = work_of(
         N, C, S, parts, TOKENS, UNIT, PER_SAMPLE, CHUNKED, CB, NB, L
@@ -184,18 +185,20 @@ def curve_sums(
         of_shift += dy
         if CURVE == "swish":
             gate, rest = _gates(slope * x)
-            y = x * gate
-            of_scale += dy * y
-            of_slope += dy * y * (x * rest)  # neither factor overflows
+            pull = dy * (x * gate)
+            of_scale += pull
+            of_slope += pull * (x * rest)  # neither factor overflows
         else:
             m, beyond = _bounded(slope * x + level, bound)
             m = tl.where(valid, m, 1.0)  # a map without a bound may divide by 0 there
-            y = x / m
-            pull = dy * y / m
-            of_scale += dy * y
-            of_bound += pull * (1.0 - beyond)
-            of_level += pull * beyond
-            of_slope += pull * beyond * x
+            r = 1.0 / m
+            dyr = dy * r
+            pull = dyr * (x * r)
+            of_line = pull * beyond
+            of_scale += dyr * x
+            of_bound += pull - of_line
+            of_level += of_line
+            of_slope += of_line * x
     size = tl.cast(N, tl.int64) * C
     at = part * size + population * C + c
     if CURVE == "swish":
