@@ -6,7 +6,8 @@ warps.
 
 Statistics of a row, float32, side by side: LayerNorm keeps a pivot (the mean as first computed), the mean
 of what is left after subtracting it, and 1 / std; the two means stay apart because their sum would round
-away what the second one knows. CRMSNorm keeps the sum of the row and 1 / rms, RMSNorm 1 / rms.
+away what the second one knows. CRMSNorm keeps the sum of the row and 1 / rms, RMSNorm 1 / rms, and the kind
+"root", whose eps lies outside of the root, rms and 1 / (rms + eps).
 
 Row strides come as multiples of a constexpr UNIT: the compiler then knows their alignment, and no stride
 compiles a kernel anew. Rows are counted in int64.
@@ -33,7 +34,7 @@ def _row_sums(a, b):
 @triton.jit
 def _row_stats(x, valid, KIND: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr, TAIL: tl.constexpr):
     """(first, second, 1 / scale) of the rows of x: see the top of the file."""
-    if KIND == "rms":
+    if KIND == "rms" or KIND == "root":
         s2 = _row_sum(x * x)
         return _finish(0.0, s2, s2, KIND, N, EPS)
     pivot = 0.0
@@ -54,6 +55,9 @@ def _finish(pivot, s1, s2, KIND: tl.constexpr, N: tl.constexpr, EPS: tl.constexp
         return pivot, left, tl.rsqrt(s2 / N - left * left + EPS)
     elif KIND == "crms":
         return s1, s1, tl.rsqrt((s2 + s1 * s1) / (N + 1) + EPS)
+    elif KIND == "root":
+        root = tl.sqrt(s2 / N)
+        return root, root, 1 / (root + EPS)
     else:
         return s2, s2, tl.rsqrt(s2 / N + EPS)
 
@@ -64,7 +68,7 @@ def _store_stats(ptr, row, mask, first, second, scale, KIND: tl.constexpr):
         tl.store(ptr + row * 3, first, mask=mask)
         tl.store(ptr + row * 3 + 1, second, mask=mask)
         tl.store(ptr + row * 3 + 2, scale, mask=mask)
-    elif KIND == "crms":
+    elif KIND == "crms" or KIND == "root":
         tl.store(ptr + row * 2, first, mask=mask)
         tl.store(ptr + row * 2 + 1, scale, mask=mask)
     else:
@@ -77,7 +81,7 @@ def _load_stats(ptr, row, mask, KIND: tl.constexpr):
         first = tl.load(ptr + row * 3, mask=mask, other=0.0)
         second = tl.load(ptr + row * 3 + 1, mask=mask, other=0.0)
         return first, second, tl.load(ptr + row * 3 + 2, mask=mask, other=0.0)
-    elif KIND == "crms":
+    elif KIND == "crms" or KIND == "root":
         first = tl.load(ptr + row * 2, mask=mask, other=0.0)
         return first, first, tl.load(ptr + row * 2 + 1, mask=mask, other=0.0)
     else:
@@ -246,6 +250,9 @@ def _input_grad(g, h, s1, s2, first, scale, KIND: tl.constexpr, N: tl.constexpr)
         return scale * (g - s1 / N - h * (s2 / N))
     elif KIND == "crms":
         return scale * (g - (h + first * scale) * (s2 / (N + 1)))
+    elif KIND == "root":
+        # The root of zero has no derivative; what divides a row of zeros makes no difference.
+        return scale * g - h * (s2 / (N * tl.where(first == 0.0, 1.0, first)))
     else:
         return scale * (g - h * (s2 / N))
 
