@@ -113,7 +113,7 @@ def _by_groups(form, x, groups, weight, bias, v, eps, act) -> Tensor:
     if act is None:
         return normalize(x, combine, per_sample=True, curve="swish")[0]
     m = Moments(passes.counts(x, None, True), *passes.moments(x, None, True))
-    scale, _, shift = (t.view(*t.shape, *(1,) * (x.dim() - 2 if t.dim() else 0)) for t in combine(m))
+    scale, _, shift = (t.view((*t.shape, *(1,) * (x.dim() - 2 if t.dim() else 0))) for t in combine(m))
     return torch.addcmul(shift, act(checks.at_least_float32(x)), scale).to(x.dtype)
 
 
