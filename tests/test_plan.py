@@ -12,6 +12,7 @@ from torch import nn
 
 import normzoo
 from normzoo.conversion import TRANSFERS, Exactness, Norm, trial
+from normzoo.zoo import find
 
 
 def converted(model, to="same", **filters):
@@ -255,7 +256,28 @@ SOURCES = {
         normzoo.PowerNorm(12, group_num=None, channel_dim=1, affine=False, warmup_iters=0),
     ],
     "unified": [normzoo.UnifiedNorm(12, channel_dim=1), normzoo.UnifiedNorm(12, 1, channel_dim=1, bias=False)],
+    "evo_b0": [normzoo.EvoNormB0(12, momentum=0.2), normzoo.EvoNormB0(12, apply_act=False)],
+    "evo_b1": [normzoo.EvoNormB1(12, running_var_unbiased=False)],
+    "evo_b2": [normzoo.EvoNormB2(12, eps=1e-3)],
+    "evo_s0": [normzoo.EvoNormS0(12, 3), normzoo.EvoNormS0(12, 4, apply_act=False)],
+    "evo_s1": [normzoo.EvoNormS1(12, 3), normzoo.EvoNormS1(12, 3, act_layer=nn.GELU)],
+    "evo_s2": [normzoo.EvoNormS2(12, group_size=2)],
+    "region_b": [normzoo.RegionNormB(12), normzoo.RegionNormB(12, per_instance=True, resize="max")],
+    "region_l": [normzoo.RegionNormL(12, 0.5)],
+    "adaptive_layer": [normzoo.AdaptiveLayerNorm(3)],
+    "adaptive_rms": [normzoo.AdaptiveRMSNorm(3, eps=1e-2)],
+    "time_layer": [normzoo.TimeDependentLayerNorm(3)],
+    "time_rms": [normzoo.TimeDependentRMSNorm(3, partial=0.7, bias=True)],
 }
+
+
+class Modulated(nn.Sequential):
+    """Gives scale and shift to the norm that it holds."""
+
+    def forward(self, x):
+        return self[0](x, x[:, 0, 0], x.flip(0))
+
+
 OPTIONS = {
     "ghost_batch_norm": {"ghost_batch_size": 2},
     "group_norm": {"num_groups": 12},
@@ -264,26 +286,37 @@ OPTIONS = {
 }
 
 
+def runs(rule, source):
+    """Whether the layer takes what the norm of the rule does."""
+    wide = len(getattr(source, "normalized_shape", (12,))) > 1
+    one_dimension = ("power_norm", "unified_norm", "time_dependent_layer_norm", "time_dependent_rms_norm")
+    return not (wide and rule.target in one_dimension) and not (
+        "1d" in str(source) and rule.target[-2:] == "_l"
+    )
+
+
 @pytest.mark.parametrize("rule", TRANSFERS.values(), ids=lambda rule: f"{rule.family} to {rule.target}")
 def test_every_rule_keeps_its_claim(rule):
     options = {} if rule.same or rule.family == "group" else OPTIONS.get(rule.target, {})
     for source in copy.deepcopy(SOURCES[rule.family]):
-        if (
-            rule.target in ("power_norm", "unified_norm")
-            and len(getattr(source, "normalized_shape", (12,))) > 1
-        ):
-            continue  # it has channels in one dimension
+        if not runs(rule, source):
+            continue
         if rule.same and type(source).__module__.startswith("normzoo"):
             source.__class__ = type("Marked", (type(source),), {})  # the very class would stay
         for tensor in (*source.parameters(), *source.buffers()):
             if tensor.is_floating_point():
                 nn.init.uniform_(tensor, 0.5, 1.5)
-        made = normzoo.plan(nn.Sequential(source), rule.target, **options)
+        kind = Modulated if rule.family.startswith("adaptive") else nn.Sequential
+        pair = rule.target.startswith("evo") and not rule.same
+        made = normzoo.plan(kind(source, nn.ReLU()) if pair else kind(source), rule.target, **options)
         assert made.exactness in (rule.exactness, Exactness.EVAL_EXACT)
         shape = getattr(source, "normalized_shape", (12, 4) if "1d" in str(source) else (12, 2, 3))
-        proof = made.verify(torch.randn(5, *shape))
+        x = torch.randn(5, *shape)
+        taken = getattr(made.steps[0].make().module, "side_inputs", ())
+        beside = {name: value for name, value in find(rule.target).beside(x).items() if name in taken}
+        proof = made.verify(x, **beside)
         assert proof.same == (made.exactness in ("exact", "eval-exact")), source
-        of_batch = ("batch", "ghost_batch", "adab2n", "batch_channel")
+        of_batch = ("batch", "ghost_batch", "adab2n", "batch_channel", "evo_b0", "evo_b1", "evo_b2")
         assert proof.trained == (rule.family in of_batch and rule.exactness == "exact")
 
 

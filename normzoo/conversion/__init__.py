@@ -2,6 +2,8 @@
 
 from . import adapting as adapting  # the rules for norms that adapt to data
 from . import channels as channels  # for other norms of channels
+from . import conditioned as conditioned  # for those that take more than x
+from . import evo as evo  # for those that activate, too
 from . import folding as folding
 from . import mean_square as mean_square  # for those that go by a running mean square
 from . import rows as rows  # and for norms of rows

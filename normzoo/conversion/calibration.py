@@ -114,8 +114,17 @@ def _has_running_statistics(module: nn.Module) -> bool:
         return True
     if not hasattr(module, "momentum") or getattr(module, "track_running_stats", True) is False:
         return False
+    if getattr(module, "apply_act", True) is False and not statistics(module):
+        return False  # an EvoNorm that is no norm
     own = [buffer for buffer in module.buffers(recurse=False) if is_lazy(buffer) or buffer.is_floating_point()]
-    return bool(own) and (callable(getattr(module, "reset_running_stats", None)) or bool(statistics(module)))
+    return bool(own) and (callable(getattr(module, "reset_running_stats", None)) or bool(_stored(module)))
+
+
+def _stored(module: nn.Module) -> dict[str, float]:
+    """The buffers with statistics of a module that cannot reset them, and what they start at."""
+    if found := statistics(module):
+        return dict(zip((*found, "num_batches_tracked"), (0, 1, 0), strict=True))
+    return {"running_var": 1} if "running_var" in module._buffers else {}
 
 
 @contextlib.contextmanager
@@ -180,8 +189,9 @@ def _meanwhile(module: nn.Module) -> dict[str, Any]:
         return {"warmup_iters": sys.maxsize} | (
             {"alpha_fwd": 1.0} if isinstance(module, PowerNorm) else {"decay": 0.0}
         )
-    # To an instance norm momentum=None means no average at all.
-    return {"momentum": None} if isinstance(module, _NormBase) and not isinstance(module, _InstanceNorm) else {}
+    # To an instance norm momentum=None means no average at all, and so to a norm that counts no batches.
+    counts = isinstance(module, _NormBase) and getattr(module, "num_batches_tracked", None) is not None
+    return {"momentum": None} if counts and not isinstance(module, _InstanceNorm) else {}
 
 
 def _stay_in_phase(before: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
@@ -210,7 +220,7 @@ def _reset(module: nn.Module) -> None:
     if callable(reset):
         reset()
         return
-    for name, start in zip((*(statistics(module) or ()), "num_batches_tracked"), (0, 1, 0), strict=False):
+    for name, start in _stored(module).items():
         if (buffer := module._buffers.get(name)) is not None:
             buffer.fill_(start)
 

@@ -7,12 +7,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..terminal import plain
 from . import bypass, report
-from .proof import Proof, Trained, prove, trains_by_itself
+from .proof import Proof, Sample, Trained, prove, trains_by_itself
 from .recognise import Site, recognise
 from .surgery import Exchange, Swap, edit
 from .transfer import UNCHANGED, Choice, Exactness, Refused, Replacement, replacement
@@ -40,6 +41,8 @@ class Step:
     """Names of the tensors that are ``kept`` (the same objects), ``converted``, ``new`` and ``lost``."""
     parameters_change: bool = False
     """Whether the parameters are other objects afterwards, so that an optimizer has to follow."""
+    activations: tuple[nn.Module, ...] = ()
+    """Activations of the model that an identity takes the place of, as the new layer does their work."""
 
     @property
     def target(self) -> str | None:
@@ -202,7 +205,15 @@ class Plan:
         self._swap, self._made, self._undo_optimizer = None, {}, None
         return self.model
 
-    def verify(self, sample: Any) -> Proof:
+    def verify(
+        self,
+        sample: Any,
+        *,
+        mask: Tensor | None = None,
+        pad_mask: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        t: Tensor | None = None,
+    ) -> Proof:
         """Run the model on `sample` before and after the conversion and compare what it returns.
 
         All runs are in eval mode, without gradients, and on the same random numbers; afterwards the model is as
@@ -217,12 +228,22 @@ class Plan:
         Args:
             sample: the input; a tuple is taken as positional, a mapping as keyword arguments. Or a function
                 that calls the model it is given and returns what is to be compared.
+            mask, pad_mask, task_ids, t: side inputs, as in :class:`normzoo.inputs`, for the layers that take
+                them before or after.
 
         Raises:
+            ValueError: no layer takes what is given, before or after;
             ValueError: the model returns no floating-point tensors, or other ones after the conversion, or
                 something else each time it runs; or it has changed since the plan was made.
         """
-        swap = self._swap or self._exchange(self._make())
+        given = {"mask": mask, "pad_mask": pad_mask, "task_ids": task_ids, "t": t}
+        given = {name: value for name, value in given.items() if value is not None}
+        with torch.random.fork_rng(devices=[]):  # apply() makes others
+            swap = self._swap or self._exchange(self._make())
+        takers = (*self.model.modules(), *(new for made in swap.new_of.values() for new in made.modules()))
+        for name in given:
+            if not any(name in getattr(module, "side_inputs", ()) for module in takers):
+                raise ValueError(f"verify: no layer of the model takes {name}, before or after the conversion")
         exact = self.exactness in UNCHANGED
         sites = [(step.site.module, step.error or 0.0 if exact else 0.0) for step in self.changes]
         old, new = self._in_training(swap) if exact else ([], [])
@@ -230,7 +251,7 @@ class Plan:
             swap.undo()
             self._catch_up()
         try:
-            return prove(self.model, swap, sample, sites, exact, old, new)
+            return prove(self.model, swap, Sample(sample, given), sites, exact, old, new)
         finally:
             if self.applied:
                 swap.do()
@@ -242,9 +263,8 @@ class Plan:
             norm, module = step.site.norm, step.site.module
             if step.exactness is not Exactness.EXACT or norm is None or not trains_by_itself(norm):
                 continue
-            ours = ("running_mean", "running_var", "num_batches_tracked")[: len(norm.statistics)]
             old.append(Trained(step.site.name, module, norm.statistics))
-            new.append(Trained(step.site.name, swap.new_of[module], ours))
+            new.append(Trained(step.site.name, swap.new_of[module], tuple(norm.stored.values())))
         return old, new
 
     def _catch_up(self) -> None:
@@ -278,7 +298,8 @@ class Plan:
 
     def _exchange(self, made: Mapping[nn.Module, Replacement]) -> Swap:
         settings = bypass.without_fast_path(self.model, self._slowed)
-        return Swap(self.model, {old: each.module for old, each in made.items()}, settings)
+        new_of = {old: new for each in made.values() for old, new in each.beside.items()}
+        return Swap(self.model, new_of | {old: each.module for old, each in made.items()}, settings)
 
     def _exchanges(self, made: Mapping[nn.Module, Replacement]) -> list[Exchange]:
         found = []
@@ -286,16 +307,20 @@ class Plan:
             old, each = step.site.module, made[step.site.module]
             now = dict(each.module.named_parameters())
             before = {name: p for name, p in old._parameters.items() if p is not None}
-            pairs = [
-                (before[source], now[name])
-                for name, source in each.converted.items()
-                if source in before and name in now
-            ]
+            # Of several made from one, the first takes its place.
+            heirs = {
+                source: name
+                for name, source in reversed(each.converted.items())
+                if name in now and source not in each.kept.values()
+            }
+            pairs = [(before[source], now[name]) for source, name in heirs.items() if source in before]
             # A buffer that became a parameter is new to an optimizer, if it trains.
             raised = [
                 name
                 for name, source in (each.kept | each.converted).items()
-                if name in now and source not in before and now[name].requires_grad
+                if name in now
+                and (source not in before or (name in each.converted and heirs.get(source) != name))
+                and now[name].requires_grad
             ]
             new = [name for name in each.new if name in now]
             added = {f"{step.site.name}.{name}".lstrip("."): now[name] for name in (*new, *raised)}

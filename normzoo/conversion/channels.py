@@ -10,7 +10,7 @@ from .norm import Norm, tensor
 from .report import a
 from .transfer import Carried, Exactness, Refused, transfer
 
-_OF_STATISTICS = (
+OF_STATISTICS = (
     *("running_mean", "running_var", "num_batches_tracked", "momentum", "track_running_stats"),
     *("sync", "process_group", "nonfinite", "batches_skipped", "num_features"),
 )
@@ -79,7 +79,7 @@ def _normalized(norm: Norm, module: nn.Module) -> Carried:
     """What a norm of samples keeps of any norm of channels."""
     carried = of_channels(norm, module)
     add_affine(carried, norm)
-    carried.dropped = _OF_STATISTICS
+    carried.dropped = OF_STATISTICS
     return carried
 
 
@@ -127,7 +127,7 @@ def frozen(norm: Norm, module: nn.Module) -> Carried:
     carried = of_channels(norm, module)
     add_statistics(carried, norm)
     carried.arguments["num_features"] = norm.channels
-    carried.dropped = tuple(name for name in _OF_STATISTICS if name not in norm.statistics)
+    carried.dropped = tuple(name for name in OF_STATISTICS if name not in norm.statistics)
     for name in ("weight", "bias"):
         source = carried.kept.get(name)
         if source is None:

@@ -25,6 +25,18 @@ FAMILIES = (
     "batch_channel",
     "power",
     "unified",
+    "evo_b0",
+    "evo_b1",
+    "evo_b2",
+    "evo_s0",
+    "evo_s1",
+    "evo_s2",
+    "region_b",
+    "region_l",
+    "adaptive_layer",
+    "adaptive_rms",
+    "time_layer",
+    "time_rms",
 )
 
 
@@ -63,11 +75,19 @@ class Norm:
     """1, 2 or 3 where it takes images of that many dimensions alone, as BatchNorm2d does; None: any."""
     arguments: tuple[str, ...] = ()
     """What forward takes beside the input: a module that takes the input alone cannot stand in its place."""
+    apply_act: bool = True
+    """Whether an EvoNorm activates; else it is weight · x + bias."""
 
     @property
     def channels(self) -> int:
         """C, where `axis` is 1; 0 where the module does not say."""
         return self.shape[0] if self.shape else 0
+
+    @property
+    def stored(self) -> dict[str, str]:
+        """Of a norm of batches: by the names of its `statistics`, those that a layer of this library has."""
+        ours = ("running_mean", "running_var", "num_batches_tracked")
+        return dict(zip(self.statistics, ours[self.family.startswith("evo") :], strict=False))
 
     def describe(self) -> str:
         """One line for a table."""
@@ -81,6 +101,8 @@ class Norm:
             parts.append(f"groups={self.groups or None}")
         if self.momentum != 0.1 and self.statistics:
             parts.append(f"momentum={self.momentum}")
+        if not self.apply_act:
+            parts.append("weight · x + bias alone")
         if self.after:
             parts.append(f"then {', '.join(self.after)}")
         if self.axis != -1 and self.family in ("layer", "rms"):
@@ -122,7 +144,7 @@ class Norm:
             along = self.axis % x.dim()
         else:
             along = (
-                1 if self.family.endswith(("batch", "adab2n")) else 0
+                1 if self.family.endswith(("batch", "adab2n", "evo_b0", "evo_b1", "evo_b2")) else 0
             )  # batch_channel ends on single samples
         return tuple(dim for dim in range(x.dim()) if dim != along)
 

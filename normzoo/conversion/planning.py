@@ -17,7 +17,7 @@ from . import bypass, report
 from .change import Plan, Step
 from .examine import examine
 from .norm import Norm
-from .proof import site_error, trained_error, trains_by_itself
+from .proof import Beside, site_error, trained_error, trains_by_itself
 from .recognise import DIMENSIONS, Site
 from .rules import SAME, Chooser, Kinds, Names, Target, chooser, seen, selector
 from .surgery import refuse_wrapped
@@ -67,8 +67,12 @@ def plan(
     refuse_wrapped(model)
     selected = selector(include, exclude, types, where, found)
     choose = chooser(to, options, found)
-    steps = [_step(site, choose) if selected(site) else Step(site, "keep", "filtered out") for site in found]
+    with torch.random.fork_rng(devices=[]):  # a layer that starts anew draws its weights when it is made
+        steps = [
+            _step(site, choose) if selected(site) else Step(site, "keep", "filtered out") for site in found
+        ]
     _refuse_reuse(model, steps)
+    _refuse_torn(steps)
     if not any(step.action == "convert" for step in steps):
         raise ValueError(f"convert: nothing can be converted; {seen(found)}{_reasons(steps)}")
     if strict and (left := [step for step in steps if step.action in ("refuse", "unknown")]):
@@ -193,6 +197,20 @@ def _refuse_reuse(model: nn.Module, steps: Sequence[Step]) -> None:
             taken.add(step.choice)
 
 
+def _refuse_torn(steps: Sequence[Step]) -> None:
+    """Leaves the norms whose activation cannot go, because a norm that shares it stays."""
+    while True:
+        going = {step.site.module for step in steps if step.activations}
+        torn = [step for step in steps if step.activations and step.site.following().sources - going]
+        if not torn:
+            return
+        for step in torn:
+            shared = ", ".join(type(module).__name__ for module in step.activations)
+            step.action, step.exactness, step.error, step.tensors = "refuse", None, None, {}
+            step.parameters_change, step.activations = False, ()
+            step.reason = f"another norm shares the {shared} that follows it, and stays"
+
+
 def _refuse(site: Site, made: Replacement) -> None:
     """Raises Refused where the model would no longer hang together."""
     if site.outside:
@@ -220,9 +238,10 @@ def _measured(site: Site, norm: Norm, choice: Choice | nn.Module, made: Replacem
     trained: list[tuple[float, bool]] = []
     if isinstance(choice, Choice) and choice.cls is not None:  # it takes inputs of one rank, the norm any
         norm = dataclasses.replace(norm, dims=DIMENSIONS[choice.cls])
+    beside = choice.entry.beside if isinstance(choice, Choice) else _nothing
     try:
         pairs = _pairs(site, choice, made.module)
-        errors = [_error(old, new, norm, made.exactness) for old, new in pairs]
+        errors = [_error(old, new, norm, made.exactness, beside) for old, new in pairs]
         if made.exactness is Exactness.EXACT and trains_by_itself(norm):
             trained = [trained_error(old, new, norm) for old, new in pairs]
     except Exception as failure:  # both may be code of the caller
@@ -253,19 +272,25 @@ def _measured(site: Site, norm: Norm, choice: Choice | nn.Module, made: Replacem
     reason = "; ".join(filter(None, notes))
     parameters = [{id(p) for p in module.parameters()} for module in (site.module, made.module)]
     change = parameters[0] != parameters[1]
-    return Step(site, "convert", reason, choice, exactness, error, tensors, parameters_change=change)
+    return Step(site, "convert", reason, choice, exactness, error, tensors, change, tuple(made.beside))
 
 
-def _error(old: nn.Module, new: nn.Module, norm: Norm, claimed: Exactness) -> tuple[float, bool]:
+def _nothing(x: Tensor) -> dict[str, Tensor]:
+    return {}
+
+
+def _error(
+    old: nn.Module, new: nn.Module, norm: Norm, claimed: Exactness, beside: Beside
+) -> tuple[float, bool]:
     """As :func:`site_error`; of what claims to be the same, float64 decides where float32 does not show it.
 
     In a channel where shift and mean cancel, float32 leaves little of the output of either.
     """
-    error, agrees = site_error(old, new, norm)
+    error, agrees = site_error(old, new, norm, beside)
     if agrees or claimed not in UNCHANGED or any(t.dtype != torch.float32 for t in old.parameters()):
         return error, agrees
     old, new = (copy.deepcopy(bare(module)).double() for module in (old, new))
-    return error, site_error(old, new, norm)[1]
+    return error, site_error(old, new, norm, beside)[1]
 
 
 def _pairs(site: Site, choice: Choice | nn.Module, new: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

@@ -29,6 +29,7 @@ from .candidates import (
     only,
     statistics,
 )
+from .evo_probe import calls_itself_evolved, identify_evolved
 from .norm import Norm, tensor
 from .trial import channel_inputs, distance, other_inputs, own_tensors, row_inputs, short, stand_in, undisturbed
 
@@ -74,6 +75,8 @@ def _arguments(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _identify(twin: nn.Module) -> Norm:
+    if calls_itself_evolved(twin):
+        return identify_evolved(twin)
     children = dict(twin.named_children())
     plain = dict.fromkeys(children, nn.Identity())
     marks = {name: _Mark(place) for place, name in enumerate(children)}

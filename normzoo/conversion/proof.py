@@ -16,13 +16,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from ..side_inputs import inputs
 from .norm import Norm, tensor
 from .report import count
 from .surgery import Swap
-from .trial import alone, bare, distance, inputs_for, short, undisturbed
+from .trial import alone, bare, distance, inputs_for, run, short, undisturbed
+
+Beside = Callable[[Tensor], Mapping[str, Tensor]]
+"""Makes what a layer takes beside an input."""
 
 
-def site_error(old: nn.Module, new: nn.Module, norm: Norm) -> tuple[float, bool]:
+def site_error(old: nn.Module, new: nn.Module, norm: Norm, beside: Beside) -> tuple[float, bool]:
     """How far two modules differ on one input: (of the largest entry in a row, whether rounding explains it).
 
     Copies run in eval mode, with the parameters they have.
@@ -32,7 +36,7 @@ def site_error(old: nn.Module, new: nn.Module, norm: Norm) -> tuple[float, bool]
     )
     x = inputs_for(norm, like.device).to(like.dtype)
     with undisturbed():
-        theirs, ours = (copy.deepcopy(bare(module)).eval()(x) for module in (old, new))
+        theirs, ours = (run(copy.deepcopy(bare(module)).eval(), x, beside(x)) for module in (old, new))
     if theirs.dtype != ours.dtype:
         raise TypeError(f"of {x.dtype} the old one makes {theirs.dtype}, the new one {ours.dtype}")
     error = distance(ours.double(), theirs.double(), norm.span(x))
@@ -42,7 +46,7 @@ def site_error(old: nn.Module, new: nn.Module, norm: Norm) -> tuple[float, bool]
 
 def trains_by_itself(norm: Norm) -> bool:
     """Whether it does in training what it does not do in eval mode."""
-    of_batch = ("batch", "ghost_batch", "adab2n", "batch_channel")
+    of_batch = ("batch", "ghost_batch", "adab2n", "batch_channel", "evo_b0", "evo_b1", "evo_b2")
     return norm.family in of_batch or (norm.family == "instance" and bool(norm.statistics))
 
 
@@ -56,8 +60,7 @@ def trained_error(old: nn.Module, new: nn.Module, norm: Norm) -> tuple[float, bo
     with undisturbed():
         theirs, ours = (each(x).double() for each in copies)
     error = distance(ours, theirs, norm.span(x))
-    names = dict(zip(norm.statistics, ("running_mean", "running_var", "num_batches_tracked"), strict=False))
-    for name, by_us in names.items():
+    for name, by_us in norm.stored.items():
         # Relative to the value before, too: of a large one the small rest has the rounding of the whole.
         start, theirs, ours = (
             torch.zeros(1) if t is None else t.double().reshape(-1)
@@ -201,13 +204,29 @@ class Trained:
     name: str
     module: nn.Module
     statistics: tuple[str, ...]
-    """Buffers to look at afterwards: mean, variance and the number of batches, or none."""
+    """Buffers to look at afterwards: mean, variance and the number of batches; a variance alone; or none."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model is run on."""
+
+    input: Any
+    """A tuple is taken as positional, a mapping as keyword arguments; or a function of the model."""
+    beside: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Side inputs, for the models that take them."""
+
+    def run(self, model: nn.Module) -> Any:
+        taken = {name for module in model.modules() for name in getattr(module, "side_inputs", ())}
+        given = {name: value for name, value in self.beside.items() if name in taken}
+        with inputs(model, **given) if given else contextlib.nullcontext():
+            return _call(model, pytree.tree_map(_fresh, self.input))
 
 
 def prove(
     model: nn.Module,
     swap: Swap,
-    sample: Any,
+    sample: Sample,
     sites: Sequence[tuple[nn.Module, float]],
     exact: bool,
     old: Sequence[Trained],
@@ -253,7 +272,7 @@ def prove(
     return dataclasses.replace(proof, outputs=both, trained=len(live))
 
 
-def outputs(model: nn.Module, sample: Any, trained: Sequence[Trained] = ()) -> Outputs:
+def outputs(model: nn.Module, sample: Sample, trained: Sequence[Trained] = ()) -> Outputs:
     """The floating-point tensors that `model` returns for `sample` in eval mode, by their place in it.
 
     The next run finds `sample`, the buffers of the model and torch's random numbers as this one did.
@@ -266,7 +285,7 @@ def outputs(model: nn.Module, sample: Any, trained: Sequence[Trained] = ()) -> O
         for each in trained:
             each.module.training = True
         start = [_moved(each) for each in trained]
-        returned = _call(model, pytree.tree_map(_fresh, sample))
+        returned = sample.run(model)
         moved = {}
         for each, first in zip(trained, start, strict=True):
             moved |= {name: torch.cat((t, first[name])) for name, t in _moved(each).items()}
@@ -284,8 +303,10 @@ def _moved(norm: Trained) -> Outputs:
     """The statistics of a norm: mean and deviation in one tensor, for a mean alone may be mere rounding."""
     if not norm.statistics:
         return {}
-    mean, var, *counts = (norm.module.get_buffer(name) for name in norm.statistics)
-    found = {f"{norm.name}: statistics": torch.cat((mean, var.clamp(min=0).sqrt()))}
+    held = [norm.module.get_buffer(name) for name in norm.statistics]
+    *mean, var = held[:2]
+    counts = held[2:]
+    found = {f"{norm.name}: statistics": torch.cat((*mean, var.clamp(min=0).sqrt()))}
     return found | {f"{norm.name}: batches": count.double().reshape(1) for count in counts}
 
 

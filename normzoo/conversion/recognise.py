@@ -6,6 +6,7 @@ and last a test run of what calls itself a norm. A name alone decides nothing.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -22,16 +23,23 @@ from ..layers.alpha import AlphaBatchNorm
 from ..layers.balance import AdaB2N
 from ..layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ..layers.batch_channel import BatchChannelNorm
+from ..layers.evo_batch import EvoNormB0, EvoNormB1, EvoNormB2
+from ..layers.evo_sample import EvoNormS0, EvoNormS1, EvoNormS2
 from ..layers.frozen import FrozenBatchNorm
 from ..layers.ghost import GhostBatchNorm
 from ..layers.group import GroupNorm
 from ..layers.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from ..layers.layer import LayerNorm
+from ..layers.modulated import AdaptiveLayerNorm, AdaptiveRMSNorm
 from ..layers.power import PowerNorm
+from ..layers.region import RegionNormB
+from ..layers.region_learned import RegionNormL
 from ..layers.rms import CRMSNorm, RMSNorm
+from ..layers.time_dependent import TimeDependentLayerNorm, TimeDependentRMSNorm
 from ..layers.unified import UnifiedNorm
 from . import report
 from .adapted import bare_class, manner
+from .following import Following, Surroundings
 from .norm import Norm
 from .probe import Unrecognised, identify
 from .surgery import places
@@ -103,6 +111,8 @@ class Site:
     """An attribute beside the module tree that holds it too."""
     flags: list[str] = field(default_factory=list)
     """What else to know about it."""
+    following: Callable[[], Following] = field(default=Following, repr=False, compare=False)
+    """Tells what the model does with its output, by a look at the code of its parents."""
 
     @property
     def name(self) -> str:
@@ -137,10 +147,16 @@ def sites(model: nn.Module) -> list[Site]:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    parents = places(model)
+    parents, around = places(model), Surroundings(model)
     norms = [module for module in names if _looks_like_a_norm(module)]
     return [
-        Site(tuple(names[module]), module, *known, parents.get(module, []))
+        Site(
+            tuple(names[module]),
+            module,
+            *known,
+            parents.get(module, []),
+            following=functools.partial(around.after, module),
+        )
         for module, known in zip(norms, recognise(norms), strict=True)
     ]
 
@@ -270,6 +286,25 @@ def _batch_channel(module: Any) -> Norm:
     return replace(_stored("batch_channel")(module), groups=module.num_groups)
 
 
+def _evo(family: str) -> Callable[[Any], Norm]:
+    def describe(module: Any) -> Norm:
+        how: dict[str, Any] = _held(module, "weight", "bias") | {"apply_act": module.apply_act}
+        if family.startswith("evo_b"):
+            how |= {"statistics": ("running_var",), "momentum": float(module.momentum)}
+        how["groups"] = int(getattr(module, "groups", 1))
+        return Norm(family, (int(module.num_features),), _eps(module), **how, axis=1)
+
+    return describe
+
+
+def _region(family: str, *arguments: str) -> Callable[[Any], Norm]:
+    return lambda module: Norm(family, (int(module.num_features),), _eps(module), axis=1, arguments=arguments)
+
+
+def _conditioned(family: str, *arguments: str) -> Callable[[Any], Norm]:
+    return lambda module: Norm(family, (int(module.dim),), _eps(module), arguments=arguments)
+
+
 def _power(module: Any) -> Norm:
     norm = _by_mean_square("power", module, "running_phi", module.alpha_fwd)
     return replace(norm, groups=module.group_num or 0)
@@ -317,6 +352,18 @@ KNOWN: dict[type[nn.Module], Callable[[Any], Norm]] = {
     BatchChannelNorm: _batch_channel,
     PowerNorm: _power,
     UnifiedNorm: _unified,
+    EvoNormB0: _evo("evo_b0"),
+    EvoNormB1: _evo("evo_b1"),
+    EvoNormB2: _evo("evo_b2"),
+    EvoNormS0: _evo("evo_s0"),
+    EvoNormS1: _evo("evo_s1"),
+    EvoNormS2: _evo("evo_s2"),
+    RegionNormB: _region("region_b", "mask"),
+    RegionNormL: _region("region_l"),
+    AdaptiveLayerNorm: _conditioned("adaptive_layer", "scale", "shift"),
+    AdaptiveRMSNorm: _conditioned("adaptive_rms", "scale", "shift"),
+    TimeDependentLayerNorm: _conditioned("time_layer", "t"),
+    TimeDependentRMSNorm: _conditioned("time_rms", "t"),
     LayerNorm: _layer,
     RMSNorm: _rms,
     CRMSNorm: _crms,

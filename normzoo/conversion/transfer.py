@@ -6,6 +6,7 @@ import enum
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -74,9 +75,14 @@ class Carried:
     one_of: tuple[str, ...] = ()
     """Constructor arguments that say the same thing: one in the options overrules all that are carried."""
 
+    after: tuple[str, ...] | None = None
+    """Children of the norm that the layer applies in its turn, where those are not all that the norm does."""
+    beside: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    """Other modules of the model, and what takes the place of each."""
+
 
 Carry = Callable[..., Carried]
-"""A function of the :class:`Norm` and the module, and of the options where the rule goes by them."""
+"""A function of the :class:`Norm` and the module, and of options and site where the rule goes by them."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,8 @@ class Transfer:
     """Whether the two are the same layer."""
     by_options: bool = False
     """Whether `carry` is told what the caller wants of the new layer."""
+    by_site: bool = False
+    """Whether it is told the :class:`Site`, too."""
 
 
 TRANSFERS: dict[tuple[str, str], Transfer] = {}
@@ -105,15 +113,16 @@ def transfer(
     *,
     same: bool = False,
     by_options: bool = False,
+    by_site: bool = False,
 ) -> Callable[[Carry], Carry]:
     """Makes the decorated function the rule from norms of `family` to the ZOO entry called `target`.
 
     The function may raise :class:`Refused`. It takes a norm and its module; with `by_options` the constructor
-    arguments that the caller gave for the layer, too.
+    arguments that the caller gave for the layer, too, and with `by_site` the site.
     """
 
     def add(carry: Carry) -> Carry:
-        TRANSFERS[family, target] = Transfer(family, target, exactness, note, carry, same, by_options)
+        TRANSFERS[family, target] = Transfer(family, target, exactness, note, carry, same, by_options, by_site)
         return carry
 
     return add
@@ -145,6 +154,8 @@ class Replacement:
     """Tensors and children of the old norm that have no place in the new layer."""
     exactness: Exactness
     note: str = ""
+    beside: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    """Other modules of the model, and what takes the place of each."""
 
 
 def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
@@ -168,11 +179,17 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
         known = [target for family, target in TRANSFERS if family == norm.family]
         several = f"{', '.join(known[:-1])} and {known[-1]}" if known[1:] else "".join(known)
         only = f", only to {several}" if known else ""
+        if needed := _of_every_call(choice.entry.cls):
+            raise Refused(
+                f"{choice.entry.name} takes {needed} with every call, from the code of the model, and no "
+                "conversion writes that: put the layer there by hand"
+            )
         raise Refused(f"no rule takes {a(norm.family)} norm to {choice.entry.name}{only}")
-    carried = rule.carry(norm, old, choice.options) if rule.by_options else rule.carry(norm, old)
+    told = (choice.options,) if rule.by_options else ()
+    carried = rule.carry(norm, old, *told, *((site,) if rule.by_site else ()))
     sources = {**carried.kept, **{name: source for name, (source, _) in carried.converted.items()}}
     for name in sources.values():
-        if name not in old._parameters and name not in old._buffers:
+        if name not in _all(old):
             raise Refused(f"its {name} is computed, not stored; remove what computes it (weight norm?) first")
         if name in old._non_persistent_buffers_set:
             raise Refused(f"its {name} is not in the state dict, and that of the layer would be")
@@ -189,10 +206,10 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
     for name, value in carried.attributes.items():
         setattr(new, name, value)
     for name, source in sources.items():
-        if getattr(new, name) is None:  # the options want no weight, or no bias
+        value, place = _at(old, source), _at(new, name)
+        if place is None:  # the options want no weight, or no bias
             lost += (source,)
             continue
-        value, place = getattr(old, source), getattr(new, name)
         _, computed = carried.converted.get(name, (source, None))
         if value.shape != place.shape:
             if name not in carried.growing:
@@ -213,7 +230,7 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
             _put(new, name, value, value.requires_grad)
         if name != source and not (computed is not None and source in norm.statistics):
             notes.append(f"{source} is called {name} from now on, in the state dict too")
-    fresh = tuple(name for name in _own(new) if name not in sources)
+    fresh = tuple(name for name in _all(new) if name not in sources)
     lost += tuple(name for name in carried.dropped if name in _own(old) and name not in sources.values())
     lost += bring_along(old, new, leave={*sources.values(), *carried.dropped})
     changed = {k for k, v in choice.options.items() if carried.arguments.get(k, v) != v}
@@ -222,7 +239,14 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
         if changed <= {*carried.in_training}:
             exactness = Exactness.EVAL_EXACT
             notes.append(f"{_said(choice.options, changed)} from the old norm in training")
-    return Replacement(new, kept, converted, fresh, lost, exactness, "; ".join(filter(None, notes)))
+    note = "; ".join(filter(None, notes))
+    return Replacement(new, kept, converted, fresh, lost, exactness, note, carried.beside)
+
+
+def _of_every_call(cls: type[nn.Module]) -> str:
+    """What a layer needs beside the input that :class:`normzoo.inputs` does not give."""
+    parameters = list(inspect.signature(cls.forward).parameters.values())[2:]
+    return " and ".join(p.name for p in parameters if p.default is p.empty)
 
 
 def _said(options: Mapping[str, Any], names: Collection[str]) -> str:
@@ -259,17 +283,17 @@ def _construct(old: nn.Module, norm: Norm, carried: Carried, choice: Choice) -> 
 
 def _class(norm: Norm, carried: Carried, choice: Choice) -> type[nn.Module]:
     """The class of the layer that takes the inputs of the norm."""
-    entry = choice.entry
+    entry, after = choice.entry, norm.after if carried.after is None else carried.after
     if not entry.others:
-        return adapted(choice.cls or entry.cls, carried.over_channels, norm.after, False)
+        return adapted(choice.cls or entry.cls, carried.over_channels, after, False)
     for cls in entry.classes:
         if norm.dims is not None and not carried.any_rank and DIMENSIONS[cls] == norm.dims:
             if choice.cls not in (None, cls):
                 raise Refused(
                     f"it takes the inputs of {a(cls.__name__)}, not those of {a(choice.cls.__name__)}"
                 )
-            return adapted(cls, carried.over_channels, norm.after, False)
-    return adapted(choice.cls or entry.cls, carried.over_channels, norm.after, choice.cls is None)
+            return adapted(cls, carried.over_channels, after, False)
+    return adapted(choice.cls or entry.cls, carried.over_channels, after, choice.cls is None)
 
 
 def _ready_made(old: nn.Module, new: nn.Module) -> Replacement:
@@ -289,8 +313,20 @@ def _own(module: nn.Module) -> dict[str, Tensor]:
     return dict((*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)))
 
 
+def _all(module: nn.Module) -> dict[str, Tensor]:
+    parameters = module.named_parameters(remove_duplicate=False)
+    return dict((*parameters, *module.named_buffers(remove_duplicate=False)))
+
+
+def _at(module: nn.Module, name: str) -> Any:
+    """The attribute, which may be one of a child: ``weight.param0``."""
+    return attrgetter(name)(module)
+
+
 def _put(module: nn.Module, name: str, value: Tensor, trained: bool) -> None:
     """Makes `value` the parameter or buffer `name`; one of its kind stays the object it is."""
+    child, _, name = name.rpartition(".")
+    module = module.get_submodule(child)
     if name in module._buffers:
         module._buffers[name] = value.detach() if isinstance(value, nn.Parameter) else value
     elif isinstance(value, nn.Parameter):

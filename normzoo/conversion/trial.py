@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import itertools
 import math
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .adapted import bare_class
 from .norm import Norm
 
 _MOST_AT_ONCE = 1 << 20
@@ -110,6 +112,12 @@ def undisturbed() -> Iterator[None]:
     ):
         warnings.simplefilter("ignore")
         yield
+
+
+def run(module: nn.Module, x: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+    """The output of `module` for x and those of `beside` that its forward takes."""
+    takes = inspect.signature(bare_class(type(module)).forward).parameters
+    return module(x, **{name: value for name, value in beside.items() if name in takes})
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,150 @@
+"""Rules for norms that take more than x: region norms a mask, time-dependent norms the time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layers.modulated import AdaptiveLayerNorm, AdaptiveRMSNorm
+from ..layers.region import RegionNormB
+from ..layers.region_learned import RegionNormL
+from ..layers.time_dependent import TimeDependentLayerNorm, TimeDependentRMSNorm
+from .channels import OF_STATISTICS, running
+from .norm import Norm, tensor
+from .rows import of_rows
+from .transfer import Carried, Exactness, Refused, transfer
+
+_OF_BATCH = (*OF_STATISTICS, "affine")
+_OF_ROWS = ("normalized_shape", "elementwise_affine", "offset", "cast")
+
+_BY_MASK = "normzoo.inputs gives the mask"
+_BY_TIME = "normzoo.inputs gives t"
+
+
+def _region(norm: Norm, module: nn.Module) -> Carried:
+    """What the regions have of a batch norm that takes the statistics of the batch."""
+    carried = running(norm, module)
+    arguments = {
+        name: carried.arguments[name] for name in ("num_features", "sync", "process_group", "nonfinite")
+    }
+    carried.arguments = arguments | {"eps": norm.eps}
+    carried.attributes, carried.dropped, carried.in_training = {}, _OF_BATCH, ()
+    return carried
+
+
+@transfer(
+    "batch",
+    "region_norm_b",
+    Exactness.APPROXIMATE,
+    "hole and rest go by their own statistics of the batch, in eval mode too; both gammas are weight − 1; "
+    f"{_BY_MASK}",
+    by_options=True,
+)
+def _(norm: Norm, module: nn.Module, options: Mapping[str, Any]) -> Carried:
+    carried = _region(norm, module)
+    carried.kept = {"background_beta": norm.bias} if norm.bias else {}
+    weight, bias = tensor(module, norm.weight), tensor(module, norm.bias)
+    if norm.weight and weight is not None:
+        for name in ("foreground_gamma", "background_gamma"):
+            carried.converted[name] = norm.weight, weight.detach() - 1
+    if (
+        norm.bias and bias is not None and options.get("separate_beta") is True
+    ):  # else it is the sum that counts
+        carried.converted["foreground_beta"] = norm.bias, bias.detach().clone()
+    return carried
+
+
+@transfer(
+    "batch",
+    "region_norm_l",
+    Exactness.REINITIALISED,
+    "it finds two regions by convolutions that start anew, and goes by the batch in eval mode too",
+)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    if norm.dims in (1, 3):
+        raise Refused(f"it takes inputs of {norm.dims} spatial dimension(s), and region_norm_l (N, C, H, W)")
+    carried = _region(norm, module)
+    carried.kept, carried.dropped = {}, (*_OF_BATCH, *(name for name in (norm.weight, norm.bias) if name))
+    return carried
+
+
+def _timed(norm: Norm, module: nn.Module, weight: str, bias: str) -> Carried:
+    """A row norm whose weight and bias are both values of a parameter that depends on the time."""
+    carried = of_rows(norm, module)
+    if norm.shape is None or len(norm.shape) != 1:
+        raise Refused(f"it normalises {norm.shape} together, and the layer the last dimension")
+    carried.kept, carried.dropped = {}, _OF_ROWS
+    carried.arguments = {"dim": norm.shape[0]}
+    for name, source, offset in ((weight, norm.weight, norm.offset), (bias, norm.bias, 0.0)):
+        held = tensor(module, source)
+        for place in ("param0", "param1"):
+            if source and held is not None:
+                carried.converted[f"{name}.{place}"] = source, (held.detach() + offset).clone()
+    return carried
+
+
+@transfer(
+    "layer",
+    "time_dependent_layer_norm",
+    Exactness.EVAL_EXACT,
+    f"the same at every time, until training moves the two values of weight and bias apart; {_BY_TIME}",
+)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _timed(norm, module, "weight", "bias")
+    carried.arguments["eps"] = norm.eps
+    return carried
+
+
+@transfer(
+    "rms",
+    "time_dependent_rms_norm",
+    Exactness.APPROXIMATE,
+    "its eps, 1e-8 unless given, adds to the root mean square and not inside of the root; the same at every "
+    f"time, until training moves the two values of a scale apart; {_BY_TIME}",
+)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    carried = _timed(norm, module, "scale", "offset")
+    carried.arguments["bias"] = norm.bias is not None
+    return carried
+
+
+def _again(norm: Norm, module: nn.Module) -> Carried:
+    """The same layer, with all that it has."""
+    names = [
+        name for name in inspect.signature(_LAYERS[norm.family]).parameters if name not in ("device", "dtype")
+    ]
+    arguments = {name: getattr(module, name) for name in names if name != "bias"}
+    if "bias" in names:
+        arguments["bias"] = module.offset is not None
+    tensors: dict[str, Tensor] = dict((*module.named_parameters(), *module.named_buffers()))
+    children = tuple(name for name, _ in module.named_children() if name not in norm.after)
+    return Carried(
+        arguments,
+        {name: name for name in tensors if name.partition(".")[0] not in norm.after},
+        dropped=children,
+        in_training=("sync", "process_group", "nonfinite"),
+        over_channels=norm.axis == 1 and not norm.family.startswith("region"),
+    )
+
+
+_LAYERS: dict[str, type[nn.Module]] = {
+    "region_b": RegionNormB,
+    "region_l": RegionNormL,
+    "adaptive_layer": AdaptiveLayerNorm,
+    "adaptive_rms": AdaptiveRMSNorm,
+    "time_layer": TimeDependentLayerNorm,
+    "time_rms": TimeDependentRMSNorm,
+}
+_ENTRIES = {
+    "region_b": "region_norm_b",
+    "region_l": "region_norm_l",
+    "adaptive_layer": "adaptive_layer_norm",
+    "adaptive_rms": "adaptive_rms_norm",
+    "time_layer": "time_dependent_layer_norm",
+    "time_rms": "time_dependent_rms_norm",
+}
+for _family, _target in _ENTRIES.items():
+    transfer(_family, _target, Exactness.EXACT, same=True)(_again)

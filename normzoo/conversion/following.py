@@ -1,0 +1,212 @@
+"""Which activation follows a norm, as the code of its parents tells.
+
+The forward of a parent is traced by torch.fx, on a copy, with all of its children as boxes that do not run.
+What cannot be traced, such as a forward that looks at values, tells nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .luggage import hooks
+from .report import a
+from .surgery import places, references
+from .trial import bare, chance, noise, undisturbed
+
+_BOXES = (nn.ModuleList, nn.ModuleDict)
+"""Parents without a forward: the next one tells."""
+
+
+@dataclass(frozen=True)
+class Following:
+    """What comes after a norm."""
+
+    activations: tuple[nn.Module, ...] = ()
+    """The modules that activate its output and are good for nothing else; none where that is not sure."""
+    names: tuple[str, ...] = ()
+    """What their parents call them."""
+    why_not: str = "nothing tells what the model does with its output"
+    """Why there are none."""
+    sources: frozenset[nn.Module] = frozenset()
+    """The modules whose outputs they activate: an activation that several norms share goes with all of them."""
+
+
+class _Unclear(Exception):
+    """Why it is not known what follows."""
+
+
+class Surroundings:
+    """A model, asked about one norm after the other."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._known: dict[nn.Module, Following] = {}
+        self._graphs: dict[nn.Module, tuple[fx.Graph, fx.Graph]] = {}
+
+    @functools.cached_property
+    def _places(self) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+        return places(self.model)
+
+    @functools.cached_property
+    def _outside(self) -> dict[nn.Module, str]:
+        """Modules without anything inside that are held outside of the module tree too."""
+        return references(self.model, [m for m in self.model.modules() if not m._modules and not m._parameters])
+
+    def after(self, norm: nn.Module) -> Following:
+        """What follows `norm`, in training and in eval mode."""
+        if norm not in self._known:
+            self._known[norm] = self._after(norm)
+        return self._known[norm]
+
+    def _after(self, norm: nn.Module) -> Following:
+        try:
+            calls = list(self._next(norm))
+            activations = tuple(dict.fromkeys(activation for activation, _ in calls))
+            sources = frozenset(
+                source for activation, owner in calls for source in self._fed(activation, owner)
+            )
+        except _Unclear as reason:
+            return Following(why_not=str(reason))
+        names = tuple(self._places[activation][0][1] for activation in activations)
+        return Following(activations, names, "", sources)
+
+    def _owner(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The parents whose forward calls `module`."""
+        for parent, _ in self._places.get(module, ()):
+            if isinstance(parent, _BOXES):
+                yield from self._owner(parent)
+            else:
+                yield parent
+
+    def _next(self, module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """The activations that follow `module`, with the parent that calls each."""
+        owners = list(dict.fromkeys(self._owner(module)))
+        if not owners:
+            raise _Unclear("nothing follows it in this model")
+        for owner in owners:
+            for graph in self._traced(owner):
+                calls = [node for node in graph.nodes if _called(owner, node) is module]
+                if not calls:
+                    raise _Unclear(f"the forward of {type(owner).__name__} does not call it")
+                for call in calls:
+                    yield from self._beyond(owner, call)
+
+    def _beyond(self, owner: nn.Module, call: fx.Node) -> Iterator[tuple[nn.Module, nn.Module]]:
+        name = type(owner).__name__
+        if len(call.users) != 1:
+            raise _Unclear(f"{name} uses its output {len(call.users)} times")
+        (user,) = call.users
+        if user.op == "output":
+            if user.args[0] is not call:
+                raise _Unclear(f"{name} returns its output among others")
+            yield from self._next(owner)
+            return
+        follower = _called(owner, user)
+        if follower is None:
+            called = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "?")
+            raise _Unclear(f"a call of {called} follows it in {name}")
+        if type(follower) is nn.Identity and not hooks(follower):
+            yield from self._beyond(owner, user)
+        elif user.args != (call,) or user.kwargs or not is_activation(follower):
+            raise _Unclear(f"{a(type(follower).__name__)} follows it in {name}")
+        else:
+            yield follower, owner
+
+    def _fed(self, activation: nn.Module, owner: nn.Module) -> Iterator[nn.Module]:
+        """The modules whose outputs `activation` takes; raises _Unclear where it takes others."""
+        name, kind = self._places[activation][0][1], type(activation).__name__
+        if kinds := hooks(activation):
+            raise _Unclear(f"{name} ({kind}) follows it and has {', '.join(kinds)}")
+        if len(self._places[activation]) > 1 or activation in self._outside:
+            raise _Unclear(f"{name} ({kind}) follows it and is held in other places too")
+        for graph in self._traced(owner):
+            calls = [node for node in graph.nodes if _called(owner, node) is activation]
+            for call in calls:
+                source: Any = call.args[0]
+                while type(_called(owner, source)) is nn.Identity:
+                    source = source.args[0]
+                before = _called(owner, source)
+                if before is None:
+                    raise _Unclear(
+                        f"{name} ({kind}) follows it, and {type(owner).__name__} calls that elsewhere too"
+                    )
+                if len(calls) > 1:
+                    yield before
+
+    def _traced(self, owner: nn.Module) -> tuple[fx.Graph, fx.Graph]:
+        if owner not in self._graphs:
+            self._graphs[owner] = _graph(owner, False), _graph(owner, True)
+        return self._graphs[owner]
+
+
+def _called(owner: nn.Module, node: Any) -> nn.Module | None:
+    """The child that `node` calls."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    return owner.get_submodule(str(node.target))
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # a buffer that forward writes to stays as it is
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _graph(owner: nn.Module, training: bool) -> fx.Graph:
+    """What the forward of `owner` calls."""
+    name = type(owner).__name__
+    if "forward" in vars(owner):
+        raise _Unclear(f"{name} has a forward of its own, set on the instance")
+    twin = copy.copy(owner)
+    for key, value in vars(twin).items():
+        if isinstance(value, (dict, list, set)):  # forward may write to it
+            vars(twin)[key] = copy.copy(value)
+    vars(twin)["training"] = training
+    try:
+        with undisturbed():
+            return _Tracer().trace(twin, _defaults(type(owner).forward))
+    except Exception as error:  # it is code that nobody here has seen
+        raise _Unclear(f"the forward of {name} cannot be traced ({type(error).__name__})") from error
+
+
+def _defaults(forward: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether `module` maps each entry alone, by a curve without parameters, the same in both modes."""
+    if any(True for _ in (*module.parameters(), *module.buffers(), *module.children())):
+        return False
+    x, other = (3 * noise((4, 6, 3, 2), chance()).roll(shift, 0) for shift in (0, 1))
+    try:
+        with undisturbed():
+            in_eval, in_training = (
+                _curve(copy.deepcopy(bare(module)).train(mode), x, other) for mode in (0, 1)
+            )
+    except Exception:  # it is code that nobody here has seen
+        return False
+    return in_eval is not None and in_training is not None and torch.equal(in_eval, in_training)
+
+
+def _curve(module: nn.Module, x: Tensor, other: Tensor) -> Tensor | None:
+    """What `module` makes of x; None where it is no curve, or a straight one."""
+    y = module(x.clone())
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        return None
+    alone = torch.allclose(module(x[1:, :2, :1].clone()), y[1:, :2, :1]) and torch.allclose(
+        module(x.flip(0, 1, 2).clone()), y.flip(0, 1, 2)
+    )
+    straight = torch.allclose(
+        module(x + other) + module(torch.zeros_like(x)), y + module(other.clone()), atol=1e-4
+    )
+    return y if alone and not straight else None
