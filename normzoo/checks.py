@@ -91,11 +91,11 @@ def rows(
     if not x.is_floating_point():
         raise TypeError(f"{layer}: the input is {x.dtype}; it must be of a real floating-point dtype")
     if weight is not None:
-        _beside(layer, "weight", weight, x, sizes)
+        beside(layer, "weight", weight, x, sizes)
     if bias is not None:
-        _beside(layer, "bias", bias, x, sizes)
+        beside(layer, "bias", bias, x, sizes)
     if residual is not None:
-        _beside(layer, "residual", residual, x, x.shape)
+        beside(layer, "residual", residual, x, x.shape)
     return sizes
 
 
@@ -126,7 +126,7 @@ def channels(
         )
     for name, t in tensors.items():
         if t is not None:
-            _beside(layer, name, t, x, x.shape[1:2])
+            beside(layer, name, t, x, x.shape[1:2])
 
 
 def several_values(layer: str, x: Tensor, otherwise: str) -> None:
@@ -144,7 +144,7 @@ def running(
     """Running mean and variance, (C,) both, or neither; needed unless `own`, the value of `argument`."""
     for name, t in (("running_mean", mean), ("running_var", var)):
         if t is not None:
-            _beside(layer, name, t, x, x.shape[1:2])
+            beside(layer, name, t, x, x.shape[1:2])
     if mean is not None and var is not None:
         return mean, var
     if mean is not None or var is not None:
@@ -154,7 +154,8 @@ def running(
     return ()
 
 
-def _beside(layer: str, name: str, p: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+def beside(layer: str, name: str, p: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    """A parameter of `shape`, of a floating dtype and on the device of x."""
     if not isinstance(p, Tensor):
         raise TypeError(f"{layer}: {name} is a {type(p).__name__}; it must be a torch.Tensor")
     if p.shape != shape:

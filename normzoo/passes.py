@@ -72,7 +72,10 @@ def divisor(n: Any) -> Any:
 
 
 def _spread(statistic: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-    """A statistic at every pixel: that of its sample, channel and region."""
+    """A statistic at every pixel: that of its sample, channel and region; laid out like x."""
+    if mask is not None and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
+        wide = statistic.reshape(*statistic.shape[:-1], *(1,) * (x.dim() - 2), statistic.shape[-1])
+        return torch.where(mask.unsqueeze(-1) != 0, wide[1], wide[0]).movedim(-1, 1)
     wide = statistic.reshape(*statistic.shape, *(1,) * (x.dim() - 2))
     return wide if mask is None else torch.where(mask.unsqueeze(1) != 0, wide[1], wide[0])
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 from zoo_cases import (
+    ALIKE,
     CHANNELS,
     CLASSES,
     assert_state,
     function_of,
+    made,
     moves_state,
     sample_for,
     state_of,
@@ -23,6 +25,13 @@ from normzoo import FrozenBatchNorm, GhostBatchNorm
 
 OF_CHANNELS = [p for p in CLASSES if p.values[0].family == "channels"]
 BACKENDS = ["auto", "triton"]
+LIKE_TORCHS = (normzoo.state.Running, nn.GroupNorm, FrozenBatchNorm)
+PARAMETERS = {
+    "region_norm_b": ("foreground_gamma", "foreground_beta", "background_gamma", "background_beta"),
+    "evo_norm_b0": ("weight", "bias", "v", "running_var"),
+    "evo_norm_s0": ("weight", "bias", "v"),
+}
+"""Arguments of functions, where these are not just a weight and a bias."""
 
 
 def in_format(x, memory_format):
@@ -30,7 +39,10 @@ def in_format(x, memory_format):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("entry", "cls"), [p for p in OF_CHANNELS if p.values[1].__name__[-2:] != "1d"])
+@pytest.mark.parametrize(
+    ("entry", "cls"),
+    [p for p in OF_CHANNELS if p.values[1].__name__[-2:] != "1d" and p.values[0].name not in ALIKE],
+)
 def test_memory_formats_are_kept(entry, cls, backend):
     """By output and input gradient, in training and eval mode; values are those of contiguous input."""
     dims = 3 if cls.__name__.endswith("3d") else 2
@@ -52,7 +64,7 @@ def test_memory_formats_are_kept(entry, cls, backend):
                     assert found[name].is_contiguous() == given.is_contiguous(), name
 
 
-@pytest.mark.parametrize(("entry", "cls"), OF_CHANNELS)
+@pytest.mark.parametrize(("entry", "cls"), [p for p in OF_CHANNELS if issubclass(p.values[1], LIKE_TORCHS)])
 def test_fresh_layers_hold_what_torchs_hold(entry, cls):
     """Where torch has no such layer, what its batch norm holds, and more."""
     theirs = getattr(nn, cls.__name__, None)
@@ -64,13 +76,14 @@ def test_fresh_layers_hold_what_torchs_hold(entry, cls):
 
 @pytest.mark.parametrize("entry", CHANNELS)
 def test_what_an_entry_says_of_statistics(entry):
-    """Stored statistics make an affine map of every pixel; constant ones take one gradient to one pixel."""
+    """Stored statistics make an affine map of every pixel, unless there is an activation; constant ones take
+    one gradient to one pixel."""
     layer, x = trained(entry, dtype=torch.float64), entry.sample(dtype=torch.float64)
     alone = entry.stored
     for mode, stored in (("training", alone), ("eval", alone or entry.couples_samples)):
         layer.train(mode == "training")
         bend = layer(2 * x) - 2 * layer(x) + layer(0 * x)
-        affine = stored and not (entry.eval_statistics and mode == "eval")
+        affine = stored and not (entry.eval_statistics and mode == "eval") and not entry.activates
         assert (bend.abs().max() < 1e-12) == affine, mode
     x.requires_grad_()
     layer.train()(x)[0, 0, 0, 0].backward()
@@ -140,7 +153,7 @@ WRONG = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("entry", "cls"), OF_CHANNELS)
 def test_inputs_that_do_not_fit_are_refused(entry, cls, backend, spoil, error, match):
-    layer = cls(*entry.arguments, **({"affine": True} if entry.name == "instance_norm" else {}))
+    layer = made(entry, cls, **({"affine": True} if entry.name == "instance_norm" else {}))
     before = state_of(layer)
     for mode in (True, False):
         with normzoo.backend(backend), pytest.raises(error, match=f"{cls.__name__}: .*{match}"):
@@ -148,11 +161,11 @@ def test_inputs_that_do_not_fit_are_refused(entry, cls, backend, spoil, error, m
     assert_state(layer, before)
 
 
-@pytest.mark.parametrize("entry", CHANNELS)
+@pytest.mark.parametrize("entry", [p for p in CHANNELS if p.values[0].name != "region_norm_l"])
 def test_functions_refuse_what_does_not_fit(entry):
     layer, x = entry.make().train(), entry.sample()
     moved = {"running_mean": None, "running_var": None} if moves_state(layer) else {}
-    for name in ("weight", "bias"):
+    for name in PARAMETERS.get(entry.name, ("weight", "bias")):
         for wrong, error, match in (
             (torch.ones(4), ValueError, r"has shape \(4,\); for this input it must be \(16,\)"),
             (torch.ones(16, dtype=torch.int64), TypeError, "is torch.int64; it must be"),
@@ -160,7 +173,7 @@ def test_functions_refuse_what_does_not_fit(entry):
             (torch.ones(16, device="meta"), ValueError, "is on meta but the input is on cpu"),
         ):
             with pytest.raises(error, match=f"{entry.name}: {name} {match}"):
-                function_of(layer, entry, **moved, **{name: wrong})(x)
+                function_of(layer, entry, **(moved | {name: wrong}))(x)
 
 
 def test_functions_want_both_statistics():
@@ -343,14 +356,14 @@ def _against_contiguous(layer, x):
     """Outputs and gradients for x and dy in channels_last, and in float64 for both contiguous."""
     dy = torch.randn_like(x)
     found, exact = [], []
-    for collected, made, dtype, memory_format in (
+    for collected, one, dtype, memory_format in (
         (found, layer, x.dtype, torch.channels_last),
         (exact, copy.deepcopy(layer).double(), torch.float64, torch.contiguous_format),
     ):
         leaf = x.to(dtype).contiguous(memory_format=memory_format).requires_grad_()
-        y = made(leaf)
+        y = one(leaf)
         grads = torch.autograd.grad(
-            y, (leaf, *made.parameters()), dy.to(y).contiguous(memory_format=memory_format)
+            y, (leaf, *one.parameters()), dy.to(y).contiguous(memory_format=memory_format)
         )
         collected += [y.detach(), *grads]
     return zip(found, exact, strict=True)

@@ -21,6 +21,9 @@ def named(entries) -> list:
 ENTRIES = named(ZOO)
 CHANNELS = named(entry for entry in ZOO if entry.family == "channels")
 ROWS = named(entry for entry in ZOO if entry.family == "rows")
+ALIKE = ("evo_norm_b1", "evo_norm_b2", "evo_norm_s1", "evo_norm_s2")
+"""Layers that differ from EvoNorm-B0 and S0 in a line of their combine: the kernels and graphs are the same."""
+DISTINCT = named(entry for entry in ZOO if entry.name not in ALIKE)
 CASES = [
     pytest.param(entry, kwargs, id=f"{entry.name}-{'-'.join(map(str, kwargs)) or 'default'}")
     for entry in ZOO

@@ -73,6 +73,9 @@ def _found(
     checks.channels(layer, x, None)
     if x.dim() != 4 or not x.shape[1]:
         raise ValueError(f"{layer}: the input has shape {tuple(x.shape)}; it must be (N, C, H, W), C not 0")
+    _check(layer, "importance", (importance, None), 2, x)
+    _check(layer, "gamma", gamma, 1, x)
+    _check(layer, "beta", beta, 1, x)
     with without_autocast(x.device.type):
         a = torch.sigmoid(_conv(mean_and_max(x), importance))
         scale, shift = (_conv(a, *both) for both in (gamma, beta))
@@ -80,6 +83,24 @@ def _found(
     how = {"sync": False, "process_group": None} | how
     y, statistics = by_region(layer, x, hole, None, None, **how)
     return native.like(x, torch.addcmul(shift, checks.at_least_float32(y), 1 + scale)), statistics
+
+
+def _check(layer: str, name: str, both: tuple[Tensor, Tensor | None], channels: int, x: Tensor) -> None:
+    """Weight (1, `channels`, k, k), k odd, and bias (1,) or None of a convolution that keeps the size."""
+    if not isinstance(both, tuple) or len(both) != 2:
+        raise TypeError(
+            f"{layer}: {name} is a {type(both).__name__}; it must be a tuple, (weight, bias or None)"
+        )
+    weight, bias = both
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+    size = shape[-1] if shape else 0
+    if isinstance(weight, Tensor) and (shape != (1, channels, size, size) or not size % 2):
+        raise ValueError(
+            f"{layer}: {name} has a weight of shape {shape}; it must be (1, {channels}, k, k), k odd"
+        )
+    checks.beside(layer, name, weight, x, shape)
+    if bias is not None:
+        checks.beside(layer, f"the bias of {name}", bias, x, (1,))
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
