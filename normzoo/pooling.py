@@ -13,8 +13,8 @@ from .dispatch import insisted, use_kernel
 
 
 def mean_and_max(x: Tensor) -> Tensor:
-    """(N, 2, \\*) of x (N, C, \\*), in the dtype of its statistics. Of equal maxima one gets the gradient; NaN is
-    the maximum."""
+    """(N, 2, \\*) of x (N, C, \\*), in the dtype of its statistics. Of equal maxima one gets the gradient, and
+    NaN is the maximum."""
     if not use_kernel(x, fusible=False):
         return _eager(x)
     from normzoo_kernels import pooling as kernels

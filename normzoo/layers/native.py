@@ -38,9 +38,11 @@ def like(x: Tensor, y: Tensor) -> Tensor:
     """y in the dtype and memory format of x: CUDA autocast gives float32, some operators lose channels_last."""
     y = y if y.dtype == x.dtype else y.to(x.dtype)
     memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if memory_format is None or x.is_contiguous() or not x.is_contiguous(memory_format=memory_format):
+    if memory_format is None or x.is_contiguous():
         return y
-    return y.contiguous(memory_format=memory_format)
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+        return y  # vmap answers for contiguous tensors only
+    return y.contiguous(memory_format=memory_format) if x.is_contiguous(memory_format=memory_format) else y
 
 
 def with_stored(

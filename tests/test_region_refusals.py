@@ -1,0 +1,96 @@
+"""What RegionNormB refuses, and what it says then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from region_oracle import AFFINE, regions
+
+from normzoo import RegionNormB
+from normzoo.functional import region_norm_b
+
+C = 3
+X = torch.ones(2, C, 4, 3)
+BAD_MASKS = {
+    "a list": ([[0, 1]], TypeError, "mask is a list; it must be a tensor of 0 and 1"),
+    "complex": (torch.zeros(2, 4, 3).cfloat(), TypeError, "mask is torch.complex64; it must be of bool"),
+    "soft": (torch.full((2, 4, 3), 0.5), ValueError, r"entries from 0.5 to 0.5; .* take mask > 0.5"),
+    "bytes": (torch.tensor([0, 255], dtype=torch.uint8).repeat(12).view(2, 4, 3), ValueError,
+              r"entries from 0 to 255; .* mask > 127 for an image of bytes"),
+    "negative": (-torch.ones(2, 4, 3), ValueError, "entries from -1.0"),
+    "nan": (torch.full((2, 4, 3), float("nan")), ValueError, "entries from nan"),
+    "too few dimensions": (torch.zeros(4, 3), ValueError, r"mask has shape \(4, 3\).* must be \(2, 1, \*\)"),
+    "too many dimensions": (torch.zeros(2, 1, 1, 4, 3), ValueError, r"shape \(2, 1, 1, 4, 3\)"),
+    "channels": (torch.zeros(2, C, 4, 3), ValueError, r"shape \(2, 3, 4, 3\); for an input"),
+    "samples": (torch.zeros(3, 1, 4, 3), ValueError, r"shape \(3, 1, 4, 3\)"),
+    "nothing to resize": (torch.zeros(2, 1, 0, 3), ValueError, r"shape \(2, 1, 0, 3\) .* of the input"),
+    "elsewhere": (torch.zeros(2, 4, 3, device="meta"), ValueError, "mask is on meta but the input is on cpu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("mask", "error", "match"), BAD_MASKS.values(), ids=BAD_MASKS)
+def test_bad_masks_are_refused(mask, error, match):
+    layer = RegionNormB(C, nonfinite="skip")
+    for call, name in ((layer, "RegionNormB"), (region_norm_b, "region_norm_b")):
+        with pytest.raises(error, match=f"{name}: .*{match}"):
+            call(X, mask)
+    assert layer.batches_skipped == 0
+
+
+def test_a_mask_is_not_resized_in_six_dimensions():
+    x = torch.randn(2, C, 2, 2, 2, 2)
+    hole = torch.rand(2, 2, 2, 2, 2) < 0.5
+    torch.testing.assert_close(region_norm_b(x, hole), regions(x, hole))
+    with pytest.raises(ValueError, match="3 to 5 dimensions only"):
+        region_norm_b(x, torch.zeros(2, 1, 4, 4, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"), [((1, C), {}), ((1, C, 1, 1), {}), ((4, C, 1, 1), {"per_instance": True})], ids=str
+)
+def test_a_single_value_per_channel_is_refused(shape, options):
+    mask = torch.zeros(shape[0], *shape[2:])
+    with pytest.raises(ValueError, match=r"RegionNormB: Expected more than 1 value per channel"):
+        RegionNormB(C, **options)(torch.ones(shape), mask)
+
+
+BAD_INPUTS = {
+    "dimensions": (torch.ones(3), ValueError, r"has shape \(3,\); it must be \(N, C, \*\)"),
+    "channels": (torch.ones(2, C + 1, 4), ValueError, "num_features is 3"),
+    "integers": (torch.ones(2, C, 4).int(), TypeError, "input is torch.int32"),
+    "a list": ([1.0], TypeError, "input is a list"),
+}
+
+
+@pytest.mark.parametrize(("x", "error", "match"), BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_inputs_are_refused(x, error, match):
+    with pytest.raises(error, match=f"RegionNormB: .*{match}"):
+        RegionNormB(C)(x, torch.zeros(2, 4))
+
+
+BAD_OPTIONS = {
+    "per_instance": ({"per_instance": 1}, TypeError, "per_instance is 1"),
+    "separate_beta": ({"separate_beta": "yes"}, TypeError, "separate_beta is 'yes'"),
+    "resize": ({"resize": "area"}, ValueError, "resize is 'area'; it must be one of nearest, max"),
+    "eps": ({"eps": 0}, ValueError, "eps is 0"),
+    "sync": ({"sync": True, "per_instance": True}, ValueError, "sync=True is without effect"),
+    "group": ({"process_group": object()}, ValueError, "it needs sync=True"),
+    "nonfinite": ({"nonfinite": "ignore"}, ValueError, "nonfinite is 'ignore'"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "match"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_bad_options_are_refused(options, error, match):
+    with pytest.raises(error, match=f"RegionNormB: .*{match}"):
+        RegionNormB(C, **options)
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_bad_parameters_are_refused(name):
+    for given, error, match in (
+        (torch.zeros(C + 1), ValueError, r"has shape \(4,\); for this input it must be \(3,\)"),
+        (torch.zeros(C, dtype=torch.long), TypeError, "is torch.int64"),
+        (0.0, TypeError, "is a float"),
+    ):
+        with pytest.raises(error, match=f"region_norm_b: {name} {match}"):
+            region_norm_b(X, torch.zeros(2, 4, 3), **{name: given})
