@@ -185,7 +185,7 @@ def test_operators_are_well_formed(last, per_sample, masked):
 
 PROBE = """
 import torch
-from normzoo_kernels import channels
+from normzoo_kernels import channels, curves
 STEP = 1_200_000_000
 def far(shape, strides):
     size = 1 + sum((n - 1) * s for n, s in zip(shape, strides))
@@ -204,6 +204,10 @@ for shape, strides in (
             y = channels.apply(a, m, 0 * pivot, 0 * pivot + 2, pivot)
             dx = channels.dx(b, a, m, 0 * pivot, 0 * pivot + 2, 0 * pivot + 3, pivot)
             found.append((pivot, m2, s1, s2, y, dx))
+            if per_sample:
+                carried = (0 * pivot + 2, 0 * pivot + 3)
+                found[-1] += (curves.apply(a, "swish", *carried, pivot), *curves.sums(b, a, "swish", *carried))
+                found[-1] += (curves.dx(b, a, "swish", carried, pivot, pivot, pivot),)
         for a, b in zip(*found):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 print("reached")

@@ -7,7 +7,18 @@ from tolerance import assert_as_good
 
 pytest.importorskip("triton")
 
-from channel_checks import DEVICE, DTYPES, check, gradient, mask_for, normalized, randn
+from channel_checks import (
+    COPIED,
+    DEVICE,
+    DTYPES,
+    GRADIENTS,
+    LAYOUTS,
+    check,
+    gradient,
+    mask_for,
+    normalized,
+    randn,
+)
 
 from normzoo_kernels import _launch, channels
 
@@ -61,32 +72,6 @@ def test_pivot_of_another_granularity(shape, per_sample, masked):
         check(x, mask_for(x) if masked else None, per_sample, other=not per_sample)
 
 
-LAYOUTS = {
-    "channels sliced": lambda: randn(3, 9, 4, 6)[:, 1:],
-    "every other channel": lambda: randn(3, 8, 4, 7)[:, ::2],
-    "samples sliced": lambda: randn(13, 5, 4, 6)[:-1:2],
-    "rows cut": lambda: randn(3, 5, 7, 6)[:, :, :-2],
-    "offset by one entry": lambda: randn(3 * 5 * 9 + 1).reshape(-1)[1:].view(3, 5, 9),
-    "one channel of many": lambda: randn(3, 5, 4, 6)[:, 2:3],
-    "one sample for all": lambda: randn(1, 5, 4, 6).expand(3, 5, 4, 6),
-    "one channel for all": lambda: randn(3, 1, 4, 6).expand(3, 5, 4, 6),
-    "channels last sliced": lambda: randn(3, 9, 4, 6, last=True)[:, 1:],
-    "channels last, rows cut": lambda: randn(3, 8, 7, 6, last=True)[:, :, 1:-1],
-    "channels last, samples sliced": lambda: randn(6, 8, 3, 2, last=True)[::2],
-    "tokens": lambda: randn(3, 8, 7, last=True),
-    "tokens sliced": lambda: randn(3, 8, 7, last=True)[:, :, 1:],
-    "strided rows": lambda: randn(6, 12)[:, :5],
-    "contiguous strides of one position": lambda: randn(4, 6, 1, 1).as_strided((4, 6, 1, 1), (6, 1, 1, 1)),
-    "channels last strides of one position": lambda: randn(4, 6, 1, 1).as_strided((4, 6, 1, 1), (6, 1, 6, 6)),
-    "strange strides of one channel": lambda: randn(4, 1, 3, 5).as_strided((4, 1, 3, 5), (15, 1, 5, 1)),
-}  # fmt: skip
-COPIED = {
-    "width cut": lambda: randn(3, 5, 4, 6)[..., :-1],
-    "transposed image": lambda: randn(3, 5, 4, 6).transpose(2, 3),
-    "columns first": lambda: randn(6, 5).t(),
-}
-
-
 @pytest.mark.parametrize("name", (*LAYOUTS, *COPIED))
 def test_layouts(name, monkeypatch):
     x = (LAYOUTS | COPIED)[name]()
@@ -115,17 +100,6 @@ def test_output_keeps_the_memory_format():
     x = randn(2, 3, 4, 5, last=True)
     assert check(x).is_contiguous(memory_format=torch.channels_last)
     assert check(x.contiguous()).is_contiguous()
-
-
-GRADIENTS = {
-    "one number": lambda x: torch.randn((), device=DEVICE).expand_as(x),
-    "one number a plane": lambda x: torch.randn(*x.shape[:2], 1, 1, device=DEVICE).expand_as(x),
-    "one number a position": lambda x: torch.randn(x.shape[0], 1, *x.shape[2:], device=DEVICE).expand_as(x),
-    "one sample": lambda x: torch.randn(1, *x.shape[1:], device=DEVICE).expand_as(x),
-    "channels last": lambda x: randn(*x.shape, last=True),
-    "planes": lambda x: randn(*x.shape),
-    "wider": lambda x: randn(x.shape[0], x.shape[1] + 1, *x.shape[2:])[:, 1:],
-}
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "last"])
