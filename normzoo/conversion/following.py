@@ -49,7 +49,8 @@ class Surroundings:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._known: dict[nn.Module, Following] = {}
-        self._graphs: dict[nn.Module, tuple[fx.Graph, fx.Graph]] = {}
+        self._graphs: dict[nn.Module, tuple[fx.Graph, fx.Graph] | _Unclear] = {}
+        self._reached: set[nn.Module] = set()
 
     @functools.cached_property
     def _places(self) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
@@ -92,12 +93,29 @@ class Surroundings:
         if not owners:
             raise _Unclear("nothing follows it in this model")
         for owner in owners:
+            self._check_reached(owner)
             for graph in self._traced(owner):
                 calls = [node for node in graph.nodes if _called(owner, node) is module]
                 if not calls:
                     raise _Unclear(f"the forward of {type(owner).__name__} does not call it")
                 for call in calls:
                     yield from self._beyond(owner, call)
+
+    def _check_reached(self, module: nn.Module) -> None:
+        """Raises _Unclear where the parents of `module` do not call it: they may call what is inside."""
+        if module in self._reached:
+            return
+        for owner in self._owner(module):
+            try:
+                graphs = self._traced(owner)
+            except _Unclear:  # what a parent does with its output does not matter
+                continue
+            if not any(_called(owner, node) is module for graph in graphs for node in graph.nodes):
+                raise _Unclear(
+                    f"the forward of {type(owner).__name__} does not call the {type(module).__name__}"
+                )
+            self._check_reached(owner)
+        self._reached.add(module)
 
     def _beyond(self, owner: nn.Module, call: fx.Node) -> Iterator[tuple[nn.Module, nn.Module]]:
         name = type(owner).__name__
@@ -143,8 +161,14 @@ class Surroundings:
 
     def _traced(self, owner: nn.Module) -> tuple[fx.Graph, fx.Graph]:
         if owner not in self._graphs:
-            self._graphs[owner] = _graph(owner, False), _graph(owner, True)
-        return self._graphs[owner]
+            try:
+                self._graphs[owner] = _graph(owner, False), _graph(owner, True)
+            except _Unclear as reason:
+                self._graphs[owner] = reason
+        found = self._graphs[owner]
+        if isinstance(found, _Unclear):
+            raise found
+        return found
 
 
 def _called(owner: nn.Module, node: Any) -> nn.Module | None:
@@ -190,9 +214,8 @@ def is_activation(module: nn.Module) -> bool:
     x, other = (3 * noise((4, 6, 3, 2), chance()).roll(shift, 0) for shift in (0, 1))
     try:
         with undisturbed():
-            in_eval, in_training = (
-                _curve(copy.deepcopy(bare(module)).train(mode), x, other) for mode in (0, 1)
-            )
+            twin = copy.deepcopy(bare(module))
+            in_eval, in_training = (_curve(twin.train(mode), x, other) for mode in (False, True))
     except Exception:  # it is code that nobody here has seen
         return False
     return in_eval is not None and in_training is not None and torch.equal(in_eval, in_training)

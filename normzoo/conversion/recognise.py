@@ -370,4 +370,4 @@ KNOWN: dict[type[nn.Module], Callable[[Any], Norm]] = {
 }
 """Classes whose mathematics is known, and what describes one of them."""
 
-_BASES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
+_BASES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase, TimeDependentLayerNorm, TimeDependentRMSNorm)
