@@ -44,9 +44,9 @@ def compare(sizes, layer: nn.Module, way, *masks: list[Tensor], dtype=torch.doub
     alone = copy.deepcopy(layer)
     alone.sync = False
     found = of_ranks(results(layer, way(layer), parts[rank], dys[rank], *(m[rank] for m in masks)))
-    masks = [torch.cat(m) for m in masks]
+    holes = [torch.cat(m) for m in masks]
     whole, exact = (
-        results(a, a, *(torch.cat(t).to(kind) for t in (parts, dys)), *masks)
+        results(a, a, *(torch.cat(t).to(kind) for t in (parts, dys)), *holes)
         for a, kind in ((alone, dtype), (copy.deepcopy(alone).double(), torch.double))
     )
     for name in whole:
@@ -55,23 +55,23 @@ def compare(sizes, layer: nn.Module, way, *masks: list[Tensor], dtype=torch.doub
         assert_as_good(name, ours, whole[name], exact[name])
 
 
-def holes(sizes) -> list[Tensor]:
+def holes_of(sizes) -> list[Tensor]:
     return [torch.rand(n, *SIZE[1:]) < share for n, share in zip(sizes, SHARES, strict=False)]
 
 
 @check(2, eager=(eager,), compiled=(compiled,))
 def a_hole_on_one_rank(way):
-    compare((2, 3), randomized(RegionNormB(C, sync=True)), way, holes((2, 3)))
+    compare((2, 3), randomized(RegionNormB(C, sync=True)), way, holes_of((2, 3)))
 
 
 @check(3)
 def an_empty_rank():
-    compare((2, 0, 1), randomized(RegionNormB(C, separate_beta=True, sync=True)), eager, holes((2, 0, 1)))
+    compare((2, 0, 1), randomized(RegionNormB(C, separate_beta=True, sync=True)), eager, holes_of((2, 0, 1)))
 
 
 @check(2)
 def by_the_kernels():
-    compare((2, 3), randomized(RegionNormB(C, sync=True)), by_kernels, holes((2, 3)), dtype=torch.float32)
+    compare((2, 3), randomized(RegionNormB(C, sync=True)), by_kernels, holes_of((2, 3)), dtype=torch.float32)
 
 
 @check(2)

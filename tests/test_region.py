@@ -227,11 +227,11 @@ def test_rounding_in_a_region_of_one_pixel(per_instance, backend):
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")  # numpy, in the interpreter
 @per_backend
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
-@per_form
-def test_what_is_in_the_hole_stays_there(value, form, backend):
+@pytest.mark.parametrize("per_instance", [False, True])
+def test_what_is_in_the_hole_stays_there(value, per_instance, backend):
     """To the last bit, valid pixels, their gradients and those of their gamma are what they are without it."""
     x, dy = sample(3, C, 5, 4, dtype=torch.float32), torch.randn(3, C, 5, 4)
-    hole, layer = hole_for(x), layer_of(torch.float32, **form)
+    hole, layer = hole_for(x), layer_of(torch.float32, per_instance=per_instance)
     hole[0, 2, 1] = hole[2, 0, 0] = True
     spoilt = x.clone()
     spoilt[0, :, 2, 1], spoilt[2, :, 0, 0] = value, -value
@@ -325,9 +325,8 @@ class Masked(nn.Module):
         return self.layer(x, self.mask)
 
 
-@per_backend
 @pytest.mark.parametrize(
-    "form", [FORMS["batch"], FORMS["per instance, separate"]], ids=["batch", "per instance"]
+    ("form", "backend"), [({}, "auto"), (FORMS["per instance, separate"], "triton")], ids=["eager", "kernels"]
 )
 def test_compiled_training(form, backend):
     xs = [sample(4, C, 3, 2, dtype=torch.float32) for _ in range(5)]

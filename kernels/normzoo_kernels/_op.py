@@ -46,8 +46,12 @@ def differentiated(dy: Tensor) -> bool:
     """Whether the backward pass is itself differentiated (create_graph) or batched: kernels cannot be."""
     if torch.compiler.is_compiling():
         return False
-    batched = torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy)
-    return batched or torch.is_grad_enabled()
+    return batched(dy) or torch.is_grad_enabled()
+
+
+def batched(t: Tensor) -> bool:
+    """Whether vmap stands behind t."""
+    return torch._C._functorch.is_batchedtensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)
 
 
 def through_reference(

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normzoo_kernels._op import batched
+
 from .. import checks
 
 
@@ -40,8 +42,8 @@ def like(x: Tensor, y: Tensor) -> Tensor:
     memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if memory_format is None or x.is_contiguous():
         return y
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
-        return y  # vmap answers for contiguous tensors only
+    if not torch.compiler.is_compiling() and batched(x):
+        return y  # vmap knows of no other memory format than contiguous
     return y.contiguous(memory_format=memory_format) if x.is_contiguous(memory_format=memory_format) else y
 
 

@@ -244,7 +244,8 @@ class RegionNormB(Region):
 
     Raises:
         ValueError, TypeError: an argument, or the input of a call, does not fit. The entries of a mask that is
-            not of bool are looked at on a CPU only; elsewhere what is above a half is in the hole.
+            not of bool are looked at on a CPU only, and not by torch.compile; elsewhere what is above a half
+            is in the hole.
 
     >>> import torch
     >>> x, mask = torch.tensor([[[1.0, 3.0, 10.0, 30.0]]]), torch.tensor([[0, 0, 1, 1]])
