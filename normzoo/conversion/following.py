@@ -21,9 +21,6 @@ from .report import a
 from .surgery import places, references
 from .trial import bare, chance, noise, undisturbed
 
-_BOXES = (nn.ModuleList, nn.ModuleDict)
-"""Parents without a forward: the next one tells."""
-
 
 @dataclass(frozen=True)
 class Following:
@@ -82,7 +79,7 @@ class Surroundings:
     def _owner(self, module: nn.Module) -> Iterator[nn.Module]:
         """The parents whose forward calls `module`."""
         for parent, _ in self._places.get(module, ()):
-            if isinstance(parent, _BOXES):
+            if type(parent).forward is nn.Module.forward:  # a ModuleList has none: the next one tells
                 yield from self._owner(parent)
             else:
                 yield parent
