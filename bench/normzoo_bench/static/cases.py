@@ -7,6 +7,9 @@ from importlib import resources
 
 from .case import Case
 from .channel_cases import channel_cases
+from .curve_cases import curve_cases
+from .modulated_cases import modulated_cases
+from .pooling_cases import pooling_cases
 from .row_cases import row_cases
 from .running_cases import running_cases
 
@@ -20,7 +23,9 @@ EXCEPTIONS: tuple[tuple[str, str, str], ...] = (
     ("rms-bwd-4095-bf16@*", "instructions", "with fewer the gradient of narrow rows loses a digit"),
 )
 
-CASES: tuple[Case, ...] = (*row_cases(), *channel_cases(), *running_cases())
+CASES: tuple[Case, ...] = (
+    *row_cases(), *modulated_cases(), *channel_cases(), *running_cases(), *curve_cases(), *pooling_cases(),
+)  # fmt: skip
 
 
 def peers() -> dict[str, dict[str, str]]:
