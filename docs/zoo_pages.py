@@ -8,6 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 ROOT = Path(__file__).resolve().parent.parent
 # A checkout documents itself, installed or not.
 sys.path.insert(0, str(ROOT))
@@ -59,10 +62,19 @@ def constructor(entry: Entry) -> str:
     return ", ".join(repr(argument) for argument in entry.arguments)
 
 
+def making(t: Tensor) -> str:
+    """Code that makes a tensor like t."""
+    sizes = ", ".join(str(size) for size in t.shape)
+    return f"torch.rand({sizes}) > 0.5" if t.dtype == torch.bool else f"torch.randn({sizes})"
+
+
 def page(entry: Entry) -> str:
     """The gallery page of one layer, as MyST Markdown."""
     name = entry.cls.__name__
-    sizes = ", ".join(str(size) for size in entry.sample().shape)
+    x = entry.sample()
+    beside = entry.beside(x)
+    made = "".join(f"\n{argument} = {making(t)}" for argument, t in beside.items())
+    given = "".join(f", {argument}={argument}" for argument in beside)
     functions = [entry.function, *([entry.added] if entry.added else [])]
     rows = {
         "classes": ", ".join(f"`{cls.__name__}`" for cls in entry.classes),
@@ -79,8 +91,8 @@ def page(entry: Entry) -> str:
     if entry.approximate:
         rows["gradient in training"] = "an approximation, no derivative"
     facts = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    made = [f".. autoclass:: normzoo.{cls.__name__}\n   :members:\n" for cls in entry.classes]
-    api = "\n".join((*made, *(f".. autofunction:: normzoo.functional.{f.__name__}" for f in functions)))
+    classes = [f".. autoclass:: normzoo.{cls.__name__}\n   :members:\n" for cls in entry.classes]
+    api = "\n".join((*classes, *(f".. autofunction:: normzoo.functional.{f.__name__}" for f in functions)))
     return f"""# {name}
 
 {entry.title}.
@@ -94,8 +106,8 @@ import torch
 import normzoo
 
 layer = normzoo.{name}({constructor(entry)})
-x = torch.randn({sizes})
-y = layer(x)
+x = {making(x)}{made}
+y = layer(x{given})
 assert y.shape == x.shape and y.dtype == x.dtype
 ```
 
