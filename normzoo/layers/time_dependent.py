@@ -111,16 +111,30 @@ def _time(layer: str, t: Tensor, x: Tensor) -> Tensor:
 
 def _at(layer: str, name: str, p: Iterable[Tensor], t: Tensor, x: Tensor) -> Tensor:
     """The value (B, d) of a parameter at the times t (B, 1)."""
-    four = tuple(p)
+    four = tuple(p) if isinstance(p, Iterable) else ()
     if len(four) != 4:
+        came = f"has {len(four)} tensors" if isinstance(p, Iterable) else f"is a {type(p).__name__}"
         raise ValueError(
-            f"{layer}: {name} has {len(four)} tensors; it must have four: param0, param1, and the weight and "
-            "bias of the gate"
+            f"{layer}: {name} {came}; it must have four tensors: param0, param1, and the weight and bias of "
+            "the gate"
         )
-    checks.rows(layer, x, x.shape[-1], *four[:2])
-    checks.rows(layer, x, x.shape[-1], *four[2:])
+    for place, part in enumerate(four):
+        _check_part(layer, f"{name}[{place}]", part, x)
     first, second, w, b = (part.to(t.dtype) for part in four)
     return torch.lerp(second, first, torch.sigmoid(torch.addcmul(b, 1 + w, t)))
+
+
+def _check_part(layer: str, name: str, part: Tensor, x: Tensor) -> None:
+    if not isinstance(part, Tensor):
+        raise TypeError(f"{layer}: {name} is a {type(part).__name__}; it must be a torch.Tensor")
+    if part.shape != x.shape[-1:]:
+        raise ValueError(
+            f"{layer}: {name} has shape {tuple(part.shape)}; for an input of shape {tuple(x.shape)} it must "
+            f"be ({x.shape[-1]},)"
+        )
+    if not part.is_floating_point():
+        raise TypeError(f"{layer}: {name} is {part.dtype}; it must be of a real floating-point dtype")
+    checks.same_device(layer, name, part, x)
 
 
 class TimeDependent(nn.Module):
