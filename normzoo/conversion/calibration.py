@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from ..layers.alpha import AlphaBatchNorm
 from ..layers.balance import AdaB2N
 from ..layers.batch_channel import BatchChannelNorm
+from ..layers.evo_batch import EvoNormB0, EvoNormB1
 from ..layers.mean_square import MeanSquareNorm
 from ..layers.power import PowerNorm
 from . import report
@@ -112,10 +113,10 @@ def _has_running_statistics(module: nn.Module) -> bool:
         return False
     if isinstance(module, MeanSquareNorm):
         return True
+    if isinstance(module, (EvoNormB0, EvoNormB1)):
+        return module.apply_act
     if not hasattr(module, "momentum") or getattr(module, "track_running_stats", True) is False:
         return False
-    if getattr(module, "apply_act", True) is False and not statistics(module):
-        return False  # an EvoNorm that is no norm
     own = [buffer for buffer in module.buffers(recurse=False) if is_lazy(buffer) or buffer.is_floating_point()]
     return bool(own) and (callable(getattr(module, "reset_running_stats", None)) or bool(_stored(module)))
 
@@ -124,7 +125,9 @@ def _stored(module: nn.Module) -> dict[str, float]:
     """The buffers with statistics of a module that cannot reset them, and what they start at."""
     if found := statistics(module):
         return dict(zip((*found, "num_batches_tracked"), (0, 1, 0), strict=True))
-    return {"running_var": 1} if "running_var" in module._buffers else {}
+    # An EvoNorm of another library has no mean, and without an activation it has no use for the variance.
+    alone = "running_var" in module._buffers and getattr(module, "apply_act", True)
+    return {"running_var": 1} if alone else {}
 
 
 @contextlib.contextmanager

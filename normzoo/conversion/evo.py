@@ -114,6 +114,15 @@ def _from_batch_b(norm: Norm, module: nn.Module, options: Options, site: Site) -
 def _from_batch_s(norm: Norm, module: nn.Module, options: Options, site: Site) -> Carried:
     carried = _instead(norm, module, options, site, functools.partial(_of_batch, batch=False))
     carried.arguments["groups"] = "auto"
+    return _free(carried, norm)
+
+
+def _free(carried: Carried, norm: Norm) -> Carried:
+    """Raises Refused where a child of the norm has a name that an EvoNorm-S gives to another thing."""
+    if "act" in (norm.after if carried.after is None else carried.after):
+        raise Refused(
+            "its activation is its own, called act as that of an EvoNorm-S is: it cannot stay"
+        )
     return carried
 
 
@@ -124,7 +133,7 @@ def _of_groups(norm: Norm, module: nn.Module) -> Carried:
 
 
 def _from_group(norm: Norm, module: nn.Module, options: Options, site: Site) -> Carried:
-    return _instead(norm, module, options, site, _of_groups)
+    return _free(_instead(norm, module, options, site, _of_groups), norm)
 
 
 _ASKS: dict[str, Any] = {"by_options": True, "by_site": True}
