@@ -110,17 +110,21 @@ def test_layouts_of_the_upstream_gradient(make):
 
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "last"])
 def test_a_large_offset_costs_no_digits(last):
-    check(values((2, 300, 4, 4), torch.float32, last) + 1e4)
+    x = values((2, 300, 4, 4), torch.float32, last)
+    check(x + 1e4)
+    check(x - 1e4)
 
 
 @pytest.mark.parametrize("channels", [6, 300], ids=["one tile", "several"])
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "last"])
 def test_the_first_of_equal_maxima(last, channels):
     x = values((2, channels, 3, 4), torch.float32, last)
-    x[:, channels // 2] = x[:, 1] = x[:, channels - 1] = 50
+    for c in (1, channels // 2, 257 % channels, channels - 1):  # 257 is where 1 is in a tile
+        x[:, c] = 50
     d = torch.stack((torch.zeros(2, 3, 4), torch.ones(2, 3, 4)), 1).to(DEVICE)
     dx = check(x, d)
     assert (dx[:, 1] == 1).all() and dx.sum() == d.sum()
+    assert torch.equal(both(mean_and_max, x, d)[1], dx)
 
 
 SPECIAL = {
