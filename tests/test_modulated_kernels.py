@@ -78,11 +78,11 @@ def check(name, x, scale, shift, *, dy=None, hard=False, **how):
 
 
 @pytest.mark.parametrize("owners", OWNERS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", KINDS)
-def test_values_and_gradients(name, dtype, owners):
-    x = rows(3, 5, 33, dtype=dtype)
-    check(name, x, *beside(x, owners))
+def test_values_and_gradients(name, owners):
+    for dtype in DTYPES if owners in ("ss", "tt") else DTYPES[:1]:
+        x = rows(2, 3, 33, dtype=dtype)
+        check(name, x, *beside(x, owners))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0, -0.5])
@@ -92,13 +92,12 @@ def test_offset_of_the_scale(offset):
         check("rms", x, *beside(x, owners), offset=offset)
 
 
-@pytest.mark.parametrize("name", ["layer", "rms", "root"])
+@pytest.mark.parametrize("name", ["layer", "rms"])
 @pytest.mark.parametrize("width", [1, 2, 128, 257, 1025, 8192])
 def test_block_edges(name, width):
     x = rows(2, 1 if width > 8000 else 2, width, dtype=torch.float16)
     # In the narrowest rows the gradient is the difference of two equal numbers.
-    for owners in ("st", "ts") if width < 1000 else ("ss",):
-        check(name, x, *beside(x, owners), hard=width < 3)
+    check(name, x, *beside(x, "ss" if width > 1000 else "st"), hard=width < 3)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +110,9 @@ def test_block_edges(name, width):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("owners", ["ss", "tt", "st"])
+@pytest.mark.parametrize("owners", ["st", "ts"])
 def test_parameters_of_another_dtype(owners, dtype, of_scale, of_shift):
-    x = rows(3, 4, 51, dtype=dtype)
+    x = rows(2, 3, 51, dtype=dtype)
     scale, shift = beside(x, owners, torch.float32)
     check("layer", x, scale.to(of_scale), shift.to(of_shift))
 
@@ -136,27 +135,30 @@ per_layout = pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
 
 
 @per_layout
-@pytest.mark.parametrize("owners", ["ss", "tt", "ts"])
-def test_layouts(make, owners):
-    x, width = make(51), 51
-    # Chunks of what one linear layer makes, and parameters laid out as x.
-    found = {"s": rows(x.shape[0], 6 * width).chunk(6, dim=1)[4], "t": make(51)}
-    check("layer", x, *(found[owner] for owner in owners), dy=make(51))
+def test_layouts(make):
+    """Of all that has one, each beside others that lie in another way."""
+    x = make(51)
+    # Chunks of what one linear layer makes.
+    shift, scale, *_ = rows(x.shape[0], 6 * 51).chunk(6, dim=1)
+    check("layer", x, scale, shift)
     x = rows(*x.shape)
-    check("root", x, *(found[owner] for owner in owners))
+    check("layer", x, make(51), shift, dy=rows(*x.shape[:-1], 60)[..., :51])
+    check("root", x, rows(*x.shape[:-1], 60)[..., 9:], make(51), dy=make(51))
 
 
-@per_layout
 @pytest.mark.parametrize("owners", ["ss", "tt"])
-def test_fakes_know_the_layout(make, owners):
-    x = make(52)
+@pytest.mark.parametrize(
+    "layout", ["tokens before samples", "first token dropped", "padded rows", "samples inside"]
+)
+def test_fakes_know_the_layout(layout, owners):
+    x = LAYOUTS[layout](51)
     scale, shift = beside(x, owners)
     ops = torch.ops.normzoo
-    args = (x, scale, shift, "layer", 1e-5, 1.0, 52, True)
+    args = (x, scale, shift, "layer", 1e-5, 1.0, 51, True)
     torch.library.opcheck(ops.modulated_norm_fwd.default, args, test_utils="test_faketensor")
     _, stats = kernels.forward(*args)
     shift = shift if shift.dim() < x.dim() else None
-    args = (torch.randn_like(x), x, stats, scale, shift, "layer", 1.0, 52, [True, True, shift is not None])
+    args = (torch.randn_like(x), x, stats, scale, shift, "layer", 1.0, 51, [True, True, shift is not None])
     torch.library.opcheck(ops.modulated_norm_bwd.default, args, test_utils="test_faketensor")
 
 
@@ -195,9 +197,8 @@ SHARED = [
     # programs, samples, tokens, rows of a tile
     (1, 1, 1, 1),
     (7, 1, 5, 1),
-    (7, 3, 5, 1),
     (8, 3, 5, 2),
-    (5, 7, 3, 1),
+    (5, 6, 2, 1),
     (4, 2, 31, 4),
     (16, 2, 7, 1),
     (2, 1, 37, 2),
