@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from zoo_cases import (
     ALIKE,
+    BACKENDS,
     CHANNELS,
     CLASSES,
     assert_state,
     function_of,
     made,
+    modes,
     moves_state,
     sample_for,
     state_of,
@@ -24,7 +26,6 @@ import normzoo
 from normzoo import FrozenBatchNorm, GhostBatchNorm
 
 OF_CHANNELS = [p for p in CLASSES if p.values[0].family == "channels"]
-BACKENDS = ["auto", "triton"]
 LIKE_TORCHS = (normzoo.state.Running, nn.GroupNorm, FrozenBatchNorm)
 PARAMETERS = {
     "region_norm_b": ("foreground_gamma", "foreground_beta", "background_gamma", "background_beta"),
@@ -52,7 +53,7 @@ def test_memory_formats_are_kept(entry, cls, backend):
     layer = trained(entry, cls=cls)
     images = [x] if entry.name == "instance_norm" else [x, pixel]  # a channel of a sample needs two values
     for image in images:
-        for mode in (True, False):
+        for mode in modes(layer):
             expected = step(copy.deepcopy(layer).train(mode), image)
             for memory_format in (torch.contiguous_format, last):
                 given = in_format(image, memory_format)

@@ -4,15 +4,18 @@ import copy
 import inspect
 import pickle
 import re
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from zoo_cases import (
+    BACKENDS,
     CASES,
     CLASSES,
     ENTRIES,
+    ON_BACKENDS,
     assert_state,
     function_of,
     made,
@@ -29,7 +32,6 @@ import normzoo
 from normzoo.zoo import ZOO, find
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda layer: pickle.loads(pickle.dumps(layer))}
-BACKENDS = ["auto", "triton"]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 AS_TORCH = [
     pytest.param(entry, cls, kwargs, id=f"{cls.__name__}-{'-'.join(map(str, kwargs)) or 'default'}")
@@ -132,8 +134,9 @@ def test_derivatives(entry, kwargs):
     leaves[0].requires_grad_(not entry.constant)
     if not any(leaf.requires_grad for leaf in leaves):
         return
-    assert torch.autograd.gradcheck(call, leaves)
-    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=entry.family == "channels")
+    many = len(leaves) > 4
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=many)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=many or entry.family == "channels")
 
 
 @pytest.mark.parametrize("entry", [p for p in ENTRIES if not p.values[0].constant])
@@ -165,11 +168,12 @@ def transformable(entry):
     return [function_of(layer, entry, running_mean=None, running_var=None), copy.deepcopy(layer).eval()]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize(("entry", "backend"), ON_BACKENDS)
 def test_function_transforms(entry, backend):
     """torch.func sees through the layer, also where kernels were asked for."""
     xs, tangent = torch.stack([entry.sample() for _ in range(3)]), entry.sample()
+    # A region of one pixel has a gradient of terms that cancel.
+    close = partial(torch.testing.assert_close, **({"rtol": 1e-5, "atol": 1e-4} if entry.searches else {}))
     for layer in transformable(entry):
 
         def loss(x, layer=layer):
@@ -178,13 +182,13 @@ def test_function_transforms(entry, backend):
         slopes = torch.stack([torch.autograd.functional.jacobian(loss, x) for x in xs])
         _, slope = torch.autograd.functional.jvp(layer, xs[0], tangent)
         with normzoo.backend(backend):
-            torch.testing.assert_close(torch.func.grad(loss)(xs[0]), slopes[0])
-            torch.testing.assert_close(torch.vmap(layer)(xs), torch.stack([layer(x) for x in xs]))
-            torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(xs), slopes)
-            torch.testing.assert_close(torch.func.jvp(layer, (xs[0],), (tangent,))[1], slope)
+            close(torch.func.grad(loss)(xs[0]), slopes[0])
+            close(torch.vmap(layer)(xs), torch.stack([layer(x) for x in xs]))
+            close(torch.vmap(torch.func.grad(loss))(xs), slopes)
+            close(torch.func.jvp(layer, (xs[0],), (tangent,))[1], slope)
             with torch.autograd.forward_ad.dual_level():
                 dual = layer(torch.autograd.forward_ad.make_dual(xs[0], tangent))
-                torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, slope)
+                close(torch.autograd.forward_ad.unpack_dual(dual).tangent, slope)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -243,8 +247,7 @@ def test_autocast_keeps_the_dtype_of_the_input(entry, dtype):
     assert torch.equal(y, layer(x))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize(("entry", "backend"), ON_BACKENDS)
 def test_a_step_of_training(entry, backend):
     """An operation in place behind the layer, an expanded gradient, and less than all gradients."""
     x, layer = entry.sample(4, 3, 1), trained(entry)
@@ -267,10 +270,15 @@ def test_a_step_of_training(entry, backend):
 
 
 @pytest.mark.parametrize(
-    ("reentrant", "backend"), [(False, "auto"), (True, "auto"), pytest.param(False, "triton", id="kernels")]
+    ("entry", "backend", "reentrant"),
+    [
+        pytest.param(entry, backend, reentrant, id=f"{entry.name}-{backend}{'-reentrant' * reentrant}")
+        for entry, backend in (p.values for p in ON_BACKENDS)
+        for reentrant in (False, True)
+        if not (entry.approximate or (reentrant and backend == "triton"))
+    ],
 )
-@pytest.mark.parametrize("entry", [p for p in ENTRIES if not p.values[0].approximate])
-def test_checkpointing_counts_a_batch_once(entry, reentrant, backend):
+def test_checkpointing_counts_a_batch_once(entry, backend, reentrant):
     layer, x = trained(entry), entry.sample()
     other = copy.deepcopy(layer)
 

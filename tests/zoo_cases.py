@@ -21,9 +21,24 @@ def named(entries) -> list:
 ENTRIES = named(ZOO)
 CHANNELS = named(entry for entry in ZOO if entry.family == "channels")
 ROWS = named(entry for entry in ZOO if entry.family == "rows")
-ALIKE = ("evo_norm_b1", "evo_norm_b2", "evo_norm_s1", "evo_norm_s2")
-"""Layers that differ from EvoNorm-B0 and S0 in a line of their combine: the kernels and graphs are the same."""
+ALIKE = (
+    "evo_norm_b1",
+    "evo_norm_b2",
+    "evo_norm_s1",
+    "evo_norm_s2",
+    "adaptive_rms_norm",
+    "time_dependent_layer_norm",
+)
+"""Layers that share all but a line with another: with EvoNorm-B0 and S0, an adaptive layer norm, and a
+time-dependent RMS norm. What is slow leaves them out: their kernels and graphs are the same."""
 DISTINCT = named(entry for entry in ZOO if entry.name not in ALIKE)
+BACKENDS = ["auto", "triton"]
+ON_BACKENDS = [
+    pytest.param(entry, backend, id=f"{entry.name}-{backend}")
+    for entry in ZOO
+    for backend in BACKENDS
+    if backend == "auto" or entry.name not in ALIKE
+]
 CASES = [
     pytest.param(entry, kwargs, id=f"{entry.name}-{'-'.join(map(str, kwargs)) or 'default'}")
     for entry in ZOO
@@ -48,7 +63,7 @@ class _Beside:
 def made(entry: Entry, cls: type[nn.Module] | None = None, **kwargs) -> nn.Module:
     """A new layer that can be called with x alone."""
     layer = (cls or entry.cls)(*entry.arguments, **kwargs)
-    if entry.beside(entry.sample()):
+    if entry.beside is not Entry.beside:
         layer.register_forward_pre_hook(_Beside(entry), with_kwargs=True)
     return layer
 
@@ -117,6 +132,11 @@ def assert_state(layer: nn.Module, before: dict[str, Tensor]) -> None:
     assert now.keys() == before.keys()
     changed = [name for name, t in now.items() if not torch.equal(t, before[name])]
     assert not changed, f"{type(layer).__name__}: changed {changed}"
+
+
+def modes(layer: nn.Module) -> tuple[bool, ...]:
+    """Training and eval mode; without buffers these are the same."""
+    return (True, False) if list(layer.buffers()) else (True,)
 
 
 def moves_state(layer: nn.Module) -> bool:
