@@ -299,15 +299,15 @@ def test_without_an_activation_it_is_the_map_of_eval_mode(form, holds):
 def test_a_resnet():
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    model, x = timm.create_model("resnet18"), torch.randn(2, 3, 32, 32)
+    model, x = timm.create_model("test_resnet"), torch.randn(2, 3, 32, 32)
     made = normzoo.plan(model, "evo_norm_s0")
-    assert len(made.changes) == 9 and made.exactness is Exactness.REINITIALISED and made.verify(x).passed
+    assert len(made.changes) == 8 and made.exactness is Exactness.REINITIALISED and made.verify(x).passed
     made.apply()
     rest = normzoo.plan(model, "evo_norm_s0", types="batch", apply_act=False)
-    assert len(rest.changes) == 11 and rest.verify(x).same
+    assert len(rest.changes) == 7 and rest.verify(x).same
     rest.apply()
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    assert sum(isinstance(module, nn.ReLU) for module in model.modules()) == 8  # after the additions
+    assert sum(isinstance(module, nn.ReLU) for module in model.modules()) == 4  # after the additions
     model.train()(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

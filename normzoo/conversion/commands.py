@@ -17,6 +17,7 @@ from torch import nn
 
 from ..files import whole
 from ..model_source import Source, SourceError, load, pairs, said
+from ..side_inputs import MissingInput
 from ..terminal import say, table
 from .change import PARAMETERS_CHANGE, Plan
 from .examine import inspect
@@ -235,6 +236,8 @@ def _prove(made: Plan, source: Source, given: torch.Tensor | None) -> tuple[Proo
         return None, "left out: no input is known for this model; give one with --input"
     try:
         return made.verify(source.sample if given is None else given), ""
+    except MissingInput as error:
+        return None, f"left out: {error}"
     except Exception as error:  # of the model, which is the user's
         if str(error).startswith("verify: "):
             return None, f"left out: {str(error).removeprefix('verify: ')}"

@@ -120,9 +120,7 @@ def _from_batch_s(norm: Norm, module: nn.Module, options: Options, site: Site) -
 def _free(carried: Carried, norm: Norm) -> Carried:
     """Raises Refused where a child of the norm has a name that an EvoNorm-S gives to another thing."""
     if "act" in (norm.after if carried.after is None else carried.after):
-        raise Refused(
-            "its activation is its own, called act as that of an EvoNorm-S is: it cannot stay"
-        )
+        raise Refused("its activation is its own, called act as that of an EvoNorm-S is: it cannot stay")
     return carried
 
 

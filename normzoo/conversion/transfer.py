@@ -6,7 +6,6 @@ import enum
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -319,8 +318,11 @@ def _all(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _at(module: nn.Module, name: str) -> Any:
-    """The attribute, which may be one of a child: ``weight.param0``."""
-    return attrgetter(name)(module)
+    """The attribute, which may be one of a child (``weight.param0``); None where there is no such child."""
+    found: Any = module
+    for part in name.split("."):
+        found = None if found is None else getattr(found, part)
+    return found
 
 
 def _put(module: nn.Module, name: str, value: Tensor, trained: bool) -> None:
