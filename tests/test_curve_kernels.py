@@ -29,10 +29,9 @@ def nan_filled():
 def parameters_of(curve: str, shape) -> list[Tensor]:
     """One a channel of each sample, one a channel, one for all, and more of them; the divisor is not near 0."""
     n, c = shape[:2]
-    each = [torch.rand(n, c), torch.rand(c).expand(n, c), torch.rand(()).expand(n, c)]
-    each += [torch.rand(n, 1).expand(n, c), torch.rand(c, n).t()]
-    number = len(eager.PARAMETERS[curve])
-    return [(0.5 + each[i]).to(DEVICE) for i in torch.randperm(5)[:number]]
+    each = [(0.5 + torch.rand(size, device=DEVICE)).expand(n, c) for size in ((n, c), (c,), (), (n, 1))]
+    each.append((0.5 + torch.rand(c, n, device=DEVICE)).t())
+    return [each[i] for i in torch.randperm(5)[: len(eager.PARAMETERS[curve])]]
 
 
 def check_sums(dy: Tensor, x: Tensor, curve: str, carried) -> None:
@@ -68,7 +67,8 @@ def doubled(t):
 def check(curve: str, x: Tensor, dy: Tensor | None = None) -> Tensor:
     """All launchers, and that each of them ran one kernel, and one that merges where there are parts."""
     *carried, shift = parameters_of(curve, x.shape)
-    statistics = torch.randn(3, *x.shape[:2], device=DEVICE).unbind()
+    shape, one, number = x.shape[:2], torch.randn(x.shape[1]), torch.randn(())
+    statistics = [t.to(DEVICE).expand(shape) for t in (torch.randn(shape), one, number)]
     dy = torch.randn(x.shape, device=DEVICE).to(x.dtype) if dy is None else dy
     before = _launch.launches.copy()
     y = as_good("y", "apply", x, curve, *carried, shift)
