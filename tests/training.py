@@ -16,6 +16,8 @@ from normzoo import (
     AlphaBatchNorm,
     BatchChannelNorm,
     BatchNorm2d,
+    EvoNormB0,
+    EvoNormB1,
     GhostBatchNorm,
     InstanceNorm2d,
     PowerNorm,
@@ -40,6 +42,8 @@ LAYERS: dict[str, partial] = {
     "adab2n, skip": partial(AdaB2N, 3, 2, kappa=0.4, nonfinite="skip"),
     "bcn": partial(BatchChannelNorm, 3, 1),
     "bcn, estimate, skip": partial(BatchChannelNorm, 3, 3, estimate=True, update_rate=0.2, nonfinite="skip"),
+    "evo b0": partial(EvoNormB0, 3),
+    "evo b1, skip": partial(EvoNormB1, 3, nonfinite="skip"),
     "power": partial(PowerNorm, 3, warmup_iters=4, channel_dim=1),
     "unified": partial(UnifiedNorm, 3, (4, 3), 5, outlier_filtration=True, channel_dim=1),
 }
