@@ -114,6 +114,8 @@ def test_parameters_of_another_dtype(cls, dtype, of_parameters):
     exact = by_hand(cls, x.double(), scale.double(), shift.double())
     assert y.dtype == dtype
     assert_as_good("y", y, exact.to(dtype), exact)
+    if of_parameters != torch.float64:
+        assert torch.equal(y, cls(64)(x.float(), scale.float(), shift.float()).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

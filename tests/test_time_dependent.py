@@ -306,6 +306,7 @@ def test_float32_parameters_with_any_input(make, dtype):
     y = layer(x, t)
     assert y.dtype == dtype
     assert_as_good("y", y, exact.to(dtype), exact)
+    assert torch.equal(y, layer(x.float(), t).to(dtype))  # rounded once, at the end
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(layer(x, t), y)
     y.float().sum().backward()
@@ -317,6 +318,7 @@ def test_half_precision_parameters_are_computed_in_float32():
     x, t = torch.randn(3, 5, 64).bfloat16(), torch.randn(3).bfloat16()
     exact = by_hand(layer, x, t)
     assert_as_good("y", layer(x, t), exact.bfloat16(), exact)
+    assert torch.equal(layer(x, t), layer.float()(x.float(), t).bfloat16())
 
 
 X = torch.zeros(3, 5, 4)
