@@ -65,11 +65,12 @@ def _tried(entry: Entry) -> dict[str, Any]:
         try:
             layer = entry.make(device="cuda", dtype=dtype)
             x = entry.sample(device="cuda", dtype=dtype, requires_grad=True)
+            beside = entry.beside(x)
             with backend("triton"):
-                ours = layer(x)
+                ours = layer(x, **beside)
             ours.backward(torch.ones_like(ours))
             with backend("reference"):
-                error = (layer(x) - ours).abs().max().item()
+                error = (layer(x, **beside) - ours).abs().max().item()
             if not error <= 8 * torch.finfo(dtype).eps * ours.abs().max().item():
                 failures.append(f"{name}: off by {error:.1e} from the reference")
         except Exception as error:  # a compiler or driver may raise anything

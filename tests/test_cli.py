@@ -253,16 +253,17 @@ def test_doctor_tries_the_kernels(run, monkeypatch, factor, finding):
     by_kernel = []
 
     class Layer(nn.Module):
-        def forward(self, x):
+        def forward(self, x, shift):
             if by_kernel[-1] and factor == "raise":
                 raise RuntimeError("out of\nluck")
-            return x * (factor if by_kernel[-1] else 1)
+            return x * (factor if by_kernel[-1] else 1) + shift
 
     entry = SimpleNamespace(
         name="planted",
         kernel=True,
         make=lambda **_: Layer(),
         sample=lambda device, dtype, requires_grad: torch.ones(2, dtype=dtype, requires_grad=requires_grad),
+        beside=lambda x: {"shift": x.detach()},
     )
     monkeypatch.setattr(doctor, "ZOO", [entry])
     monkeypatch.setattr(doctor, "_no_kernels", lambda: "")

@@ -32,6 +32,23 @@ class Buffers(NamedTuple):
     dy: Tensor
 
 
+class Conditioned(nn.Module):
+    """A layer with what a call of it needs beside x: parameters, which get gradients as in training, except for
+    side inputs such as a mask."""
+
+    def __init__(self, layer: nn.Module, beside: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.layer, self.names = layer, tuple(beside)
+        for name, t in beside.items():
+            if name in getattr(layer, "side_inputs", ()):
+                self.register_buffer(name, t)
+            else:
+                self.register_parameter(name, nn.Parameter(t))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, **{name: getattr(self, name) for name in self.names})
+
+
 @dataclass(frozen=True)
 class Case:
     entry: Entry
@@ -91,8 +108,12 @@ class Case:
         return made.train(self.mode != "eval")
 
     def layer(self, device: torch.device) -> nn.Module:
-        """The entry's layer with parameters off their initial values, so that each of them matters."""
+        """The entry's layer, for calls with x alone; its parameters are off their initial values, so that each
+        of them matters."""
         made = self.module(self.entry.cls, device)
+        x = torch.empty((), device=device, dtype=self.parameter_dtype).expand(self.shape)
+        if beside := self.entry.beside(x):
+            made = Conditioned(made, beside).train(made.training)
         chance = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for p in made.parameters():

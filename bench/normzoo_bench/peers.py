@@ -1,6 +1,7 @@
 """Who is compared: normzoo, torch and other libraries, each set up to compute the same function.
 
-The constructors and signatures of Liger and quack are those of liger-kernel 0.8.5 and quack-kernels 0.6.5.
+The constructors and signatures of Liger, quack and timm are those of liger-kernel 0.8.5, quack-kernels 0.6.5
+and timm 1.0.
 Where another version differs, it raises, and the report says so.
 """
 
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normzoo
@@ -83,16 +85,36 @@ def _on_reference(layer: nn.Module) -> Call:
 
 
 def _torch(case: Case, layer: nn.Module, device: torch.device) -> tuple[Call, nn.Module]:
+    if case.entry.name in COMPOSED:
+        return _modulated(COMPOSED[case.entry.name], layer), layer
     if case.entry.torch_class is None:
         raise Absent("torch has no such layer")
     module = _with_state_of(layer, case.module(case.entry.torch_class, device))
     return module, module
 
 
+COMPOSED: dict[str, Callable[..., Tensor]] = {
+    "adaptive_layer_norm": F.layer_norm,
+    "adaptive_rms_norm": F.rms_norm,
+}
+"""Layers that are written in models as torch's norm, a product and a sum."""
+
+
+def _modulated(norm: Callable[..., Tensor], layer: nn.Module) -> Call:
+    eps, scale, shift = layer.layer.eps, layer.scale, layer.shift
+
+    def call(x: Tensor) -> Tensor:
+        between = (-1, *(1,) * (x.dim() - 2), x.shape[-1])
+        h = norm(x, x.shape[-1:], eps=eps)
+        return (h * (1 + scale.view(between)) + shift.view(between)).to(x.dtype)
+
+    return call
+
+
 def _compiled(mode: str | None) -> Callable:
     def build(case: Case, layer: nn.Module, device: torch.device) -> tuple[Call, nn.Module]:
-        """torch's class, or the reference where torch has none."""
-        if case.entry.torch_class is None:
+        """torch's class or what models write, or the reference where there is none."""
+        if case.entry.torch_class is None and case.entry.name not in COMPOSED:
             call, module = _on_reference(layer), layer
         else:
             call, module = _torch(case, layer, device)
@@ -155,6 +177,16 @@ def _quack_layer_norm(quack, module: nn.LayerNorm) -> Call:
     return call
 
 
+def _timm(case: Case, layer: nn.Module, device: torch.device) -> tuple[Call, nn.Module]:
+    name = case.entry.name
+    if not name.startswith("evo_norm_") or len(case.shape) != 4:
+        raise Absent("timm has no such layer")
+    timm = _imported("timm", "timm.layers")
+    cls = getattr(timm, f"EvoNorm2d{name.removeprefix('evo_norm_').upper()}")
+    module = _with_state_of(layer, cls(*case.arguments).to(device, case.parameter_dtype))
+    return module, module
+
+
 CONTENDERS: dict[str, Callable[[Case, nn.Module, torch.device], tuple[Call, nn.Module]]] = {
     "normzoo": _normzoo,
     "reference": _reference,
@@ -163,13 +195,15 @@ CONTENDERS: dict[str, Callable[[Case, nn.Module, torch.device], tuple[Call, nn.M
     "torch.compile-max": _compiled("max-autotune-no-cudagraphs"),
     "liger": _liger,
     "quack": _quack,
+    "timm": _timm,
 }
 
 
-def _imported(package: str, module: str, device: torch.device):
+def _imported(package: str, module: str, device: torch.device | None = None):
+    """A module of an optional package; with `device`, of one that needs a GPU."""
     if importlib.util.find_spec(package) is None:
         raise Absent(f"{package} is not installed")
-    if device.type != "cuda":
+    if device is not None and device.type != "cuda":
         raise Absent(f"{package} needs a GPU")
     try:
         return importlib.import_module(module)

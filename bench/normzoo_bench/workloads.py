@@ -103,6 +103,9 @@ SCALINGS = tuple(sorted({name for family in FAMILIES.values() for name in family
 _PLAIN = {"power_norm": {"group_num": None}}
 """What makes a running norm of images comparable to batch norm: no sums over the channels of a pixel."""
 
+_TOKENS = 256
+"""Of a sample, as a diffusion transformer has them."""
+
 _SHARE = {("cpu", "smoke"): 256, ("cpu", "default"): 8, ("cpu", "full"): 4, ("cuda", "smoke"): 32}
 """The batch is divided by this; a CPU takes too long over what fills a GPU."""
 
@@ -137,11 +140,11 @@ def fitted(entry: Entry, workload: Workload) -> tuple[tuple, dict[str, Any], tup
 
     The width of the entry's own sample is replaced by that of the workload wherever its arguments name it. A
     layer for volumes or sequences gets the image with as many dimensions as it takes, a running norm is told
-    where the channels of an image are.
+    where the channels of an image are, and rows are tokens of samples where those share something.
     """
     family = FAMILIES[entry.family]
     sample = entry.sample()
-    width = sample.shape[family.axis]
+    known = sample.shape[family.axis]
     shape = workload.shape
     if entry.family == "channels" and sample.dim() != len(shape):
         batch, channels, *space = shape
@@ -149,9 +152,14 @@ def fitted(entry: Entry, workload: Workload) -> tuple[tuple, dict[str, Any], tup
         shape = {2: (batch * flat, channels), 3: (batch, channels, flat)}.get(
             sample.dim(), (batch, channels, 1, *space)
         )
+    if entry.family == "rows" and entry.layout == "(B, *, d)" and len(shape) == 2:
+        rows, width = shape
+        tokens = math.gcd(rows, _TOKENS)
+        tokens //= 2 if tokens == rows and tokens % 2 == 0 else 1
+        shape = (rows // tokens, tokens, width)
     images = entry.family == "running" and len(shape) == 4
     channels = shape[1 if images else family.axis]
-    arguments = tuple(channels if a == width else a for a in entry.arguments)
+    arguments = tuple(channels if a == known else a for a in entry.arguments)
     keywords = {**entry.measured, **({"channel_dim": 1, **_PLAIN.get(entry.name, {})} if images else {})}
     return arguments, keywords, shape
 
@@ -162,12 +170,12 @@ def passes(entry: Entry, mode: str, direction: str) -> int:
     Rows: x and y forward; dy, x and dx backward. Channels need the whole of x before the first output, so
     they read it twice, and in the backward pass dy and x twice; with stored statistics once, and x not at all
     where there is nothing to train. Statistics that are constants for autograd need no second read there, and
-    what is known before a pass needs none at all.
+    what is known before a pass needs none at all. What statistics depend on takes a read of its own.
     """
     if entry.stored:
         forward, backward = 2, 2
     elif entry.family == "rows" or entry.swept or (mode == "eval" and not entry.eval_statistics):
         forward, backward = 2, 3
     else:
-        forward, backward = 3, 3 if entry.constant else 5
+        forward, backward = 4 if entry.searches else 3, 3 if entry.constant else 5
     return {"forward": forward, "saving": forward, "backward": backward, "both": forward + backward}[direction]

@@ -280,7 +280,7 @@ class EvoNormB0(_EvoNormB):
 class EvoNormB1(_EvoNormB):
     r"""EvoNorm-B1: y = weight · x / max(std of the batch, (x + 1) · rms of the image) + bias.
 
-    Args and the rest as for :class:`EvoNormB0`; there is no ``v``.
+    Input, arguments and the rest as for :class:`EvoNormB0`; there is no ``v``.
 
     >>> import torch
     >>> EvoNormB1(8)(torch.randn(2, 8, 4, 4)).shape
@@ -311,7 +311,7 @@ class EvoNormB1(_EvoNormB):
 class EvoNormB2(EvoNormB1):
     r"""EvoNorm-B2: y = weight · x / max(std of the batch, rms of the image − x) + bias.
 
-    Args and the rest as for :class:`EvoNormB0`; there is no ``v``.
+    Input, arguments and the rest as for :class:`EvoNormB0`; there is no ``v``.
 
     >>> import torch
     >>> EvoNormB2(8)(torch.randn(2, 8, 4, 4)).shape

@@ -207,7 +207,7 @@ def _groups(layer: str, channels: int, groups: int | str, group_size: int | None
 class EvoNormS1(EvoNormS0):
     r"""EvoNorm-S1: y = weight · silu(x) / std of the group + bias.
 
-    Args and the rest as for :class:`EvoNormS0`; there is no ``v``, and
+    Input, arguments and the rest as for :class:`EvoNormS0`; there is no ``v``, and
 
     Args:
         act_layer: makes the activation, in place of :class:`torch.nn.SiLU`; another one has no kernel.
@@ -243,7 +243,7 @@ class EvoNormS1(EvoNormS0):
 class EvoNormS2(EvoNormS1):
     r"""EvoNorm-S2: y = weight · silu(x) / rms of the group + bias.
 
-    Args and the rest as for :class:`EvoNormS1`.
+    Input, arguments and the rest as for :class:`EvoNormS1`.
 
     >>> import torch
     >>> EvoNormS2(8, 4)(torch.randn(2, 8, 4, 4)).shape

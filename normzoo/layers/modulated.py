@@ -150,8 +150,8 @@ class _Adaptive(nn.Module):
 class AdaptiveLayerNorm(_Adaptive):
     r"""Layer normalization whose scale and shift come with the input: (1 + scale) · norm(x) + shift.
 
-    Call it with x (B, \*, d), scale and shift, (B, d) or the shape of x each; the output is like x in shape and
-    dtype. It has no parameters: what makes scale and shift from a condition is the model's, such as DiT's
+    Input (B, \*, d), with scale and shift, (B, d) or the shape of x each; the output is like x in shape and dtype.
+    It has no parameters: what makes scale and shift from a condition is the model's, such as DiT's
     ``Linear(SiLU(c))``, whose outputs come in an order of their own.
 
     Args:
@@ -175,7 +175,7 @@ class AdaptiveLayerNorm(_Adaptive):
 class AdaptiveRMSNorm(_Adaptive):
     r"""RMS normalization whose scale and shift come with the input: (1 + scale) · norm(x) + shift.
 
-    As :class:`AdaptiveLayerNorm`, without the mean.
+    Input and the rest as for :class:`AdaptiveLayerNorm`, without the mean.
 
     Args:
         dim: d.

@@ -224,10 +224,10 @@ class Region(Guarded):
 class RegionNormB(Region):
     r"""Region normalization by a given mask, RN-B: the hole and the rest by statistics and gammas of their own.
 
-    Call it with x (N, C, \*) and a mask, (N, 1, \*) or (N, \*) of any size, 1 or True in the hole; or with x
-    alone inside of ``with normzoo.inputs(model, mask=mask)``. The output is like x in shape, dtype and memory
-    format, the same in training and eval mode: there are no running statistics. NaN or infinity in the hole
-    stays there. Checkpoints of the authors' code load.
+    Input x (N, C, \*) and a mask, (N, 1, \*) or (N, \*) of any size, 1 or True in the hole; or x alone
+    inside of ``with normzoo.inputs(model, mask=mask)``. The output is like x in shape, dtype and memory format,
+    the same in training and eval mode: there are no running statistics. NaN or infinity in the hole stays
+    there. Checkpoints of the authors' code load.
 
     Args:
         num_features: C.

@@ -191,7 +191,7 @@ class _ByTime(nn.Module):
 class TimeDependentLayerNorm(_ByTime):
     r"""Layer normalization with a weight and a bias that depend on the time of each sample.
 
-    Call it with x (B, \*, d) and t (B,), or with x alone inside of ``with normzoo.inputs(model, t=t)``. The
+    Input x (B, \*, d) and t (B,), or x alone inside of ``with normzoo.inputs(model, t=t)``. The
     output is like x in shape and dtype. Checkpoints of DiMR load: the state is ``weight.param0``,
     ``weight.param1``, ``weight.nodecay_weight``, ``weight.nodecay_bias``, and those of ``bias``.
 
@@ -225,7 +225,8 @@ class TimeDependentLayerNorm(_ByTime):
 class TimeDependentRMSNorm(_ByTime):
     r"""RMS normalization with a scale, and perhaps an offset, that depend on the time of each sample.
 
-    As :class:`TimeDependentLayerNorm`; the state is ``scale.param0`` and so on, and ``offset.param0``.
+    Input and the rest as for :class:`TimeDependentLayerNorm`; the state is ``scale.param0`` and so on,
+    and ``offset.param0``.
 
     Args:
         dim: d.
