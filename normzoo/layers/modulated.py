@@ -150,9 +150,9 @@ class _Adaptive(nn.Module):
 class AdaptiveLayerNorm(_Adaptive):
     r"""Layer normalization whose scale and shift come with the input: (1 + scale) · norm(x) + shift.
 
-    Input (B, \*, d), with scale and shift, (B, d) or the shape of x each; the output is like x in shape and dtype.
-    It has no parameters: what makes scale and shift from a condition is the model's, such as DiT's
-    ``Linear(SiLU(c))``, whose outputs come in an order of their own.
+    Input (B, \*, d), with scale and shift, (B, d) or the shape of the input each; the output is like the input
+    in shape and dtype. It has no parameters: what makes scale and shift from a condition is the model's, such
+    as DiT's ``Linear(SiLU(c))``, whose outputs come in an order of their own.
 
     Args:
         dim: d.
