@@ -210,7 +210,7 @@ def test_side_inputs_of_a_proof():
 
 LAYERS = [
     (normzoo.RegionNormB(8, 1e-3, resize="max"), "region_b", {"per_instance": True}),
-    (normzoo.RegionNormL(8, 0.6), "region_l", {"threshold": 0.5}),
+    (normzoo.RegionNormL(8, 0.6), "region_l", {"eps": 0.5}),
     (normzoo.AdaptiveLayerNorm(4, 1e-3), "adaptive_layer", {"eps": 0.5}),
     (normzoo.AdaptiveRMSNorm(4), "adaptive_rms", {"eps": 0.5}),
     (normzoo.TimeDependentLayerNorm(4, 1e-3), "time_layer", {"eps": 0.5}),
