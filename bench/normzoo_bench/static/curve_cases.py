@@ -79,6 +79,7 @@ def curve_cases() -> Iterator[Case]:
             for case in (large, small):
                 yield case.case(SWEPT)
                 yield replace(case, layout="last").case(SWEPT)
-            # Every function for every target.
-            yield replace(large, samples=1, channels=8, size=(256, 256)).case(EVERYWHERE)
-            yield replace(small, samples=8).case(EVERYWHERE)
+        # Every function for every target.
+        large, small = Curve(backward, "bounded", 8, (256, 256), 1), Curve(backward, "swish", 512, (7, 7), 8)
+        for case in (large, small):
+            yield case.case(EVERYWHERE)
