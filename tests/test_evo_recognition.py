@@ -71,6 +71,29 @@ def test_evo_norms_of_timm_with_another_activation():
     assert step.exactness is Exactness.APPROXIMATE and type(step.make().module.act) is nn.ReLU
 
 
+@pytest.mark.parametrize("name", ["LayerNorm2d", "LayerNorm2dFp32", "RmsNorm2d", "RmsNorm2dFp32"])
+def test_row_norms_of_timm_over_channels(name):
+    layers = pytest.importorskip("timm.layers")
+    model, x = stirred(nn.Sequential(getattr(layers, name)(8, eps=1e-3))), images()
+    before = copy.deepcopy(model)
+    made = normzoo.plan(model)
+    assert made.exactness is Exactness.EXACT and made.verify(x).same
+    made.apply()
+    assert (
+        isinstance(model[0], normzoo.LayerNorm if name[0] == "L" else normzoo.RMSNorm)
+        and model[0].over_channels
+    )
+    assert model.state_dict().keys() == before.state_dict().keys()
+    for ours, theirs in zip(*(gradients(each, x) for each in (model, before)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def gradients(model, x):
+    leaf = x.clone().requires_grad_()
+    y = model(leaf)
+    return y, *torch.autograd.grad(y, (leaf, *model.parameters()), torch.sin(y.detach()))
+
+
 def test_lookalikes_of_evo_norms_are_unknown():
     evo_norm = pytest.importorskip("timm.layers.evo_norm")
 
