@@ -9,6 +9,7 @@ pytest.register_assert_rewrite(
     "channel_checks",
     "distributed_checks",
     "distributed_work",
+    "modulated_checks",
     "running_checks",
     "tolerance",
     "training",
