@@ -317,3 +317,11 @@ def across_ranks(way):
 def test_ranks(name, tmp_path):
     failures = run(__name__, name, tmp_path)
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("form", ["S1", "S2"])
+def test_another_activation_has_no_kernel(form):
+    layer, x = ours(form, 4, 2, act_layer=nn.ReLU), torch.randn(2, 4, 3, 3)
+    layer(x)
+    with normzoo.backend("triton"), pytest.raises(RuntimeError, match="no other activation than SiLU"):
+        layer(x)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, passes
+from ..dispatch import insisted
 from ..engine import normalize
 from ..moments import Moments
 from .evo_batch import affine
@@ -112,6 +113,11 @@ def _by_groups(form, x, groups, weight, bias, v, eps, act) -> Tensor:
 
     if act is None:
         return normalize(x, combine, per_sample=True, curve="swish")[0]
+    if insisted():
+        raise RuntimeError(
+            f'backend("triton"): the kernels of evo_norm_{form} have no other activation than SiLU; use '
+            'backend("auto")'
+        )
     m = Moments(passes.counts(x, None, True), *passes.moments(x, None, True))
     scale, _, shift = (t.view((*t.shape, *(1,) * (x.dim() - 2 if t.dim() else 0))) for t in combine(m))
     return torch.addcmul(shift, act(checks.at_least_float32(x)), scale).to(x.dtype)
