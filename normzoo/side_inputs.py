@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, overload
+from typing import overload
 from weakref import WeakSet
 
 import torch
@@ -56,8 +56,9 @@ class inputs:
         ValueError: nothing is given, or no layer of `model` takes what is given.
 
     In a recomputation of activation checkpointing the block may be over, or another may be open. There a layer
-    refuses, unless the block was entered for the recomputation: ``checkpoint(..., use_reentrant=False,
-    context_fn=lambda: (contextlib.nullcontext(), normzoo.inputs(model, mask=mask)))``.
+    refuses, unless the block was entered for the recomputation: inside of the function that is checkpointed, or
+    by ``checkpoint(..., use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), normzoo.inputs(model,
+    mask=mask)))``.
     """
 
     def __init__(
@@ -71,26 +72,34 @@ class inputs:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"inputs: model is a {type(model).__name__}; it must be a torch.nn.Module")
-        given: dict[str, Any] = {"mask": mask, "pad_mask": pad_mask, "task_ids": task_ids, "t": t}
-        self.values = {name: value for name, value in given.items() if value is not None}
-        takers = [
-            (module, takes) for module in model.modules() if (takes := getattr(module, "side_inputs", ()))
-        ]
+        # Plain loops: dynamo stops at variables that a comprehension or a generator shares with the method.
+        self.values: dict[str, Tensor] = {}
+        for name, value in (("mask", mask), ("pad_mask", pad_mask), ("task_ids", task_ids), ("t", t)):
+            if value is not None:
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"inputs: {name} is a {type(value).__name__}; it must be a torch.Tensor")
+                self.values[name] = value
         if not self.values:
             raise ValueError(f"inputs: nothing is given; pass one of {', '.join(NAMES)}")
-        for name, value in self.values.items():
-            if not isinstance(value, Tensor):
-                raise TypeError(f"inputs: {name} is a {type(value).__name__}; it must be a torch.Tensor")
-            if not any(name in takes for _, takes in takers):
-                known = sorted({f"{type(module).__name__} ({', '.join(takes)})" for module, takes in takers})
+        takers: list[nn.Module] = []
+        taken: list[str] = []
+        for module in model.modules():
+            takes = getattr(module, "side_inputs", ())
+            if takes:
+                takers.append(module)
+                taken.extend(takes)
+        for name in self.values:
+            if name not in taken:
+                known = sorted({f"{type(taker).__name__} ({', '.join(taker.side_inputs)})" for taker in takers})
                 raise ValueError(
                     f"inputs: no layer of the model takes {name}; it has "
                     f"{', '.join(known) or 'none that take any'}"
                 )
-        self.modules = frozenset(id(module) for module, _ in takers)
+        self.modules = frozenset([id(taker) for taker in takers])
 
     def __enter__(self) -> None:
-        _state.frames.append(_Frame(self, torch._C._current_graph_task_id()))
+        task = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+        _state.frames.append(_Frame(self, task))
 
     def __exit__(self, *_) -> None:
         # Not always the last: a generator may hold a block open.
@@ -99,8 +108,8 @@ class inputs:
 
 
 _RECOMPUTES = (
-    "activation checkpointing recomputes; pass it to forward, or enter the block in the context_fn of a "
-    "checkpoint with use_reentrant=False"
+    "activation checkpointing recomputes; pass it to forward, or enter the block inside of the function that is "
+    "checkpointed, or in the context_fn of a checkpoint with use_reentrant=False"
 )
 
 
@@ -118,7 +127,8 @@ def side_input(module: nn.Module, name: str, *, required: bool = True) -> Tensor
     Raises:
         ValueError: `required`, and there is none.
         RuntimeError: this is a recomputation (activation checkpointing), and no block was entered for it though
-            one was before, for this pass or an earlier one; or a copy of torch.nn.DataParallel.
+            the input is `required` or a block was entered before, for this pass or an earlier one; or a copy of
+            torch.nn.DataParallel.
     """
     for frame in reversed(_state.frames):
         if name in frame.block.values and id(module) in frame.block.modules:
@@ -135,14 +145,14 @@ def side_input(module: nn.Module, name: str, *, required: bool = True) -> Tensor
             f"{type(module).__name__}: torch.nn.DataParallel has copied it, and {name} of a `with inputs(...)` "
             "block does not reach copies; use DistributedDataParallel, or pass it to forward"
         )
+    if recomputing() and (required or module in _had):
+        raise RuntimeError(
+            f"{type(module).__name__}: there is no {name} now, and there may have been one in the forward "
+            f"pass that {_RECOMPUTES}"
+        )
     if required:
         raise MissingInput(
             f"{type(module).__name__}: there is no {name}; pass it to forward, or call the model inside "
             f"`with normzoo.inputs(model, {name}=...)`"
-        )
-    if recomputing() and module in _had:
-        raise RuntimeError(
-            f"{type(module).__name__}: there is no {name} now, and there may have been one in the forward "
-            f"pass that {_RECOMPUTES}"
         )
     return None

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import normzoo
@@ -115,12 +115,49 @@ def test_compiled_without_a_break_and_without_stale_values():
     assert counter.frame_count == 1
 
 
+class Inside(nn.Module):
+    """A forward that enters the block itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x, mask):
+        with normzoo.inputs(self.net, mask=mask, t=mask + 1):
+            return self.net(x)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_block_in_a_compiled_forward(backend):
+    model, counter = Inside(), CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(3):
+        x, mask, dy = torch.randn(3, 4, requires_grad=True), torch.rand(3, 1), torch.randn(3, 4)
+        leaves = (x, *model.parameters())
+        found, wanted = compiled(x, mask), model(x, mask)
+        assert torch.equal(found, wanted) and not torch.equal(wanted, model(x, 1 - mask))
+        gradients = [torch.autograd.grad(y, leaves, dy) for y in (found, wanted)]
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert counter.frame_count == 1
+    with pytest.raises(ValueError, match="there is no mask"):  # nothing is left of the block
+        model.net(torch.randn(3, 4))
+
+
+def test_bad_arguments_in_a_compiled_forward():
+    model = Inside()
+    model.net[1][0].side_inputs = model.net[3].side_inputs = ("t",)
+
+    @torch.compile(backend="eager")
+    def run(x, mask):
+        return model(x, mask)
+
+    with pytest.raises(ValueError, match=r"inputs: no layer of the model takes mask; it has Masked \(t\)"):
+        run(torch.randn(3, 4), torch.rand(3, 1))
+
+
 def test_recomputation_refuses_the_block_of_another_batch():
     model, x, mask = net(), torch.randn(3, 4), torch.rand(3, 1)
-    with normzoo.inputs(model, mask=mask):
-        y = checkpoint(model, x, use_reentrant=False)
-    with pytest.raises(ValueError, match="there is no mask"):
-        y.sum().backward()
     with normzoo.inputs(model, mask=mask):
         y = checkpoint(model, x, use_reentrant=False)
     with (
@@ -128,6 +165,36 @@ def test_recomputation_refuses_the_block_of_another_batch():
         pytest.raises(RuntimeError, match="recomputes; pass it to"),
     ):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_after_the_block_is_told_as_such(reentrant):
+    model, x = net(), torch.randn(3, 4, requires_grad=True)
+    with normzoo.inputs(model, mask=torch.rand(3, 1)):
+        y = checkpoint(model, x, use_reentrant=reentrant)
+    with pytest.raises(
+        RuntimeError, match=r"Masked: there is no mask now, .* recomputes; .* inside of the func"
+    ):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_of_a_function_that_enters_the_block_is_right(reentrant):
+    model, x, mask = net(), torch.randn(3, 4, requires_grad=True), torch.rand(3, 1)
+
+    def run(x, mask):
+        with normzoo.inputs(model, mask=mask):
+            return model(x).square()
+
+    found = []
+    for y in (run(x, mask), checkpoint(run, x, mask, use_reentrant=reentrant)):
+        leaves = (x, *model.parameters())
+        for leaf in leaves:
+            leaf.grad = None
+        with normzoo.inputs(model, mask=torch.rand(3, 1)):
+            y.sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
