@@ -57,8 +57,8 @@ class inputs:
 
     In a recomputation of activation checkpointing the block may be over, or another may be open. There a layer
     refuses, unless the block was entered for the recomputation: inside of the function that is checkpointed, or
-    by ``checkpoint(..., use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), normzoo.inputs(model,
-    mask=mask)))``.
+    by ``checkpoint(..., use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(),
+    normzoo.inputs(model, mask=mask)))``.
     """
 
     def __init__(
@@ -82,15 +82,16 @@ class inputs:
         if not self.values:
             raise ValueError(f"inputs: nothing is given; pass one of {', '.join(NAMES)}")
         takers: list[nn.Module] = []
-        taken: list[str] = []
+        taken: list[tuple[str, ...]] = []
         for module in model.modules():
             takes = getattr(module, "side_inputs", ())
             if takes:
                 takers.append(module)
-                taken.extend(takes)
+                taken.append(takes)
         for name in self.values:
-            if name not in taken:
-                known = sorted({f"{type(taker).__name__} ({', '.join(taker.side_inputs)})" for taker in takers})
+            if not any([name in takes for takes in taken]):
+                both = zip(takers, taken, strict=True)
+                known = sorted({f"{type(taker).__name__} ({', '.join(takes)})" for taker, takes in both})
                 raise ValueError(
                     f"inputs: no layer of the model takes {name}; it has "
                     f"{', '.join(known) or 'none that take any'}"
@@ -108,8 +109,8 @@ class inputs:
 
 
 _RECOMPUTES = (
-    "activation checkpointing recomputes; pass it to forward, or enter the block inside of the function that is "
-    "checkpointed, or in the context_fn of a checkpoint with use_reentrant=False"
+    "activation checkpointing recomputes; pass it to forward, or enter the block inside of the function that "
+    "is checkpointed, or in the context_fn of a checkpoint with use_reentrant=False"
 )
 
 
