@@ -40,6 +40,8 @@ class Entry:
     """Whether the statistics of the batch are constants for autograd."""
     swept: bool = False
     """Whether a step of training goes once over its tensors each way, for statistics that are known before."""
+    like: str = ""
+    """The entry that it shares kernels and graphs with, but for a line: what is slow is done for that one."""
     approximate: bool = False
     """Whether the backward pass in training is no derivative of the forward pass."""
     official: str = ""

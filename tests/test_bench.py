@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import torchvision_ops  # noqa: F401
 from measuring import BATCH_NORM, CPU, FakeClock, case_of, measured, plant, quicken, raises
 from torch import nn
 
@@ -278,6 +279,23 @@ def test_peers_are_set_up_to_compute_the_same(monkeypatch, name, fake, dtype):
             assert "no such layer" in document.absent[0]["reason"]
         else:
             assert {row["direction"] for row in document.rows} == set(DIRECTIONS)
+
+
+@pytest.mark.parametrize("form", ["b0", "b1", "b2", "s0", "s1", "s2"])
+def test_timm_is_set_up_to_compute_the_same(form):
+    pytest.importorskip("timm")
+    document = measured(case_of(find(f"evo_norm_{form}"), (3, 8, 4, 5), mode="training"), ("timm",))
+    assert not document.failed
+    assert {row["direction"] for row in document.rows} == set(DIRECTIONS), document.absent
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed"])
+@pytest.mark.parametrize("name", list(peers.COMPOSED))
+def test_adaptive_norms_are_compared_with_what_models_write(name, dtype):
+    document = measured(case_of(find(name), (3, 5, 16), dtype))
+    assert not document.failed and not document.absent
+    assert {row["contender"] for row in document.rows} == {"normzoo", "torch"}
+    assert {*document.rows[-1]["error"]} == {"y", "dx", "scale", "shift"}
 
 
 def test_what_runs(monkeypatch):

@@ -31,10 +31,11 @@ def test_the_gpu_plan_rehearsed(tmp_path, capsys):
     found = results.load(folder / "bench.json")
     assert list(found["extra"]["parts"]) == [part.name for part in gpu.PARTS] and not found["failed"]
     assert found["extra"]["tests"]["passed"] > 0 and not found["extra"]["tests"]["failed"]
-    assert not found["not_run"] and {row["layer"] for row in found["rows"]} == {entry.name for entry in ZOO}
+    assert not found["not_run"]
+    assert {row["layer"] for row in found["rows"]} >= {entry.name for entry in ZOO if not entry.like}
     uses = {row["workload"].partition("-")[0] for row in found["rows"]}
     others = {"gpt", "rows", "width", "channels", "tokens"}
-    assert uses == {"llm", "wide", "qk", "odd", "small", "resnet", "unet", *others}
+    assert uses == {"llm", "wide", "qk", "odd", "small", "resnet", "unet", "vit", *others}
     assert found["copy_bandwidth"]["after"] > 0
     names = [path.name for path in folder.iterdir()]
     assert len(names) <= 8 and all(re.fullmatch(r"[\w.-]+", name) for name in names)

@@ -43,6 +43,7 @@ def test_running_norms_of_images_and_tokens():
 
 def test_passes_of_each_family():
     counts = {"rms_norm": [2, 2, 3, 5], "group_norm": [3, 3, 5, 8], "frozen_batch_norm": [2, 2, 2, 4]}
+    counts |= {"adaptive_layer_norm": [2, 2, 3, 5], "evo_norm_s0": [3, 3, 5, 8]}
     for name, count in counts.items():
         assert [passes(find(name), "any", d) for d in DIRECTIONS] == count
     by_mode = {
@@ -50,11 +51,35 @@ def test_passes_of_each_family():
         "alpha_batch_norm": ([3, 3, 3, 6], [3, 3, 3, 6]),
         "batch_channel_norm": ([3, 3, 5, 8], [3, 3, 5, 8]),
         "power_norm": ([2, 2, 3, 5], [2, 2, 3, 5]),
+        "evo_norm_b0": ([3, 3, 5, 8], [3, 3, 5, 8]),
+        "region_norm_b": ([3, 3, 5, 8], [3, 3, 5, 8]),
+        "region_norm_l": ([4, 4, 5, 9], [4, 4, 5, 9]),
         "unified_norm": ([3, 3, 5, 8], [2, 2, 3, 5]),
     }
     for name, counts in by_mode.items():
         for mode, count in zip(("training", "eval"), counts, strict=True):
             assert [passes(find(name), mode, d) for d in DIRECTIONS] == count
+
+
+@pytest.mark.parametrize(
+    ("given", "shape"),
+    [((8192, 16), (32, 256, 16)), ((64, 16), (2, 32, 16)), ((7, 16), (7, 1, 16)), ((4, 5, 16), (4, 5, 16))],
+)
+def test_rows_with_a_condition_are_tokens_of_samples(given, shape):
+    for name in ("adaptive_rms_norm", "time_dependent_layer_norm"):
+        assert fitted(find(name), Workload("llm", given))[2] == shape
+
+
+def test_what_a_layer_needs_beside_its_input():
+    """Comes along, and a condition gets gradients as in training; a side input does not."""
+    names = ("adaptive_rms_norm", "time_dependent_rms_norm")
+    adaptive, timed = (case_of(find(name), (6, 5, 8)) for name in names)
+    layer, x = adaptive.layer(CPU), adaptive.buffers(CPU, 1)[0].x
+    assert {name: p.shape for name, p in layer.named_parameters()} == {"scale": (6, 8), "shift": (6, 8)}
+    assert torch.equal(layer(x), find("adaptive_rms_norm").function(x, layer.scale, layer.shift))
+    assert timed.layer(CPU).t.shape == (6,) and not timed.layer(CPU).t.requires_grad
+    assert case_of(find("region_norm_b"), (4, 8, 5, 3)).layer(CPU).mask.dtype == torch.bool
+    assert type(case_of(find("rms_norm")).layer(CPU)) is find("rms_norm").cls
 
 
 def test_a_sweep_has_no_size_twice():

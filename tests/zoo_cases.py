@@ -21,23 +21,13 @@ def named(entries) -> list:
 ENTRIES = named(ZOO)
 CHANNELS = named(entry for entry in ZOO if entry.family == "channels")
 ROWS = named(entry for entry in ZOO if entry.family == "rows")
-ALIKE = (
-    "evo_norm_b1",
-    "evo_norm_b2",
-    "evo_norm_s1",
-    "evo_norm_s2",
-    "adaptive_rms_norm",
-    "time_dependent_layer_norm",
-)
-"""Layers that share all but a line with another: with EvoNorm-B0 and S0, an adaptive layer norm, and a
-time-dependent RMS norm. What is slow leaves them out: their kernels and graphs are the same."""
-DISTINCT = named(entry for entry in ZOO if entry.name not in ALIKE)
+DISTINCT = named(entry for entry in ZOO if not entry.like)
 BACKENDS = ["auto", "triton"]
 ON_BACKENDS = [
     pytest.param(entry, backend, id=f"{entry.name}-{backend}")
     for entry in ZOO
     for backend in BACKENDS
-    if backend == "auto" or entry.name not in ALIKE
+    if backend == "auto" or not entry.like
 ]
 CASES = [
     pytest.param(entry, kwargs, id=f"{entry.name}-{'-'.join(map(str, kwargs)) or 'default'}")

@@ -68,11 +68,12 @@ class Part:
 
 _PAIR = ("rms_norm", "layer_norm")
 _OTHERS = ("instance_norm", "ghost_batch_norm", "frozen_batch_norm")
+_OTHERS += ("evo_norm_b0", "evo_norm_s0", "region_norm_b", "adaptive_layer_norm")
 _RUNNING = ("power_norm", "unified_norm")
-_ALL = tuple(entry.name for entry in ZOO)
+_ALL = tuple(entry.name for entry in ZOO if not entry.like)
 _QUICK = ("normzoo", "torch", "liger", "quack")
 _COMPILED = ("normzoo", "torch", "torch.compile")
-_FULL = usual("cuda")
+_FULL = tuple(name for name in usual("cuda") if name != "timm")  # in bfloat16 its gradients are off
 PARTS = (
     Part("row norms at LLM widths", 4.0, _PAIR, ("llm",)),
     Part("batch norm of a ResNet", 2.5, ("batch_norm",), ("resnet",), contenders=_COMPILED),
@@ -81,7 +82,7 @@ PARTS = (
     Part("wide rows", 1.2, _PAIR, ("wide",), size="full", contenders=_QUICK),
     Part("QK-norm", 1.2, _PAIR, ("qk",)),
     Part("odd widths, contiguous and padded", 1.5, ("crms_norm", "rms_norm"), ("odd",), contenders=_FULL),
-    Part("the other channel norms", 1.5, _OTHERS, ("resnet",), contenders=_FULL),
+    Part("the other norms", 1.5, _OTHERS, ("resnet", "vit"), contenders=_FULL),
     Part("host time and launches", 1.5, _ALL, ("small",), directions=DIRECTIONS, host=True),
     Part("mixed dtypes", 1.0, _PAIR, ("llm", "odd"), dtype="mixed", contenders=("reference", *_QUICK)),
     Part("training step", 1.5, _PAIR, contenders=CONTENDERS, host=True, step=True),
