@@ -323,7 +323,7 @@ def test_group_to_batch_channel(affine, caplog):
     assert step.exactness is Exactness.EVAL_EXACT and "the identity at first" in step.reason
     assert made.verify(x).same and step.tensors["converted"] == step.tensors["lost"] == ()
     assert step.tensors["kept"] == (("channel_weight", "channel_bias") if affine else ())
-    assert ("weight is called channel_weight from now on" in step.reason) == affine
+    assert ("weight -> channel_weight, bias -> channel_bias" in step.reason) == affine
     wanted = group(x)
     made.apply()
     new = model[0]

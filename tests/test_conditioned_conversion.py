@@ -119,6 +119,9 @@ def test_batch_norm_by_regions(separate, holds):
     if holds == "both":
         assert step.tensors["kept"] == ("background_beta",)
         gammas = ("foreground_gamma", "background_gamma")
+        betas = "background_beta and foreground_beta" if separate else "background_beta"
+        assert f"bias -> {betas}, weight -> {' and '.join(gammas)}" in step.reason
+        assert "renamed, in the state dict too: " in step.reason and " is called " not in step.reason
         assert step.tensors["converted"] == (*gammas, *(("foreground_beta",) if separate else ()))
     wanted = model.train()(x)
     made.apply(optimizer)
@@ -195,7 +198,7 @@ def test_refused(norm, to, words):
 def test_side_inputs_of_a_proof():
     made = normzoo.plan(nn.Sequential(nn.LayerNorm(8)), "time_dependent_layer_norm")
     x = images(5, 8)
-    with pytest.raises(ValueError, match="TimeDependentLayerNorm: there is no t"):
+    with pytest.raises(ValueError, match=r"TimeDependentLayerNorm: there is no t.*\.verify\(x, t=t\)`"):
         made.verify(x)
     with pytest.raises(ValueError, match="verify: no layer of the model takes mask, before or after"):
         made.verify(x, t=torch.zeros(5), mask=hole())
@@ -281,5 +284,6 @@ def test_on_the_command_line(tmp_path, capsys):
         found = json.loads(capsys.readouterr().out)
         assert found["steps"][0]["exactness"] == "eval-exact" and found["proof"] is None
         assert found["no_proof"].startswith("left out: TimeDependentLayerNorm: there is no t")
+        assert found["no_proof"].endswith("; prove it in Python: `normzoo.plan(...).verify(x, t=t)`")
     assert cli.main(["convert", f"{file}:make", "--to", "AdaptiveLayerNorm", "--dry-run"]) == 2
     assert "adaptive_layer_norm takes scale with every call" in capsys.readouterr().err

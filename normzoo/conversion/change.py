@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..side_inputs import MissingInput
 from ..terminal import plain
 from . import bypass, report
 from .proof import Proof, Sample, Trained, prove, trains_by_itself
@@ -36,13 +37,18 @@ class Step:
     choice: Choice | nn.Module | None = None
     exactness: Exactness | None = None
     error: float | None = None
-    """Measured difference of old and new norm on one input, of the largest entry sharing statistics."""
+    """Measured difference of old and new norm on one input, of the largest entry sharing statistics.
+
+    None where there is none, and of re-initialised norms: one input tells little of two unlike functions.
+    """
     tensors: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Names of the tensors that are ``kept`` (the same objects), ``converted``, ``new`` and ``lost``."""
     parameters_change: bool = False
     """Whether the parameters are other objects afterwards, so that an optimizer has to follow."""
     activations: tuple[nn.Module, ...] = ()
     """Activations of the model that an identity takes the place of, as the new layer does their work."""
+    warning: str = ""
+    """What :func:`normzoo.convert` warns of though the function stays."""
 
     @property
     def target(self) -> str | None:
@@ -232,7 +238,8 @@ class Plan:
                 them before or after.
 
         Raises:
-            ValueError: no layer takes what is given, before or after;
+            ValueError: no layer takes what is given, before or after; a layer needs a side input, and it is
+                not given;
             ValueError: the model returns no floating-point tensors, or other ones after the conversion, or
                 something else each time it runs; or it has changed since the plan was made.
         """
@@ -252,6 +259,12 @@ class Plan:
             self._catch_up()
         try:
             return prove(self.model, swap, Sample(sample, given), sites, exact, old, new)
+        except MissingInput as error:
+            taken = {name for module in takers for name in getattr(module, "side_inputs", ())} - given.keys()
+            arguments = ", ".join(f"{name}={name}" for name in (*given, *sorted(taken)))
+            raise MissingInput(
+                f"{error}; prove it in Python: `normzoo.plan(...).verify(x, {arguments})`"
+            ) from error
         finally:
             if self.applied:
                 swap.do()

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..state import Guarded
 from .channels import of_channels, running
-from .following import is_activation
+from .following import is_activation, unlike_relu
 from .norm import Norm, tensor
 from .recognise import Site
 from .transfer import Carried, Exactness, Refused, transfer
@@ -34,6 +34,8 @@ _KEEPS = f"{_PAIR}, the running variance goes on"
 _AFFINE = (
     "without an activation it is the map of eval mode, weight · x + bias, in training too: no norm any more"
 )
+
+_NO_NORM = "are no norms any more: apply_act=False leaves weight · x + bias"
 
 
 def _of_batch(norm: Norm, module: nn.Module, batch: bool) -> Carried:
@@ -58,14 +60,18 @@ def _instead(
     if options.get("apply_act") is False:
         return _affine(carried, norm, module)
     within = [name for name in norm.after if is_activation(getattr(module, name))]
-    if within:
+    unlike = unlike_relu(getattr(module, within[0])) if within else ""
+    if within and not unlike:
         carried.after = tuple(name for name in norm.after if name != within[0])
         carried.dropped += (within[0],)
         carried.note = _goes(carried, within[0], getattr(module, within[0]))
         return carried
     following = site.following()
-    if norm.after:
-        why = f"it goes on to its {', '.join(norm.after)}"
+    advice = following.advice
+    if unlike:
+        why, advice = f"its {type(getattr(module, within[0])).__name__} {unlike}", ""
+    elif norm.after:
+        why, advice = f"it goes on to its {', '.join(norm.after)}", ""
     elif following.activations:
         carried.beside = {activation: nn.Identity() for activation in following.activations}
         carried.note = _goes(carried, ", ".join(following.names), following.activations[0])
@@ -74,8 +80,9 @@ def _instead(
         why = following.why_not
     if options.get("apply_act") is not True:
         raise Refused(
-            f"no activation is behind it that could go ({why}); pass apply_act=True for an EvoNorm all the "
-            "same, or apply_act=False for one without an activation, which is no norm"
+            f"no activation is behind it that could go ({why}); {f'{advice}, or ' if advice else ''}pass "
+            "apply_act=True for an EvoNorm all the same, or apply_act=False for one without an activation, "
+            "which is no norm"
         )
     carried.note = f"weights start anew; what is behind it stays ({why})"
     return carried
@@ -103,7 +110,7 @@ def _affine(carried: Carried, norm: Norm, module: nn.Module) -> Carried:
         held = getattr(module, source)
         trains = held.requires_grad or source in norm.statistics
         carried.converted[name] = source, nn.Parameter(value.to(held.dtype), requires_grad=trains)
-    carried.exactness, carried.note = Exactness.EVAL_EXACT, _AFFINE
+    carried.exactness, carried.note, carried.warning = Exactness.EVAL_EXACT, _AFFINE, _NO_NORM
     return carried
 
 
@@ -114,11 +121,19 @@ def _from_batch_b(norm: Norm, module: nn.Module, options: Options, site: Site) -
 def _from_batch_s(norm: Norm, module: nn.Module, options: Options, site: Site) -> Carried:
     carried = _instead(norm, module, options, site, functools.partial(_of_batch, batch=False))
     carried.arguments["groups"] = "auto"
-    return _free(carried, norm)
+    return _grouped(carried, norm)
 
 
-def _free(carried: Carried, norm: Norm) -> Carried:
-    """Raises Refused where a child of the norm has a name that an EvoNorm-S gives to another thing."""
+def _groups(new: Any) -> str:
+    """How many groups an EvoNorm-S has, where it has statistics."""
+    if not new.apply_act:
+        return ""
+    return f"groups={new.groups}" + (", one channel each" if new.groups == new.num_features else "")
+
+
+def _grouped(carried: Carried, norm: Norm) -> Carried:
+    """An EvoNorm-S; Refused where a child of the norm has a name that this gives to another thing."""
+    carried.told = _groups
     if "act" in (norm.after if carried.after is None else carried.after):
         raise Refused("its activation is its own, called act as that of an EvoNorm-S is: it cannot stay")
     return carried
@@ -131,7 +146,7 @@ def _of_groups(norm: Norm, module: nn.Module) -> Carried:
 
 
 def _from_group(norm: Norm, module: nn.Module, options: Options, site: Site) -> Carried:
-    return _free(_instead(norm, module, options, site, _of_groups), norm)
+    return _grouped(_instead(norm, module, options, site, _of_groups), norm)
 
 
 _ASKS: dict[str, Any] = {"by_options": True, "by_site": True}
@@ -142,9 +157,10 @@ for _target in _S:
     transfer("group", _target, Exactness.REINITIALISED, f"{_PAIR}; in its groups", **_ASKS)(_from_group)
 
 
-def _again(norm: Norm, module: nn.Module) -> Carried:
+def _again(norm: Norm, module: nn.Module, options: Options) -> Carried:
     carried = of_channels(norm, module)
     carried.arguments |= {"num_features": norm.channels, "apply_act": norm.apply_act}
+    carried.warning = _NO_NORM if norm.apply_act and options.get("apply_act") is False else ""
     carried.in_training, carried.dropped = _IN_TRAINING, ("act", "pre_act_norm")
     if tensor(module, "v") is not None:
         carried.kept["v"] = "v"
@@ -169,4 +185,4 @@ def _making(activation: nn.Module | None) -> Callable[[], nn.Module]:
 
 
 for _target in (*_B, *_S):
-    transfer(_target.replace("norm_", ""), _target, Exactness.EXACT, same=True)(_again)
+    transfer(_target.replace("norm_", ""), _target, Exactness.EXACT, same=True, by_options=True)(_again)

@@ -34,10 +34,19 @@ class Following:
     """Why there are none."""
     sources: frozenset[nn.Module] = frozenset()
     """The modules whose outputs they activate: an activation that several norms share goes with all of them."""
+    advice: str = ""
+    """What to change in the model so that there are activations."""
 
 
 class _Unclear(Exception):
-    """Why it is not known what follows."""
+    """Why it is not known what follows, and what would mend it."""
+
+    def __init__(self, why: str, advice: str = "") -> None:
+        super().__init__(why)
+        self.advice = advice
+
+
+_ITS_OWN = "give every call a module of its own"
 
 
 class Surroundings:
@@ -72,7 +81,7 @@ class Surroundings:
                 source for activation, owner in calls for source in self._fed(activation, owner)
             )
         except _Unclear as reason:
-            return Following(why_not=str(reason))
+            return Following(why_not=str(reason), advice=reason.advice)
         names = tuple(self._places[activation][0][1] for activation in activations)
         return Following(activations, names, "", sources)
 
@@ -132,6 +141,8 @@ class Surroundings:
             yield from self._beyond(owner, user)
         elif user.args != (call,) or user.kwargs or not is_activation(follower):
             raise _Unclear(f"{a(type(follower).__name__)} follows it in {name}")
+        elif why := unlike_relu(follower):
+            raise _Unclear(f"{a(type(follower).__name__)}, which {why}, follows it in {name}")
         else:
             yield follower, owner
 
@@ -141,7 +152,7 @@ class Surroundings:
         if kinds := hooks(activation):
             raise _Unclear(f"{name} ({kind}) follows it and has {', '.join(kinds)}")
         if len(self._places[activation]) > 1 or activation in self._outside:
-            raise _Unclear(f"{name} ({kind}) follows it and is held in other places too")
+            raise _Unclear(f"{name} ({kind}) follows it and is held in other places too", _ITS_OWN)
         for graph in self._traced(owner):
             calls = [node for node in graph.nodes if _called(owner, node) is activation]
             for call in calls:
@@ -151,7 +162,8 @@ class Surroundings:
                 before = _called(owner, source)
                 if before is None:
                     raise _Unclear(
-                        f"{name} ({kind}) follows it, and {type(owner).__name__} calls that elsewhere too"
+                        f"{name} ({kind}) follows it, and {type(owner).__name__} calls that elsewhere too",
+                        _ITS_OWN,
                     )
                 if len(calls) > 1:
                     yield before
@@ -216,6 +228,20 @@ def is_activation(module: nn.Module) -> bool:
     except Exception:  # it is code that nobody here has seen
         return False
     return in_eval is not None and in_training is not None and torch.equal(in_eval, in_training)
+
+
+def unlike_relu(activation: nn.Module) -> str:
+    """What tells an activation from ReLU, SiLU, ELU and the like, which EvoNorm stands for; empty if nothing.
+
+    A curve that is bounded above (Sigmoid, Tanh, ReLU6) may be a gate; one that goes far to both sides is none.
+    """
+    far = torch.full((4, 6, 3, 2), 60.0, device="cpu")
+    with undisturbed():
+        twin = copy.deepcopy(bare(activation)).eval()
+        high, low = ((twin(sign * far) / 60).flatten()[0].item() for sign in (1, -1))
+    if abs(high) <= 0.5:
+        return "is bounded above, unlike what EvoNorm stands for"
+    return "" if 0.5 < high < 2 and abs(low) <= 0.5 else "is unlike the ReLU that EvoNorm stands for"
 
 
 def _curve(module: nn.Module, x: Tensor, other: Tensor) -> Tensor | None:

@@ -121,7 +121,7 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 def bring_along(old: nn.Module, new: nn.Module, leave: Collection[str]) -> tuple[str, ...]:
-    """Gives `new` all of `old` that is not in `leave` and has a free name; returns what has not.
+    """Gives `new` all of `old` that is not in `leave` and has a free name; returns the tensors that have none.
 
     Tables of hooks become shared, so that the handles of hooks go on working and hooks of the one are hooks of
     the other.
@@ -137,7 +137,8 @@ def bring_along(old: nn.Module, new: nn.Module, leave: Collection[str]) -> tuple
             if name in leave or (value is None and hasattr(new, name)):
                 continue
             if hasattr(new, name):
-                lost.append(name)
+                inside = value.state_dict() if isinstance(value, nn.Module) else None
+                lost += [name] if inside is None else [f"{name}.{each}" for each in inside]
                 continue
             vars(new)[table][name] = value
             if name in old._non_persistent_buffers_set:

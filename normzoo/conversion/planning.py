@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,8 +102,8 @@ def convert(
     set by the user come along. A norm registered under several names or parents stays one shared module.
     Norms that are unknown, or have no counterpart, are left alone.
 
-    Where new layers compute another function, or norms that are meant are left alone, the logger ``normzoo``
-    says so in a warning; the whole account is at level INFO.
+    Where new layers compute another function, are no norms any more, or norms that are meant are left alone,
+    the logger ``normzoo`` says so in a warning; the whole account is at level INFO.
 
     :class:`torch.nn.TransformerEncoderLayer` in eval mode without grad computes its norms itself, from their
     weight, bias and eps. After an exact conversion that gives the same; else its fast path is turned off.
@@ -143,14 +144,18 @@ def tell(made: Plan) -> None:
     left = [step for step in made.steps if step.action in ("refuse", "unknown")]
     logger.info("convert: %s", made.summary())
     if changed:
+        errors = [step.error for step in changed if step.error is not None]
+        by = f", by up to {max(errors):.1e} of the largest entry on a test input" if errors else ""
         logger.warning(
-            "convert: %d of %d converted norms compute another function (%s, by up to %.1e of the largest "
-            "entry on a test input); normzoo.plan(...).verify(sample) tells what that does to the model",
+            "convert: %d of %d converted norms compute another function (%s%s); "
+            "normzoo.plan(...).verify(sample) tells what that does to the model",
             len(changed),
             len(made.changes),
             made.exactness.value,
-            max(step.error or 0.0 for step in changed),
+            by,
         )
+    for warning, number in Counter(step.warning for step in made.changes if step.warning).items():
+        logger.warning("convert: %d of %d converted norms %s", number, len(made.changes), warning)
     if left:
         logger.warning("convert: %s left as they are:%s", report.count(len(left), "norm"), _reasons(left))
 
@@ -256,6 +261,8 @@ def _measured(site: Site, norm: Norm, choice: Choice | nn.Module, made: Replacem
         error = next((error for error, agrees in errors if agrees is close), None)
         if error is not None and trained:
             error = max(error, trained[0][0])
+        if made.exactness is Exactness.REINITIALISED:  # one input may show one branch of two alone
+            error = None
     exactness = made.exactness
     if exactness in UNCHANGED and not close:
         exactness = Exactness.APPROXIMATE
@@ -272,7 +279,9 @@ def _measured(site: Site, norm: Norm, choice: Choice | nn.Module, made: Replacem
     reason = "; ".join(filter(None, notes))
     parameters = [{id(p) for p in module.parameters()} for module in (site.module, made.module)]
     change = parameters[0] != parameters[1]
-    return Step(site, "convert", reason, choice, exactness, error, tensors, change, tuple(made.beside))
+    return Step(
+        site, "convert", reason, choice, exactness, error, tensors, change, tuple(made.beside), made.warning
+    )
 
 
 def _nothing(x: Tensor) -> dict[str, Tensor]:

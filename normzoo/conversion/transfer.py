@@ -69,6 +69,10 @@ class Carried:
     exactness: Exactness | None = None
     """Where this norm makes it another than the rule's."""
     note: str = ""
+    told: Callable[[Any], str] | None = None
+    """Says what else to know, of the new layer."""
+    warning: str = ""
+    """What `convert` warns of though the function stays; it follows "converted norms"."""
     provided: dict[str, Any] = field(default_factory=dict)
     """Attributes that the new layer must have; otherwise the conversion is approximate."""
     one_of: tuple[str, ...] = ()
@@ -150,9 +154,10 @@ class Replacement:
     new: tuple[str, ...]
     """Tensors of the new layer that come from nowhere."""
     lost: tuple[str, ...]
-    """Tensors and children of the old norm that have no place in the new layer."""
+    """Tensors of the old norm that have no place in the new layer."""
     exactness: Exactness
     note: str = ""
+    warning: str = ""
     beside: dict[nn.Module, nn.Module] = field(default_factory=dict)
     """Other modules of the model, and what takes the place of each."""
 
@@ -199,11 +204,12 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
     exactness, note = carried.exactness or rule.exactness, carried.note or rule.note
     if any(getattr(new, name) != value for name, value in carried.provided.items()):
         exactness, note = Exactness.APPROXIMATE, rule.note
-    notes = [note]
+    notes = [note, carried.told(new) if carried.told else ""]
     if carried.begin is not None:
         carried.begin(new)
     for name, value in carried.attributes.items():
         setattr(new, name, value)
+    renamed: dict[str, list[str]] = {}
     for name, source in sources.items():
         value, place = _at(old, source), _at(new, name)
         if place is None:  # the options want no weight, or no bias
@@ -228,7 +234,8 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
             kept[name] = source
             _put(new, name, value, value.requires_grad)
         if name != source and not (computed is not None and source in norm.statistics):
-            notes.append(f"{source} is called {name} from now on, in the state dict too")
+            renamed.setdefault(source, []).append(name)
+    notes.append(_renamed(renamed))
     fresh = tuple(name for name in _all(new) if name not in sources)
     lost += tuple(name for name in carried.dropped if name in _own(old) and name not in sources.values())
     lost += bring_along(old, new, leave={*sources.values(), *carried.dropped})
@@ -239,7 +246,17 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
             exactness = Exactness.EVAL_EXACT
             notes.append(f"{_said(choice.options, changed)} from the old norm in training")
     note = "; ".join(filter(None, notes))
-    return Replacement(new, kept, converted, fresh, lost, exactness, note, carried.beside)
+    return Replacement(new, kept, converted, fresh, lost, exactness, note, carried.warning, carried.beside)
+
+
+def _renamed(names: Mapping[str, list[str]]) -> str:
+    """A phrase about tensors that have other names in the new layer."""
+    pairs = [f"{source} -> {' and '.join(found)}" for source, found in names.items()]
+    if sum(map(len, names.values())) > 1:
+        return f"renamed, in the state dict too: {', '.join(pairs)}"
+    return "".join(
+        f"{source} is called {name} from now on, in the state dict too" for source, (name,) in names.items()
+    )
 
 
 def _of_every_call(cls: type[nn.Module]) -> str:
