@@ -77,7 +77,10 @@ class inputs:
         for name, value in (("mask", mask), ("pad_mask", pad_mask), ("task_ids", task_ids), ("t", t)):
             if value is not None:
                 if not isinstance(value, Tensor):
-                    raise TypeError(f"inputs: {name} is a {type(value).__name__}; it must be a torch.Tensor")
+                    how = "; torch.from_numpy makes one" if type(value).__name__ == "ndarray" else ""
+                    raise TypeError(
+                        f"inputs: {name} is a {type(value).__name__}; it must be a torch.Tensor{how}"
+                    )
                 self.values[name] = value
         if not self.values:
             raise ValueError(f"inputs: nothing is given; pass one of {', '.join(NAMES)}")

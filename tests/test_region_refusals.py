@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from region_oracle import AFFINE, regions
@@ -13,17 +14,25 @@ C = 3
 X = torch.ones(2, C, 4, 3)
 BAD_MASKS = {
     "a list": ([[0, 1]], TypeError, "mask is a list; it must be a tensor of 0 and 1"),
+    "an array": (np.zeros((2, 4, 3)), TypeError, "mask is a ndarray; .* torch.from_numpy makes one"),
     "complex": (torch.zeros(2, 4, 3).cfloat(), TypeError, "mask is torch.complex64; it must be of bool"),
     "soft": (torch.full((2, 4, 3), 0.5), ValueError, r"entries from 0.5 to 0.5; .* take mask > 0.5"),
     "bytes": (torch.tensor([0, 255], dtype=torch.uint8).repeat(12).view(2, 4, 3), ValueError,
               r"entries from 0 to 255; .* mask > 127 for an image of bytes"),
     "negative": (-torch.ones(2, 4, 3), ValueError, "entries from -1.0"),
-    "nan": (torch.full((2, 4, 3), float("nan")), ValueError, "entries from nan"),
-    "too few dimensions": (torch.zeros(4, 3), ValueError, r"mask has shape \(4, 3\).* must be \(2, 1, \*\)"),
+    "nan": (torch.full((2, 4, 3), float("nan")), ValueError, r"mask has NaN in it; .* take mask.isnan\(\) if"),
+    "too few dimensions": (torch.zeros(4, 3), ValueError, r"mask has shape \(4, 3\).* must be \(2, 1, \*\).*"
+                           r"; mask\[None\] is one"),
     "too many dimensions": (torch.zeros(2, 1, 1, 4, 3), ValueError, r"shape \(2, 1, 1, 4, 3\)"),
-    "channels": (torch.zeros(2, C, 4, 3), ValueError, r"shape \(2, 3, 4, 3\); for an input"),
+    "channels": (torch.zeros(2, C, 4, 3), ValueError, r"shape \(2, 3, 4, 3\); for an input .* it has "
+                 r"3 channels, take one of them, such as mask\[:, :1\]"),
+    "channels last": (torch.zeros(2, 4, 3, 1), ValueError, r"shape \(2, 4, 3, 1\); .*; mask.movedim\(-1, 1\)"),
+    "transposed": (torch.zeros(2, 3, 4), ValueError,
+                   r"shape \(2, 1, 3, 4\) and the input \(2, 3, 4, 3\), the same sizes in another order; "
+                   ".*mask.mT"),
     "samples": (torch.zeros(3, 1, 4, 3), ValueError, r"shape \(3, 1, 4, 3\)"),
-    "nothing to resize": (torch.zeros(2, 1, 0, 3), ValueError, r"shape \(2, 1, 0, 3\) .* of the input"),
+    "nothing to resize": (torch.zeros(2, 1, 0, 3), ValueError, r"shape \(2, 1, 0, 3\) .* no pixel in the "
+                          "mask, give"),
     "elsewhere": (torch.zeros(2, 4, 3, device="meta"), ValueError, "mask is on meta but the input is on cpu"),
 }  # fmt: skip
 
@@ -35,6 +44,36 @@ def test_bad_masks_are_refused(mask, error, match):
         with pytest.raises(error, match=f"{name}: .*{match}"):
             call(X, mask)
     assert layer.batches_skipped == 0
+
+
+def test_what_a_refusal_says_makes_a_mask():
+    hole = torch.rand(2, 1, 4, 3) < 0.5
+    x = torch.randn(2, C, 4, 3)
+    wanted, shared = region_norm_b(x, hole), region_norm_b(x, hole[:1].expand(2, 1, 4, 3))
+    transposed, last, array = hole.mT, hole.movedim(1, -1), hole.numpy()
+    for mask in (transposed.mT, last.movedim(-1, 1), hole.expand(2, 3, 4, 3)[:, :1], torch.from_numpy(array)):
+        assert torch.equal(region_norm_b(x, mask), wanted)
+    assert torch.equal(region_norm_b(x, hole[0, 0][None]), shared)
+
+
+@pytest.mark.parametrize("resize", ["nearest", "max"])
+def test_volumes_in_another_order_are_refused(resize):
+    x, hole = torch.randn(2, C, 4, 3, 2), torch.rand(2, 3, 2, 4) < 0.5
+    with pytest.raises(
+        ValueError, match="the same sizes in another order; it is not stretched to that: permute"
+    ):
+        region_norm_b(x, hole, resize=resize)
+    assert torch.isfinite(region_norm_b(x, torch.rand(2, 8, 6, 4) < 0.5, resize=resize)).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_sizes_are_compared_when_compiled():
+    compiled = torch.compile(region_norm_b, fullgraph=True, dynamic=True, backend="eager")
+    for width in (6, 10):
+        x, hole = torch.randn(2, C, 4, width), torch.rand(2, 8, 2 * width) < 0.5
+        torch.testing.assert_close(compiled(x, hole), region_norm_b(x, hole))
+    with pytest.raises(Exception, match="the same sizes in another order"):
+        compiled(x, torch.zeros(2, 10, 4))
 
 
 def test_a_mask_is_not_resized_in_six_dimensions():

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -235,6 +236,7 @@ def test_recomputation_with_its_own_block_is_right():
             r"no layer of the model takes task_ids; it has Masked \(mask, t\)",
         ),
         ({"mask": [1, 0]}, TypeError, "mask is a list; it must be a torch.Tensor"),
+        ({"mask": np.ones(1)}, TypeError, "mask is a ndarray; .*; torch.from_numpy makes one"),
         ({"model": "net", "mask": torch.ones(1)}, TypeError, "model is a str; it must be a torch.nn.Module"),
     ],
 )

@@ -10,6 +10,7 @@ is left of this detour is the eps: in a region of S of the N pixels it counts as
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -146,8 +147,9 @@ def _beside_samples(parameter: Tensor, statistics: Tensor) -> Tensor:
 def _mask_of(layer: str, mask: Tensor, x: Tensor, resize: str) -> Tensor:
     """The mask as uint8 (N, \\*), in the size of x."""
     if not isinstance(mask, Tensor):
+        how = "; torch.from_numpy makes one" if type(mask).__name__ == "ndarray" else ""
         raise TypeError(
-            f"{layer}: mask is a {type(mask).__name__}; it must be a tensor of 0 and 1, 1 in the hole"
+            f"{layer}: mask is a {type(mask).__name__}; it must be a tensor of 0 and 1, 1 in the hole{how}"
         )
     if mask.is_complex():
         raise TypeError(f"{layer}: mask is {mask.dtype}; it must be of bool, or of 0 and 1")
@@ -158,10 +160,15 @@ def _mask_of(layer: str, mask: Tensor, x: Tensor, resize: str) -> Tensor:
     if mask.dim() != x.dim() or mask.shape[1] != 1 or mask.shape[0] not in (1, x.shape[0]):
         raise ValueError(
             f"{layer}: mask has shape {tuple(given.shape)}; for an input of shape {tuple(x.shape)} it must be "
-            f"({x.shape[0]}, 1, *) or ({x.shape[0]}, *), its * of any size"
+            f"({x.shape[0]}, 1, *) or ({x.shape[0]}, *), its * of any size{_mended(given, x)}"
         )
     if mask.device.type == "cpu" and not torch.compiler.is_compiling() and mask.dtype != torch.bool:
         if not ((mask == 0) | (mask == 1)).all():
+            if mask.isnan().any():
+                raise ValueError(
+                    f"{layer}: mask has NaN in it; it must be of bool, or of 0 and 1: take mask.isnan() if NaN "
+                    "marks the hole"
+                )
             low, high = mask.min().item(), mask.max().item()
             raise ValueError(
                 f"{layer}: mask has entries from {low} to {high}; it must be of bool, or of 0 and 1: take "
@@ -173,12 +180,28 @@ def _mask_of(layer: str, mask: Tensor, x: Tensor, resize: str) -> Tensor:
     return mask.squeeze(1).expand(x.shape[0], *x.shape[2:]).to(torch.uint8)
 
 
+def _mended(mask: Tensor, x: Tensor) -> str:
+    """What makes a mask of it, where that is clear."""
+    if mask.dim() == x.dim() - 2:
+        return "; mask[None] is one for all samples"
+    if mask.dim() == x.dim() and mask.shape[1] != 1:
+        if mask.shape[-1] == 1:
+            return "; mask.movedim(-1, 1) brings its channel to the front"
+        return f"; it has {mask.shape[1]} channels, take one of them, such as mask[:, :1]"
+    return ""
+
+
 def _resized(layer: str, mask: Tensor, x: Tensor, resize: str) -> Tensor:
-    if x.dim() not in _POOLS or 0 in mask.shape:
+    both = f"{layer}: mask has shape {tuple(mask.shape)} and the input {tuple(x.shape)}"
+    if 0 in mask.shape[2:]:
+        raise ValueError(f"{both}; there is no pixel in the mask, give it in the size of the input")
+    if x.dim() not in _POOLS:
         raise ValueError(
-            f"{layer}: mask has shape {tuple(mask.shape)} and the input {tuple(x.shape)}; it is resized for "
-            "inputs of 3 to 5 dimensions only, give it in the size of the input"
+            f"{both}; it is resized for inputs of 3 to 5 dimensions only, give it in the size of the input"
         )
+    if tuple(x.shape[2:]) in permutations(mask.shape[2:]):  # torch.compile cannot sort sizes
+        turn = "mask.mT transposes it" if x.dim() == 4 else "permute it"
+        raise ValueError(f"{both}, the same sizes in another order; it is not stretched to that: {turn}")
     mask = mask.float()
     if resize == "nearest":
         return F.interpolate(mask, x.shape[2:], mode="nearest") != 0
@@ -230,7 +253,7 @@ class RegionNormB(Region):
     there. Checkpoints of the authors' code load.
 
     Args:
-        num_features: C.
+        num_features: channels, C.
         eps: positive; in a region of S of N pixels it counts as eps · N / S, as in the authors' code.
         per_instance: take the statistics of each image (the paper) and not of the batch (the code).
         separate_beta: add each beta in its own region (the paper). The authors' code, and so False, adds the
