@@ -169,7 +169,8 @@ REFUSED = {
     "shift no tensor": ("shift", 1.0, TypeError, "shift is a float; it must be a torch.Tensor"),
     "scale of one sample": (
         "scale", torch.ones(1, 8), ValueError,
-        "scale has shape (1, 8); for an input of shape (3, 4, 8) it must be (3, 8), one a sample, or (3, 4, 8)",
+        "scale has shape (1, 8); for an input of shape (3, 4, 8) it must be (3, 8), one a sample, or (3, 4, 8)"
+        ", one a token; (3, 1, 8) will do too; else expand it",
     ),
     "shift that broadcasts": ("shift", torch.ones(3, 4, 1), ValueError, "shift has shape (3, 4, 1)"),
     "scale of the layer": ("scale", torch.ones(8), ValueError, "scale has shape (8,)"),
@@ -197,6 +198,25 @@ def test_another_width_is_refused(cls):
     message = "dim is 8 but the input has shape (3, 4, 6); its last dimension must match"
     with pytest.raises(ValueError, match=re.escape(f"{cls.__name__}: {message}")):
         cls(8)(x, *beside(x, "ss"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [
+        ((3, 8), "(3, 8), one a sample; else expand it"),
+        ((3, 1, 8), "(3, 8), one a sample, or (3, 1, 8), one a token; else expand it"),
+        (
+            (3, 4, 2, 8),
+            "(3, 8), one a sample, or (3, 4, 2, 8), one a token; (3, 1, 1, 8) will do too; else expand it",
+        ),
+    ],
+    ids=str,
+)
+@per_layer
+def test_a_refusal_says_what_will_do(cls, shape, wanted):
+    x, said = torch.randn(shape), re.escape(f"for an input of shape {shape} it must be {wanted}") + "$"
+    with pytest.raises(ValueError, match=said):
+        cls(8)(x, torch.zeros(3, 4, 1, 8))
 
 
 @pytest.mark.parametrize("dim", [0, -1, 2.0, "8", True], ids=repr)

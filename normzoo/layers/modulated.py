@@ -115,12 +115,17 @@ def _beside(layer: str, name: str, p: Tensor, x: Tensor) -> Tensor:
     if not isinstance(p, Tensor):
         raise TypeError(f"{layer}: {name} is a {type(p).__name__}; it must be a torch.Tensor")
     whole, sample = tuple(x.shape), (x.shape[0], x.shape[-1])
-    if p.dim() == x.dim() and p.shape != whole and p.shape == (x.shape[0], *(1,) * (x.dim() - 2), x.shape[-1]):
+    between = (x.shape[0], *(1,) * (x.dim() - 2), x.shape[-1])
+    if p.dim() == x.dim() and p.shape != whole and p.shape == between:
         p = p.reshape(sample)
     if p.shape not in (whole, sample):
+        wanted = f"{sample}, one a sample"
+        if whole != sample:
+            wanted += f", or {whole}, one a token"
+            wanted += f"; {between} will do too" if between != whole else ""
         raise ValueError(
-            f"{layer}: {name} has shape {tuple(p.shape)}; for an input of shape {whole} it must be {sample}, "
-            f"one a sample, or {whole}, one a token"
+            f"{layer}: {name} has shape {tuple(p.shape)}; for an input of shape {whole} it must be {wanted}; "
+            "else expand it"
         )
     if not p.is_floating_point():
         raise TypeError(f"{layer}: {name} is {p.dtype}; it must be of a real floating-point dtype")
@@ -155,7 +160,7 @@ class AdaptiveLayerNorm(_Adaptive):
     as DiT's ``Linear(SiLU(c))``, whose outputs come in an order of their own.
 
     Args:
-        dim: d.
+        dim: entries of a row, d.
         eps: added to the biased variance; positive.
 
     Raises:
@@ -178,7 +183,7 @@ class AdaptiveRMSNorm(_Adaptive):
     Input and the rest as for :class:`AdaptiveLayerNorm`, without the mean.
 
     Args:
-        dim: d.
+        dim: entries of a row, d.
         eps: added to the mean square; positive.
 
     Raises:
