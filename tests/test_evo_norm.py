@@ -188,6 +188,12 @@ REFUSED = {
         "running_var_unbiased is 1; it must be True",
     ),
     "groups": (FORMS[3:], {"groups": 5}, ValueError, "groups is 5; it must divide num_features = 32; .*auto"),
+    "no groups": (
+        FORMS[3:],
+        {"groups": None},
+        ValueError,
+        "groups is None; it must be a positive int or 'auto'",
+    ),
     "a word": (
         FORMS[3:],
         {"groups": "all"},

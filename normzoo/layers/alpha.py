@@ -130,7 +130,7 @@ class AlphaBatchNorm(Running):
     distance of the means.
 
     Args:
-        num_features: C.
+        num_features: channels, C.
         eps: added to the variance; positive.
         source_weight: how much the stored statistics count, from 0 (the batch alone) to 1 (batch norm in eval
             mode). Where papers and codes say alpha, ask which side it weighs.

@@ -188,7 +188,7 @@ class AdaB2N(Running):
     which load. Unlike batch norm, the running variance averages biased variances, as in the paper's code.
 
     Args:
-        num_features: C.
+        num_features: channels, C.
         num_tasks: how many tasks there will be.
         eps: added to the biased variance; positive.
         momentum: weight of a batch in the running statistics where kappa is 1; above 0.

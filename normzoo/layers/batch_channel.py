@@ -205,7 +205,7 @@ class BatchChannelNorm(Running):
     differ.
 
     Args:
-        num_features: C.
+        num_features: channels, C.
         num_groups: groups of the second stage; it divides C.
         eps: added to the variance of the second stage; positive.
         momentum: weight of a batch in the running statistics where `estimate` is off; None averages all.

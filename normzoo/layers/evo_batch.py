@@ -238,7 +238,7 @@ class EvoNormB0(_EvoNormB):
     State and arguments as in timm: ``weight``, ``bias``, ``v``, ``running_var``.
 
     Args:
-        num_features: C.
+        num_features: channels, C.
         apply_act: False leaves weight · x + bias alone, and the state as it is, as in timm.
         momentum: weight of the variance of a batch in the running one.
         eps: added to every variance; positive.

@@ -131,7 +131,7 @@ class EvoNormS0(nn.Module):
     ``v``.
 
     Args:
-        num_features: C.
+        num_features: channels, C.
         groups: into how many groups the channels fall; ``"auto"``: the most, up to 32, that divide them.
         group_size: channels of a group, in place of `groups`.
         apply_act: False leaves weight · x + bias alone, as in timm.
@@ -199,7 +199,7 @@ def _groups(layer: str, channels: int, groups: int | str, group_size: int | None
         return channels // group_size
     if groups == "auto":
         return max(n for n in range(1, MOST_GROUPS + 1) if channels % n == 0)
-    if isinstance(groups, str):
+    if groups is None or isinstance(groups, str):
         raise ValueError(f"{layer}: groups is {groups!r}; it must be a positive int or 'auto'")
     checks.positive(layer, "groups", groups)
     if channels % groups:

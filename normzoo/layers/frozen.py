@@ -55,7 +55,7 @@ class FrozenBatchNorm(nn.Module):
     num_batches_tracked. :func:`normzoo.freeze_batch_norm` makes it from the batch norms of a model.
 
     Args:
-        num_features: C.
+        num_features: channels, C.
         eps: added to the variance; positive.
 
     Raises:

@@ -99,7 +99,7 @@ class GhostBatchNorm(Running):
     the running statistics anew take :func:`normzoo.recalibrate`; torch's ``update_bn`` does not see this layer.
 
     Args:
-        num_features: C.
+        num_features: channels, C.
         ghost_batch_size: samples of a ghost batch.
         eps: added to the biased variance; positive.
         momentum: weight of the statistics of one ghost batch in the running ones; None averages all of them.

@@ -149,7 +149,7 @@ class PowerNorm(MeanSquareNorm):
     statistic counts as a constant, and a running mean of past gradients (`ema_gz`) corrects it, in warm-up too.
 
     Args:
-        num_features: C.
+        num_features: channels, C.
         eps: added to the mean square; positive. Groups have 1e-5.
         alpha_fwd, alpha_bkw: weight of the old value in running_phi and in the correction, from 0 to 1.
         affine: whether there are a weight and a bias. The authors' class always has them.

@@ -122,14 +122,16 @@ class Importance(nn.Module):
 class RegionNormL(Region):
     r"""Region normalization by a mask that the layer finds itself, RN-L, with a scale and a shift a pixel.
 
-    Input (N, C, H, W), output alike in shape, dtype and memory format, the same in training and eval mode:
-    there are no running statistics. The mask has no gradient; the convolutions learn by what they do to scale
-    and shift. With default initialisation little reaches the threshold, and then this is batch norm by the
-    statistics of the batch. Checkpoints of the authors' code load.
+    Input (N, C, H, W) alone: it takes no mask, neither by a call nor by :class:`normzoo.inputs`. The output is
+    like the input in shape, dtype and memory format, the same in training and eval mode: there are no running
+    statistics. The importance of a pixel is the sigmoid of a convolution over the mean and the maximum of the
+    channels; where it reaches the threshold is the hole. That has no gradient; the convolutions learn by what
+    they do to scale and shift. With default initialisation little reaches the threshold, and then this is batch
+    norm by the statistics of the batch. Checkpoints of the authors' code load.
 
     Args:
-        num_features: C.
-        threshold: of the importance, from 0 to 1, above which a pixel is of the hole.
+        num_features: channels, C.
+        threshold: from 0 to 1; a pixel whose importance reaches it is in the hole.
         eps: positive; in a region of S of N pixels it counts as eps · N / S, as in the authors' code.
         per_instance: take the statistics of each image (the paper) and not of the batch (the code).
         sync, process_group, nonfinite: as in :class:`RegionNormB`.

@@ -196,7 +196,7 @@ class TimeDependentLayerNorm(_ByTime):
     ``weight.param1``, ``weight.nodecay_weight``, ``weight.nodecay_bias``, and those of ``bias``.
 
     Args:
-        dim: d.
+        dim: entries of a row, d.
         eps: added to the biased variance; positive.
 
     Raises:
@@ -229,7 +229,7 @@ class TimeDependentRMSNorm(_ByTime):
     and ``offset.param0``.
 
     Args:
-        dim: d.
+        dim: entries of a row, d.
         eps: added to the root mean square, after the root; positive.
         partial: the share of the d entries, from the first, of which the mean square is taken; None for all.
         bias: whether there is an offset.

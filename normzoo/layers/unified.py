@@ -189,7 +189,7 @@ class UnifiedNorm(MeanSquareNorm):
     running_var, and can be folded into a neighbour.
 
     Args:
-        num_features: C.
+        num_features: channels, C.
         window_size: steps of the window, of 1 or more; a pair for those of the forward and the backward pass.
             1 is PN-V of the PowerNorm paper: the statistics of the batch, with the exact gradient as long as
             there is no padding. Under a mask the correction is the mean over padding too, as in the authors'
