@@ -145,6 +145,23 @@ def test_a_block_in_a_compiled_forward(backend):
         model.net(torch.randn(3, 4))
 
 
+def test_a_block_around_a_checkpoint_in_a_compiled_forward():
+    model, compared = net(), net()
+    compared.load_state_dict(model.state_dict())
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(x, mask):
+        with normzoo.inputs(model, mask=mask):
+            return checkpoint(model, x, use_reentrant=False)
+
+    for _ in range(2):
+        x, mask = torch.randn(3, 4), torch.rand(3, 1)
+        run(x, mask).square().sum().backward()
+        by_hand(compared, x, mask).square().sum().backward()
+    for p, q in zip(model.parameters(), compared.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-6)
+
+
 def test_bad_arguments_in_a_compiled_forward():
     model = Inside()
     model.net[1][0].side_inputs = model.net[3].side_inputs = ("t",)
