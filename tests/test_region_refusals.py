@@ -1,4 +1,4 @@
-"""What RegionNormB refuses, and what it says then."""
+"""What region norms refuse, and what they say then."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from region_oracle import AFFINE, regions
 
-from normzoo import RegionNormB
-from normzoo.functional import region_norm_b
+from normzoo import RegionNormB, RegionNormL
+from normzoo.functional import region_norm_b, region_norm_l
 
 C = 3
 X = torch.ones(2, C, 4, 3)
@@ -133,3 +133,33 @@ def test_bad_parameters_are_refused(name):
     ):
         with pytest.raises(error, match=f"region_norm_b: {name} {match}"):
             region_norm_b(X, torch.zeros(2, 4, 3), **{name: given})
+
+
+WRONG_CONVOLUTIONS = {
+    "of one channel": (
+        lambda w: w[:, :1],
+        ValueError,
+        r"shape \(1, 1, 7, 7\); it must be \(1, 2, k, k\), k odd",
+    ),
+    "even": (lambda w: w[..., :6, :6], ValueError, r"shape \(1, 2, 6, 6\); it must be"),
+    "oblong": (lambda w: w[..., :5], ValueError, r"shape \(1, 2, 7, 5\); it must be"),
+    "integers": (lambda w: w.int(), TypeError, "is torch.int32; it must be"),
+    "a list": (lambda w: w.tolist(), TypeError, "is a list; it must be"),
+    "a device": (lambda w: w.to("meta"), ValueError, "is on meta but the input is on cpu"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "error", "match"), WRONG_CONVOLUTIONS.values(), ids=WRONG_CONVOLUTIONS)
+def test_convolutions_that_do_not_fit_are_refused(spoil, error, match):
+    layer, x = RegionNormL(16), torch.randn(2, 16, 5, 3)
+    weight, plain = layer.sa.conv1.weight.detach(), (torch.ones(1, 1, 7, 7), None)
+    with pytest.raises(error, match=f"region_norm_l: importance .*{match}"):
+        region_norm_l(x, spoil(weight), plain, plain)
+    with pytest.raises(
+        TypeError, match=r"region_norm_l: gamma is a Tensor; it must be a tuple, \(weight, bias"
+    ):
+        region_norm_l(x, weight, plain[0], plain)
+    with pytest.raises(
+        ValueError, match=r"the bias of beta has shape \(3,\); for this input it must be \(1,\)"
+    ):
+        region_norm_l(x, weight, plain, (plain[0], torch.ones(3)))
