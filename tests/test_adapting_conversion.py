@@ -324,6 +324,10 @@ def test_group_to_batch_channel(affine, caplog):
     assert made.verify(x).same and step.tensors["converted"] == step.tensors["lost"] == ()
     assert step.tensors["kept"] == (("channel_weight", "channel_bias") if affine else ())
     assert ("weight -> channel_weight, bias -> channel_bias" in step.reason) == affine
+    single = nn.GroupNorm(4, 8)
+    single.bias = None
+    (alone,) = normzoo.plan(nn.Sequential(single), "batch_channel_norm").steps
+    assert alone.reason.endswith("; weight is called channel_weight from now on, in the state dict too")
     wanted = group(x)
     made.apply()
     new = model[0]

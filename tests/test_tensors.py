@@ -115,7 +115,7 @@ def test_tensors_by_other_names():
     gamma, beta, wanted = model[0].gamma, model[0].beta, model(x)
     optimizer = torch.optim.Adam(model.parameters())
     made = normzoo.plan(model)
-    assert "beta is called bias from now on, in the state dict too" in str(made)
+    assert "renamed, in the state dict too: beta -> bias, gamma -> weight" in str(made)
     made.apply(optimizer)
     assert [*model.state_dict()] == ["0.weight", "0.bias"] and model[0].bias is beta
     assert not model[0].weight.requires_grad and model[0].bias.requires_grad
