@@ -62,10 +62,11 @@ class _MeanAndMax(Function):
                 if ctx.strict:
                     raise
                 warn_once(str(error))
-        return _spread(d, index, *ctx.like), None
+        channels, dtype, _ = ctx.like
+        return _spread(d, index, channels, dtype), None
 
 
-def _spread(d: Tensor, index: Tensor, channels: int, dtype: torch.dtype, beside: bool) -> Tensor:
+def _spread(d: Tensor, index: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """The gradient of x from that of its mean and maximum."""
     mean, top = d.unbind(1)
     share = (mean / channels).unsqueeze(1).expand(-1, channels, *[-1] * (d.dim() - 2))

@@ -331,3 +331,22 @@ def test_another_activation_has_no_kernel(form):
     layer(x)
     with normzoo.backend("triton"), pytest.raises(RuntimeError, match="no other activation than SiLU"):
         layer(x)
+
+
+@pytest.mark.parametrize("form", ["S1", "S2"])
+def test_an_activation_in_place_leaves_the_input(form):
+    layer, x = ours(form, 4, 2, act_layer=lambda: nn.ReLU(inplace=True)), torch.randn(2, 4, 3, 3)
+    before = x.clone()
+    assert torch.equal(layer(x), ours(form, 4, 2, act_layer=nn.ReLU)(x)) and torch.equal(x, before)
+
+
+def test_what_makes_the_activation_is_a_class():
+    with pytest.raises(TypeError, match=r"act_layer is ReLU.*must be a class such as"):
+        ours("S1", 4, 2, act_layer=nn.ReLU())
+
+
+def test_a_momentum_that_was_set_later_is_looked_at():
+    layer = ours("B0", 4)
+    layer.momentum = None
+    with pytest.raises(ValueError, match="EvoNormB0: momentum is None"):
+        layer(torch.randn(2, 4, 3, 3))

@@ -234,3 +234,9 @@ def test_refused_eps(cls, eps):
     x = torch.randn(2, 8)
     with pytest.raises(ValueError, match=f"{LAYERS[cls][0].__name__}: eps is .*positive finite"):
         LAYERS[cls][0](x, x, x, eps)
+
+
+@per_layer
+def test_a_narrow_scale_keeps_the_digits_of_a_wide_input(cls):
+    x, scale = torch.randn(3, 4, 8).double(), torch.randn(3, 8)
+    torch.testing.assert_close(cls(8)(x, scale), cls(8)(x, scale.double()), rtol=0, atol=0)

@@ -189,6 +189,16 @@ def test_rows_that_no_program_holds(name, width, dtype, owners):
         assert_as_good(key, ours[key], theirs[key], exact[key])
 
 
+def test_wide_rows_round_once():
+    x, scale, dy = rows(2, 2, 8200, dtype=torch.bfloat16), rows(2, 8200), rows(2, 2, 8200, dtype=torch.bfloat16)
+    found = results("layer", "triton", (x, scale, None), dy)
+    exact = results("layer", "reference", (x.double(), scale.double(), None), dy.double())
+    (key,) = [key for key, t in exact.items() if t.shape == scale.shape]
+    torch.testing.assert_close(
+        found[key].double(), exact[key], rtol=0, atol=1e-5 * exact[key].abs().max().item()
+    )
+
+
 @pytest.mark.parametrize("name", ["root", "part", "rms, part"])
 def test_wide_rows_without_kernels(name):
     x = rows(2, 2, 8200)

@@ -269,6 +269,20 @@ def test_a_step_of_training(entry, backend):
         torch.testing.assert_close(step(fresh(nn.ReLU(True)).requires_grad_(False), x)["dx"], expected["dx"])
 
 
+@pytest.mark.parametrize(("entry", "kwargs"), CASES)
+def test_gradients_add_up_alone(entry, kwargs):
+    """Each has a memory of its own, so that adding to one or scaling it leaves the others."""
+    layer, x = trained(entry, kwargs).train(not entry.approximate), entry.sample()
+    y = layer(x)
+    if not y.requires_grad:
+        return
+    y.square().sum().backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+    y.square().sum().backward()
+    for name, grad in once.items():
+        torch.testing.assert_close(layer.get_parameter(name).grad, 2 * grad)
+
+
 @pytest.mark.parametrize(
     ("entry", "backend", "reentrant"),
     [

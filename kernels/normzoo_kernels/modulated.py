@@ -206,12 +206,13 @@ class _Unmodulated:
 
 
 def _wide(kind, x, scale, shift, eps, offset, reference):
-    """Rows that no program holds: the norm by its own kernels, then what is left by torch."""
-    h = row_norms.norm(kind, x, x.shape[-1:], None, None, eps=eps, reference=_Unmodulated(reference, offset))
+    """Rows that no program holds: the norm by its own kernels, in float32, then what is left by torch."""
+    wide, dtype = x.float(), x.dtype
+    h = row_norms.norm(kind, wide, x.shape[-1:], None, None, eps=eps, reference=_Unmodulated(reference, offset))
     between = (x.shape[0], *(1,) * (x.dim() - 2), x.shape[-1])
     scale, shift = (p if p is None or p.dim() == x.dim() else p.reshape(between) for p in (scale, shift))
     scale = scale.float() + offset
-    return (h * scale if shift is None else torch.addcmul(shift.float(), h, scale)).to(x.dtype)
+    return (h * scale if shift is None else torch.addcmul(shift.float(), h, scale)).to(dtype)
 
 
 def norm(

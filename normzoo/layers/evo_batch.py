@@ -210,6 +210,7 @@ class _EvoNormB(Guarded):
         checks.channels(layer, x, self.num_features, weight=self.weight)
         if not self.apply_act:
             return affine(x, self.weight, self.bias)
+        checks.momentum(layer, self.momentum, average=False)  # it may have been set since
         stored = None if self.training else self.running_var
         own = ((self.weight, self.bias, self.v), self.eps, stored, self.running_var_unbiased)
         y, batch = _bounded(layer, self._form, x, *own, self.sync, self.process_group)

@@ -120,7 +120,8 @@ def _by_groups(form, x, groups, weight, bias, v, eps, act) -> Tensor:
         )
     m = Moments(passes.counts(x, None, True), *passes.moments(x, None, True))
     scale, _, shift = (t.view((*t.shape, *(1,) * (x.dim() - 2 if t.dim() else 0))) for t in combine(m))
-    return torch.addcmul(shift, act(checks.at_least_float32(x)), scale).to(x.dtype)
+    # Of its own, for it may work in place.
+    return torch.addcmul(shift, act(x.to(checks.statistics_dtype(x), copy=True)), scale).to(x.dtype)
 
 
 class EvoNormS0(nn.Module):
@@ -237,7 +238,7 @@ class EvoNormS1(EvoNormS0):
         dtype=None,
     ) -> None:
         super().__init__(num_features, groups, group_size, apply_act, eps, device, dtype)
-        if act_layer is not None and not callable(act_layer):
+        if act_layer is not None and (isinstance(act_layer, nn.Module) or not callable(act_layer)):
             raise TypeError(
                 f"{type(self).__name__}: act_layer is {act_layer!r}; it must be a class such as torch.nn.ReLU, "
                 "or None for SiLU"

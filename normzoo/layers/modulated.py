@@ -80,8 +80,8 @@ def modulated(
         return norm(kind, x, scale, shift, **how, reference=Reference(again))
 
     h = _normalized(checks.at_least_float32(x), kind, eps, part)
-    scale = _between(checks.at_least_float32(scale) + offset, x)
-    y = h * scale if shift is None else torch.addcmul(_between(shift, x).to(h.dtype), h, scale.to(h.dtype))
+    scale = _between(scale.to(h.dtype) + offset, x)
+    y = h * scale if shift is None else torch.addcmul(_between(shift, x).to(h.dtype), h, scale)
     return y.to(x.dtype)
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, ranks
+from ..dispatch import transformed
 from ..engine import normalize
 from ..moments import Moments
 from ..passes import divisor
@@ -92,7 +93,8 @@ def _given(
     weight = _of_regions(x, gamma0, gamma1)
     bias = _of_regions(x, beta0, beta1)
     if bias is not None and not separate_beta:
-        bias = bias.sum(0, keepdim=True)
+        # Not their sum over the regions, whose backward pass would give both the same memory for a gradient.
+        bias = bias[:1] + bias[1:]
     return by_region(
         layer, x, hole, None if weight is None else 1 + weight, bias, eps, per_instance, sync, process_group
     )
@@ -162,7 +164,8 @@ def _mask_of(layer: str, mask: Tensor, x: Tensor, resize: str) -> Tensor:
             f"{layer}: mask has shape {tuple(given.shape)}; for an input of shape {tuple(x.shape)} it must be "
             f"({x.shape[0]}, 1, *) or ({x.shape[0]}, *), its * of any size{_mended(given, x)}"
         )
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and mask.dtype != torch.bool:
+    seen = mask.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed())
+    if seen and mask.dtype != torch.bool:
         if not ((mask == 0) | (mask == 1)).all():
             if mask.isnan().any():
                 raise ValueError(
