@@ -233,12 +233,12 @@ def is_activation(module: nn.Module) -> bool:
 def unlike_relu(activation: nn.Module) -> str:
     """What tells an activation from ReLU, SiLU, ELU and the like, which EvoNorm stands for; empty if nothing.
 
-    A curve that is bounded above (Sigmoid, Tanh, ReLU6) may be a gate; one that goes far to both sides is none.
+    A curve that soon bends down (Sigmoid, Tanh) may be a gate; one that goes far to both sides is none.
     """
-    far = torch.full((4, 6, 3, 2), 60.0, device="cpu")
+    far = torch.full((4, 6, 3, 2), 5.0, device="cpu")  # ReLU6 is a ReLU up to there
     with undisturbed():
         twin = copy.deepcopy(bare(activation)).eval()
-        high, low = ((twin(sign * far) / 60).flatten()[0].item() for sign in (1, -1))
+        high, low = ((twin(sign * far) / far).flatten()[0].item() for sign in (1, -1))
     if abs(high) <= 0.5:
         return "is bounded above, unlike what EvoNorm stands for"
     return "" if 0.5 < high < 2 and abs(low) <= 0.5 else "is unlike the ReLU that EvoNorm stands for"
