@@ -38,7 +38,10 @@ from .workloads import DIRECTIONS
 _ROOT = Path(__file__).resolve().parents[2]
 _TESTS = tuple(
     f"tests/test_{name}.py"
-    for name in ("kernels", "channel_kernels", "channel_hazards", "running_kernels", "running_hazards")
+    for name in (
+        *("kernels", "channel_kernels", "curve_kernels", "modulated_kernels", "pooling", "channel_hazards"),
+        *("modulated_hazards", "running_kernels", "running_hazards"),
+    )
 )
 _RESERVE = 20.0
 """Seconds before the limit in which nothing is begun: compiling one contender may take so long."""
