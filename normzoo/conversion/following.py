@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,22 @@ class Surroundings:
             else:
                 yield parent
 
+    def _above(self, module: nn.Module) -> Iterator[nn.Module]:
+        """All that hold `module`, up to the model itself."""
+        for parent, _ in self._places.get(module, ()):
+            yield parent
+            yield from self._above(parent)
+
+    def _calls(self, module: nn.Module) -> Iterator[tuple[nn.Module, fx.Node]]:
+        """The calls of `module`, each with whose forward has it, as far as those can be traced."""
+        for above in dict.fromkeys(self._above(module)):
+            try:
+                graphs = self._traced(above)
+            except _Unclear:
+                continue
+            for graph in graphs:
+                yield from ((above, node) for node in graph.nodes if _called(above, node) is module)
+
     def _next(self, module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
         """The activations that follow `module`, with the parent that calls each."""
         owners = list(dict.fromkeys(self._owner(module)))
@@ -100,6 +117,13 @@ class Surroundings:
             raise _Unclear("nothing follows it in this model")
         for owner in owners:
             self._check_reached(owner)
+            self._traced(owner)
+            self._check_arguments(owner)
+        for above, _ in self._calls(module):
+            if above not in owners:
+                past = type(owners[0]).__name__
+                raise _Unclear(f"{type(above).__name__} calls it too, past the forward of {past}", _ITS_OWN)
+        for owner in owners:
             for graph in self._traced(owner):
                 calls = [node for node in graph.nodes if _called(owner, node) is module]
                 if not calls:
@@ -122,6 +146,20 @@ class Surroundings:
                 )
             self._check_reached(owner)
         self._reached.add(module)
+
+    def _check_arguments(self, owner: nn.Module) -> None:
+        """Raises _Unclear where a call of `owner` sets what its forward was traced with the default of."""
+        signature, usual = inspect.signature(type(owner).forward), _defaults(type(owner).forward)
+        for above, call in self._calls(owner):
+            name, called = type(above).__name__, type(owner).__name__
+            try:
+                given = signature.bind(owner, *call.args, **call.kwargs).arguments
+            except TypeError as error:
+                raise _Unclear(f"{name} calls the {called} with other arguments than it takes") from error
+            if changed := [argument for argument in given if argument in usual]:
+                raise _Unclear(
+                    f"{name} calls the {called} with its {', '.join(changed)}, and what that does is not clear"
+                )
 
     def _beyond(self, owner: nn.Module, call: fx.Node) -> Iterator[tuple[nn.Module, nn.Module]]:
         name = type(owner).__name__
@@ -153,6 +191,11 @@ class Surroundings:
             raise _Unclear(f"{name} ({kind}) follows it and has {', '.join(kinds)}")
         if len(self._places[activation]) > 1 or activation in self._outside:
             raise _Unclear(f"{name} ({kind}) follows it and is held in other places too", _ITS_OWN)
+        for above, _ in self._calls(activation):
+            if above is not owner:
+                raise _Unclear(
+                    f"{name} ({kind}) follows it, and {type(above).__name__} calls that elsewhere too", _ITS_OWN
+                )
         for graph in self._traced(owner):
             calls = [node for node in graph.nodes if _called(owner, node) is activation]
             for call in calls:
@@ -201,14 +244,28 @@ def _graph(owner: nn.Module, training: bool) -> fx.Graph:
         raise _Unclear(f"{name} has a forward of its own, set on the instance")
     twin = copy.copy(owner)
     for key, value in vars(twin).items():
-        if isinstance(value, (dict, list, set)):  # forward may write to it
+        if isinstance(value, (dict, list, set, deque)):  # forward may write to it
             vars(twin)[key] = copy.copy(value)
     vars(twin)["training"] = training
     try:
         with undisturbed():
-            return _Tracer().trace(twin, _defaults(type(owner).forward))
+            graph = _Tracer().trace(twin, _defaults(type(owner).forward))
     except Exception as error:  # it is code that nobody here has seen
         raise _Unclear(f"the forward of {name} cannot be traced ({type(error).__name__})") from error
+    with graph.inserting_before(graph.output_node()):
+        for key, value in vars(twin).items():
+            for proxy in _proxies(value):  # what forward keeps is used
+                graph.call_function(setattr, (key, proxy.node))
+    return graph
+
+
+def _proxies(value: Any, depth: int = 4) -> Iterator[fx.Proxy]:
+    """The values of a traced forward in an attribute: itself, or in containers."""
+    if isinstance(value, fx.Proxy):
+        yield value
+    elif depth and isinstance(value, (dict, list, tuple, set, deque)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _proxies(inner, depth - 1)
 
 
 def _defaults(forward: Callable[..., Any]) -> dict[str, Any]:

@@ -220,10 +220,10 @@ def _refuse(site: Site, made: Replacement) -> None:
     """Raises Refused where the model would no longer hang together."""
     if site.outside:
         raise Refused(f"{site.outside} holds it too, outside the module tree, and would go on with the old one")
-    if made.converted and set(site.shared) - set(made.kept.values()):
-        raise Refused(
-            f"another module shares its parameters, and a new {', '.join(made.converted)} would untie them"
-        )
+    if set(site.shared) - set(made.kept.values()):
+        anew = "new ones" if made.exactness is Exactness.REINITIALISED else ""
+        if new := f"a new {', '.join(made.converted)}" if made.converted else anew:
+            raise Refused(f"another module shares its parameters, and {new} would untie them")
     for parent, child in site.parents:
         if bypass.fast_path(parent, child):
             continue
