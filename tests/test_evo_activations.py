@@ -105,6 +105,11 @@ class Positional(Root):
         return self.block(x, True)
 
 
+class Wrong(Root):
+    def forward(self, x):
+        return self.block(x, True, x)
+
+
 class Deep(Root):
     def forward(self, x):
         return self.block.block(x, pre=True) + self.block(x)
@@ -151,6 +156,7 @@ class Looking(Root):
         (Direct(Nested()), r"Direct calls it too, past the forward of Nested\); give every call"),
         (Keyword(), "Keyword calls the Block with its pre, and what that does is not clear"),
         (Positional(), "Positional calls the Block with its pre, and what"),
+        (Wrong(), "Wrong calls the Block with other arguments than it takes"),
         (Deep(Root()), "Deep calls the Block with its pre, and what"),
         (Keeping(), "Keeping uses its output 2 times"),
         (KeepingNested(), "KeepingNested uses its output 2 times"),
