@@ -10,6 +10,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,19 @@ def transformed() -> bool:
 def insisted() -> bool:
     """Whether the user asked for kernels, so that one that does not compile is an error."""
     return _state.names[-1] == "triton"
+
+
+def or_none(strict: bool, body: Callable[..., Any], *args: Any) -> Any:
+    """What `body` returns; None where a kernel of it does not compile, unless the user insists (`strict`)."""
+    from normzoo_kernels._launch import KernelUnavailable, warn_once
+
+    try:
+        return body(*args)
+    except KernelUnavailable as error:
+        if strict:
+            raise
+        warn_once(str(error))
+    return None
 
 
 def use_kernel(

@@ -21,7 +21,7 @@ from torch.autograd import Function
 from normzoo_kernels._op import differentiated, needs_grad
 
 from . import checks, curves, passes
-from .dispatch import insisted, transformed, use_kernel
+from .dispatch import insisted, or_none, transformed, use_kernel
 from .moments import Moments
 
 Combine = Callable[[Moments], tuple]
@@ -209,15 +209,8 @@ class _Passes:
         return self._try(channels, passes, name, args)
 
     def _try(self, kernels: ModuleType, eager: ModuleType, name: str, args: tuple):
-        from normzoo_kernels._launch import KernelUnavailable, warn_once
-
-        try:
-            return getattr(kernels, name)(*args)
-        except KernelUnavailable as error:
-            if self.strict:
-                raise
-            warn_once(str(error))
-        return getattr(eager, name)(*args)
+        found = or_none(self.strict, getattr(kernels, name), *args)
+        return getattr(eager, name)(*args) if found is None else found
 
 
 class _Curve(_Passes):

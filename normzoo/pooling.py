@@ -9,7 +9,7 @@ from torch.autograd import Function
 from normzoo_kernels._op import differentiated, needs_grad
 
 from .checks import at_least_float32
-from .dispatch import insisted, use_kernel
+from .dispatch import insisted, or_none, use_kernel
 
 
 def mean_and_max(x: Tensor) -> Tensor:
@@ -18,16 +18,13 @@ def mean_and_max(x: Tensor) -> Tensor:
     if not use_kernel(x, fusible=False):
         return _eager(x)
     from normzoo_kernels import pooling as kernels
-    from normzoo_kernels._launch import KernelUnavailable, warn_once
 
     strict = insisted()
-    try:
-        return _MeanAndMax.apply(x, strict) if needs_grad(x) else kernels.pool(x, False)[0]
-    except KernelUnavailable as error:
-        if strict:
-            raise
-        warn_once(str(error))
-    return _eager(x)
+    if needs_grad(x):
+        out = or_none(strict, _MeanAndMax.apply, x, strict)
+    else:
+        out = or_none(strict, lambda: kernels.pool(x, False)[0])
+    return _eager(x) if out is None else out
 
 
 def _eager(x: Tensor) -> Tensor:
@@ -51,19 +48,12 @@ class _MeanAndMax(Function):
     @staticmethod
     def backward(ctx, *grads):
         from normzoo_kernels import pooling as kernels
-        from normzoo_kernels._launch import KernelUnavailable, warn_once
 
         (d,) = grads
         (index,) = ctx.saved_tensors
-        if not differentiated(d):
-            try:
-                return kernels.unpool(d, index, *ctx.like), None
-            except KernelUnavailable as error:
-                if ctx.strict:
-                    raise
-                warn_once(str(error))
+        dx = None if differentiated(d) else or_none(ctx.strict, kernels.unpool, d, index, *ctx.like)
         channels, dtype, _ = ctx.like
-        return _spread(d, index, channels, dtype), None
+        return _spread(d, index, channels, dtype) if dx is None else dx, None
 
 
 def _spread(d: Tensor, index: Tensor, channels: int, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from torch.autograd import Function
 from normzoo_kernels._op import differentiated, needs_grad
 
 from . import ranks, sweeps
-from .dispatch import insisted, use_kernel
+from .dispatch import insisted, or_none, use_kernel
 from .passes import divisor
 from .state import commit
 
@@ -122,7 +122,7 @@ def by_stored(
     """weight · u / sqrt(stored + eps) + bias for x (N, C, \\*): eval mode, differentiable."""
     plain = needs_grad(x, stored, weight, bias) or not use_kernel(x, stored, weight, bias)
     if not plain and _fits(x, groups, stored):
-        y = _or_none(insisted(), _stored_by_kernel, x, stored, weight, bias, eps, groups)
+        y = or_none(insisted(), _stored_by_kernel, x, stored, weight, bias, eps, groups)
         if y is not None:
             return y
     u, _ = sweeps.unit(x, groups)
@@ -157,7 +157,7 @@ class _Run(Function):
         how = (groups, rule, ranked, process_group)
         found = None
         if kernels:
-            found = _or_none(strict, _forward_by_kernels, x, weight, bias, pad_mask, *how)
+            found = or_none(strict, _forward_by_kernels, x, weight, bias, pad_mask, *how)
         ctx.kernels, ctx.strict, ctx.how, ctx.has_bias = found is not None, strict, how, bias is not None
         y, counts, kept, new = found or _forward(x, weight, bias, pad_mask, *how)
         ctx.save_for_backward(x, weight, counts, *kept)
@@ -179,25 +179,12 @@ class _Run(Function):
         x, weight, counts, *kept = ctx.saved_tensors
         rule, found, wants_x = ctx.how[1], None, ctx.needs_input_grad[0]
         if ctx.kernels:
-            found = _or_none(ctx.strict, _backward_by_kernels, dy, x, weight, counts, kept, wants_x, *ctx.how)
+            found = or_none(ctx.strict, _backward_by_kernels, dy, x, weight, counts, kept, wants_x, *ctx.how)
             kept = kept if found else rule.plain(kept)
         dx, dweight, dbias, new = found or _backward(dy, x, weight, counts, kept, wants_x, *ctx.how)
         commit(zip(rule.gradient_state, new, strict=True))
         dweight = None if weight is None else dweight.to(weight.dtype)
         return dx, dweight, dbias if ctx.has_bias else None, *nothing[3:]
-
-
-def _or_none(strict: bool, body: Any, *args: Any) -> Any:
-    """What `body` returns; None where a kernel of it does not compile, unless the user insists."""
-    from normzoo_kernels._launch import KernelUnavailable, warn_once
-
-    try:
-        return body(*args)
-    except KernelUnavailable as error:
-        if strict:
-            raise
-        warn_once(str(error))
-    return None
 
 
 def _stored_by_kernel(x, stored, weight, bias, eps, groups):

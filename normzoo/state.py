@@ -160,6 +160,13 @@ class Guarded(_NormBase):
         self.sync, self.process_group, self.nonfinite = sync, process_group, nonfinite
         self._count_in("batches_skipped", device)
 
+    def _keep_others(self) -> None:
+        """For a layer with other statistics than torch's: those become plain attributes, or free names."""
+        # torch.export takes buffers after one that is None for others.
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            del self._buffers[name]
+        self.running_mean = self.num_batches_tracked = None
+
     def _count_in(self, name: str, device) -> None:
         """Makes a counter of what is skipped, None where nothing is."""
         skipped = torch.zeros((), dtype=torch.long, device=device) if self.nonfinite == "skip" else None

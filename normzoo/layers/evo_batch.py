@@ -167,16 +167,16 @@ class _EvoNormB(Guarded):
     def __init__(
         self,
         num_features: int,
-        apply_act: bool,
-        momentum: float,
-        eps: float,
-        device,
-        dtype,
+        apply_act: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        device=None,
+        dtype=None,
         *,
-        running_var_unbiased: bool,
-        sync: bool,
-        process_group: Any,
-        nonfinite: str,
+        running_var_unbiased: bool = True,
+        sync: bool = False,
+        process_group: Any = None,
+        nonfinite: str = "propagate",
     ) -> None:
         layer = type(self).__name__
         checks.flag(layer, "apply_act", apply_act)
@@ -185,10 +185,7 @@ class _EvoNormB(Guarded):
         self.apply_act, self.running_var_unbiased = apply_act, running_var_unbiased
         options = {"bias": True, "sync": sync, "process_group": process_group, "nonfinite": nonfinite}
         super().__init__(num_features, eps, momentum, True, False, device, dtype, **options)
-        # torch.export takes buffers after one that is None for others.
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            del self._buffers[name]
-        self.running_mean = self.num_batches_tracked = None
+        self._keep_others()
         where = {"device": device, "dtype": dtype}
         v = nn.Parameter(torch.ones(num_features, **where)) if self._form == "b0" and apply_act else None
         self.register_parameter("v", v)
@@ -289,24 +286,6 @@ class EvoNormB1(_EvoNormB):
     """
 
     _form = "b1"
-
-    def __init__(
-        self,
-        num_features: int,
-        apply_act: bool = True,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-        device=None,
-        dtype=None,
-        *,
-        running_var_unbiased: bool = True,
-        sync: bool = False,
-        process_group: Any = None,
-        nonfinite: str = "propagate",
-    ) -> None:
-        options = {"sync": sync, "process_group": process_group, "nonfinite": nonfinite}
-        options["running_var_unbiased"] = running_var_unbiased
-        super().__init__(num_features, apply_act, momentum, eps, device, dtype, **options)
 
 
 class EvoNormB2(EvoNormB1):

@@ -166,10 +166,7 @@ class MeanSquareNorm(Guarded):
             checks.flag(type(self).__name__, name, flag)
         options = {"bias": bias, "sync": sync, "process_group": process_group, "nonfinite": nonfinite}
         super().__init__(num_features, eps, None, affine, False, device, dtype, **options)
-        # torch.export takes buffers after one that is None for others.
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            del self._buffers[name]
-        self.running_mean = self.num_batches_tracked = None
+        self._keep_others()
         self.channel_dim = channel_dim
         self._count_in("gradients_skipped", device)
 
