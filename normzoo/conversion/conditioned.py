@@ -50,9 +50,8 @@ def _(norm: Norm, module: nn.Module, options: Mapping[str, Any]) -> Carried:
     if norm.weight and weight is not None:
         for name in ("foreground_gamma", "background_gamma"):
             carried.converted[name] = norm.weight, weight.detach() - 1
-    if (
-        norm.bias and bias is not None and options.get("separate_beta") is True
-    ):  # else it is the sum that counts
+    apart = options.get("separate_beta") is True  # else it is the sum that counts
+    if apart and norm.bias and bias is not None:
         carried.converted["foreground_beta"] = norm.bias, bias.detach().clone()
     return carried
 
@@ -113,9 +112,8 @@ def _(norm: Norm, module: nn.Module) -> Carried:
 
 def _again(norm: Norm, module: nn.Module) -> Carried:
     """The same layer, with all that it has."""
-    names = [
-        name for name in inspect.signature(_LAYERS[norm.family]).parameters if name not in ("device", "dtype")
-    ]
+    _, cls = _LAYERS[norm.family]
+    names = [name for name in inspect.signature(cls).parameters if name not in ("device", "dtype")]
     arguments = {name: getattr(module, name) for name in names if name != "bias"}
     if "bias" in names:
         arguments["bias"] = module.offset is not None
@@ -130,21 +128,13 @@ def _again(norm: Norm, module: nn.Module) -> Carried:
     )
 
 
-_LAYERS: dict[str, type[nn.Module]] = {
-    "region_b": RegionNormB,
-    "region_l": RegionNormL,
-    "adaptive_layer": AdaptiveLayerNorm,
-    "adaptive_rms": AdaptiveRMSNorm,
-    "time_layer": TimeDependentLayerNorm,
-    "time_rms": TimeDependentRMSNorm,
+_LAYERS: dict[str, tuple[str, type[nn.Module]]] = {
+    "region_b": ("region_norm_b", RegionNormB),
+    "region_l": ("region_norm_l", RegionNormL),
+    "adaptive_layer": ("adaptive_layer_norm", AdaptiveLayerNorm),
+    "adaptive_rms": ("adaptive_rms_norm", AdaptiveRMSNorm),
+    "time_layer": ("time_dependent_layer_norm", TimeDependentLayerNorm),
+    "time_rms": ("time_dependent_rms_norm", TimeDependentRMSNorm),
 }
-_ENTRIES = {
-    "region_b": "region_norm_b",
-    "region_l": "region_norm_l",
-    "adaptive_layer": "adaptive_layer_norm",
-    "adaptive_rms": "adaptive_rms_norm",
-    "time_layer": "time_dependent_layer_norm",
-    "time_rms": "time_dependent_rms_norm",
-}
-for _family, _target in _ENTRIES.items():
+for _family, (_target, _cls) in _LAYERS.items():
     transfer(_family, _target, Exactness.EXACT, same=True)(_again)

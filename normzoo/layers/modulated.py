@@ -34,6 +34,7 @@ def adaptive_layer_norm(x: Tensor, scale: Tensor, shift: Tensor | None = None, e
     >>> adaptive_layer_norm(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 0.0]]))
     tensor([[-2.0000,  1.0000]])
     """
+    check_input("adaptive_layer_norm", x)
     return modulated("adaptive_layer_norm", "layer", x, scale, shift, eps, offset=1.0)
 
 
@@ -46,6 +47,7 @@ def adaptive_rms_norm(x: Tensor, scale: Tensor, shift: Tensor | None = None, eps
     >>> adaptive_rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 1.0]]))
     tensor([[0.8485, 2.2627]])
     """
+    check_input("adaptive_rms_norm", x)
     return modulated("adaptive_rms_norm", "rms", x, scale, shift, eps, offset=1.0)
 
 
@@ -60,14 +62,13 @@ def modulated(
     offset: float,
     part: int | None = None,
 ) -> Tensor:
-    """(offset + scale) · norm(x) + shift over the last dimension.
+    """(offset + scale) · norm(x) + shift over the last dimension of x, which is checked already.
 
     Args:
         kind: ``"layer"``, ``"rms"``, or ``"root"``: x / (rms + eps), eps outside of the root.
         part: of how many entries, the first, the mean square is taken; None for all.
     """
     checks.eps(layer, eps)
-    check_input(layer, x)
     scale = _beside(layer, "scale", scale, x)
     shift = None if shift is None else _beside(layer, "shift", shift, x)
     if use_kernel(x, scale, shift):

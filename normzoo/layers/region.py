@@ -67,6 +67,7 @@ def region_norm_b(
     tensor([[[-1.0000,  1.0000, -1.0000,  1.0000]]])
     """
     affine = (foreground_gamma, foreground_beta, background_gamma, background_beta)
+    checks.channels("region_norm_b", x, None, **dict(zip(AFFINE, affine, strict=True)))
     how = {"eps": eps, "per_instance": per_instance, "separate_beta": separate_beta, "resize": resize}
     return _given("region_norm_b", x, mask, affine, **how)[0]
 
@@ -84,8 +85,7 @@ def _given(
     sync: bool = False,
     process_group: Any = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(y, (mean, var) of the regions)."""
-    checks.channels(layer, x, None, **dict(zip(AFFINE, affine, strict=True)))
+    """(y, (mean, var) of the regions); x and `affine` are checked already."""
     checks.eps(layer, eps)
     checks.choice(layer, "resize", resize, RESIZES)
     hole = _mask_of(layer, mask, x, resize)
@@ -312,9 +312,9 @@ class RegionNormB(Region):
             nn.init.zeros_(p)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        checks.channels("RegionNormB", x, self.num_features)
-        mask = side_input(self, "mask") if mask is None else mask
         affine = tuple(getattr(self, name) for name in AFFINE)
+        checks.channels("RegionNormB", x, self.num_features, **dict(zip(AFFINE, affine, strict=True)))
+        mask = side_input(self, "mask") if mask is None else mask
         how = {"separate_beta": self.separate_beta, "resize": self.resize, **self._how()}
         y, statistics = _given("RegionNormB", x, mask, affine, **how)
         self._counted(statistics)

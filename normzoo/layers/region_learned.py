@@ -54,6 +54,7 @@ def region_norm_l(
     >>> region_norm_l(x, k2, (k, None), (k, None)).flatten()  # all in one region
     tensor([-0.8720, -0.6976, -0.0872,  1.6569])
     """
+    checks.channels("region_norm_l", x, None)
     checks.eps("region_norm_l", eps)
     checks.share("region_norm_l", "threshold", threshold)
     how = {"eps": eps, "per_instance": per_instance}
@@ -69,8 +70,7 @@ def _found(
     threshold: float,
     how: dict[str, Any],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(y, statistics of the regions)."""
-    checks.channels(layer, x, None)
+    """(y, statistics of the regions), of a floating x."""
     if x.dim() != 4 or not x.shape[1]:
         raise ValueError(f"{layer}: the input has shape {tuple(x.shape)}; it must be (N, C, H, W), C not 0")
     _check(layer, "importance", (importance, None), 2, x)

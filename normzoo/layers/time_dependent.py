@@ -44,6 +44,7 @@ def time_dependent_layer_norm(
     >>> time_dependent_layer_norm(torch.tensor([[1.0, 3.0]]), torch.zeros(1), (one, 3 * one, zero, zero))
     tensor([[-2.0000,  2.0000]])
     """
+    check_input("time_dependent_layer_norm", x)
     return _by_time("time_dependent_layer_norm", "layer", x, t, weight, bias, eps)
 
 
@@ -70,12 +71,11 @@ def time_dependent_rms_norm(
     >>> time_dependent_rms_norm(torch.tensor([[3.0, 4.0]]), torch.zeros(1), (one, one, zero, zero))
     tensor([[0.8485, 1.1314]])
     """
+    check_input("time_dependent_rms_norm", x)
     return _by_time("time_dependent_rms_norm", "root", x, t, scale, offset, eps, partial)
 
 
 def _by_time(layer, kind, x, t, weight, bias, eps, partial=None) -> Tensor:
-    checks.eps(layer, eps)
-    check_input(layer, x)
     names = ("scale", "offset") if kind == "root" else ("weight", "bias")
     t = _time(layer, t, x)
     gamma = _at(layer, names[0], weight, t, x)
