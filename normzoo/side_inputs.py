@@ -100,6 +100,7 @@ class inputs:
                     f"{', '.join(known) or 'none that take any'}"
                 )
         self.modules = frozenset([id(taker) for taker in takers])
+        self.alive = takers  # or another module could get the id of one that is gone
 
     def __enter__(self) -> None:
         task = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()

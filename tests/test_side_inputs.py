@@ -1,7 +1,9 @@
 """normzoo.inputs: side inputs reach layers deep in a model, never those of another batch."""
 
 import contextlib
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -75,6 +77,18 @@ def test_other_models_get_nothing():
     model, other, x = net(), net(), torch.randn(3, 4)
     with normzoo.inputs(model, mask=torch.ones(3, 1)), pytest.raises(ValueError, match="there is no mask"):
         other(x)
+
+
+def test_a_block_keeps_its_layers():
+    """Which it knows by their ids: that of a layer that is gone is soon another module's."""
+    model = net()
+    layers = [weakref.ref(module) for module in model.modules() if isinstance(module, Masked)]
+    with normzoo.inputs(model, mask=torch.rand(3, 1)):
+        del model
+        gc.collect()
+        assert len(layers) == 2 and all(layer() is not None for layer in layers)
+    gc.collect()
+    assert not any(layer() for layer in layers)
 
 
 def test_a_block_ends_with_an_error():
