@@ -42,6 +42,14 @@ from .layers.rms import RMSNorm as RMSNorm
 from .layers.time_dependent import TimeDependentLayerNorm as TimeDependentLayerNorm
 from .layers.time_dependent import TimeDependentRMSNorm as TimeDependentRMSNorm
 from .layers.unified import UnifiedNorm as UnifiedNorm
+from .layers.weight_standardization import WeightStandardization as WeightStandardization
+from .layers.ws_conv import WSConv1d as WSConv1d
+from .layers.ws_conv import WSConv2d as WSConv2d
+from .layers.ws_conv import WSConv3d as WSConv3d
+from .layers.ws_conv import WSConvTranspose1d as WSConvTranspose1d
+from .layers.ws_conv import WSConvTranspose2d as WSConvTranspose2d
+from .layers.ws_conv import WSConvTranspose3d as WSConvTranspose3d
+from .layers.ws_conv import WSLinear as WSLinear
 from .side_inputs import inputs as inputs
 from .zoo import ZOO as ZOO
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ class Entry:
     function: Callable
     title: str
     family: str
-    """The engine: ``rows``, ``channels`` or ``running``."""
+    """The engine: ``rows``, ``channels`` or ``running``; ``weights`` where the input is a layer's weight."""
     layout: str
     """Shape of the input."""
     couples_samples: bool
@@ -52,6 +53,8 @@ class Entry:
     """torch's class with the same mathematics and state."""
     others: tuple[type[nn.Module], ...] = ()
     """Classes that do the same for inputs of other dimensions."""
+    carriers: tuple[type[nn.Module], ...] = ()
+    """Layers that do it to their own weight."""
     arguments: tuple = (16,)
     """Positional constructor arguments for tests and demonstrations."""
     measured: Mapping[str, Any] = field(default_factory=dict)
@@ -74,7 +77,9 @@ class Entry:
 
     def called(self, name: str) -> type[nn.Module] | None:
         """The one of its classes that is called `name`, in whatever spelling."""
-        return next((cls for cls in self.classes if spelling(cls.__name__) == spelling(name)), None)
+        return next(
+            (cls for cls in (*self.classes, *self.carriers) if spelling(cls.__name__) == spelling(name)), None
+        )
 
     def make(self, **kwargs) -> nn.Module:
         return self.cls(*self.arguments, **kwargs)
@@ -83,6 +88,25 @@ class Entry:
 def spelling(name: str) -> str:
     """Equal for names that differ in case and underscores alone: AdaB2N, adab2n, ada_b2n."""
     return name.replace("_", "").lower()
+
+
+def find_in(entries: Sequence[Entry], name: str, caller: str, others: str) -> Entry:
+    """What `normzoo.zoo.find` does."""
+    known = [
+        (text, entry)
+        for entry in entries
+        for text in (entry.name, *(cls.__name__ for cls in (*entry.classes, *entry.carriers)))
+    ]
+    for text, entry in known:
+        if spelling(text) == spelling(name):
+            return entry
+    word, shown = spelling(name), {spelling(text): text for text, _ in reversed(known)}
+    within = [entry.name for entry in entries if word and word in spelling(entry.name)]
+    short = [entry.name for entry in entries if word == "".join(part[0] for part in entry.name.split("_"))]
+    close = short or [shown[near] for near in difflib.get_close_matches(word, shown, 1)] or within[:3]
+    meant = f"; did you mean {' or '.join(close)}?" if close else ""
+    names = ", ".join(entry.name for entry in entries)
+    raise ValueError(f"{caller}: there is no layer called {name!r}; there are {names}{others}{meant}")
 
 
 def images(*lead: int, **kwargs) -> Tensor:

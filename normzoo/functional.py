@@ -27,3 +27,4 @@ from .layers.rms import rms_norm as rms_norm
 from .layers.time_dependent import time_dependent_layer_norm as time_dependent_layer_norm
 from .layers.time_dependent import time_dependent_rms_norm as time_dependent_rms_norm
 from .layers.unified import unified_norm as unified_norm
+from .layers.weight_standardization import weight_standardize as weight_standardize

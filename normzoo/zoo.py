@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-
 from torch import nn
 
 from . import functional
-from .entry import Entry, hole, images, modulation, spelling, times, tokens
+from .entry import Entry, find_in, hole, images, modulation, times, tokens
 from .layers.alpha import AlphaBatchNorm
 from .layers.balance import AdaB2N
 from .layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -26,6 +24,8 @@ from .layers.region_learned import RegionNormL
 from .layers.rms import CRMSNorm, RMSNorm
 from .layers.time_dependent import TimeDependentLayerNorm, TimeDependentRMSNorm
 from .layers.unified import UnifiedNorm
+from .layers.weight_standardization import WeightStandardization
+from .layers.ws_conv import CARRIERS
 
 ZOO: tuple[Entry, ...] = (
     Entry(
@@ -370,6 +370,20 @@ ZOO: tuple[Entry, ...] = (
         measured={"warmup_iters": 0},
         variants=({}, {"window_size": 1, "affine": False}, {"outlier_filtration": True, "warmup_iters": 0}),
     ),
+    Entry(
+        cls=WeightStandardization,
+        carriers=CARRIERS,
+        function=functional.weight_standardize,
+        title="Weight standardization",
+        family="weights",
+        layout="(out, in, *)",
+        couples_samples=False,
+        paper="1903.10520",
+        official="joe-siyuan-qiao/WeightStandardization",
+        arguments=(),
+        variants=({}, {"variant": "var", "eps": 1e-3}, {"variant": "scaled", "gamma": 1.5}),
+        sample=images,
+    ),
 )
 
 
@@ -383,14 +397,4 @@ def find(name: str, caller: str = "normzoo", others: str = "") -> Entry:
     Raises:
         ValueError: there is none.
     """
-    known = [(text, entry) for entry in ZOO for text in (entry.name, *(cls.__name__ for cls in entry.classes))]
-    for text, entry in known:
-        if spelling(text) == spelling(name):
-            return entry
-    word, shown = spelling(name), {spelling(text): text for text, _ in reversed(known)}
-    within = [entry.name for entry in ZOO if word and word in spelling(entry.name)]
-    short = [entry.name for entry in ZOO if word == "".join(part[0] for part in entry.name.split("_"))]
-    close = short or [shown[near] for near in difflib.get_close_matches(word, shown, 1)] or within[:3]
-    meant = f"; did you mean {' or '.join(close)}?" if close else ""
-    names = ", ".join(entry.name for entry in ZOO)
-    raise ValueError(f"{caller}: there is no layer called {name!r}; there are {names}{others}{meant}")
+    return find_in(ZOO, name, caller, others)

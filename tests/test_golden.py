@@ -29,7 +29,9 @@ FOLDER = Path(os.environ.get("NORMZOO_GOLDEN", Path(__file__).parent / "golden")
 class Adapter:
     """How a recorded layer is built from its official configuration, and how closely it must agree."""
 
-    build: Callable[[dict], nn.Module]
+    build: Callable[[Any], nn.Module]
+    """Gets the official configuration; with `whole` the recording."""
+    whole: bool = False
     relative: float = 1e-5
     """Allowed error of a tensor as a share of its own largest entry."""
     absolute: float = 0.0
@@ -150,6 +152,24 @@ def _region_l(config: dict) -> nn.Module:
     return normzoo.RegionNormL(config["feature_channels"], config["threshold"])
 
 
+VARIANTS = {
+    "joe-siyuan-qiao/WeightStandardization": "ws",
+    "joe-siyuan-qiao/Batch-Channel-Normalization": "var",
+    "google-research/big_transfer": "bit",
+    "huggingface/pytorch-image-models": "timm",
+}
+
+
+def _standardized(recording: Recording) -> nn.Module:
+    """Files of two denominators have the same configuration: their source tells them apart, or a gain."""
+    config = json.loads(recording.about["config"])
+    variant = VARIANTS[recording.about["source"].partition("@")[0]]
+    if "param.gain.init" in recording.tensors:
+        variant = "scaled"
+    config["ws_eps"] = config.pop("eps", None)
+    return normzoo.WSConv2d(**config, variant=variant)
+
+
 def _timed(layer: nn.Module, x: Tensor, log_snr: Tensor) -> Tensor:
     return layer(x, log_snr / 4)
 
@@ -170,6 +190,7 @@ ADAPTERS = {
         _adab2n, relative=1e-4, absolute=1e-5, call=_balanced, loss=_regularised, after_step=_end_task
     ),
     "bcn": Adapter(_bcn, name=_of_stages),
+    "wsconv": Adapter(_standardized, whole=True),
     # Where a group is one channel, rounding is what is left of a gradient that cancels.
     "powernorm": Adapter(_power, absolute=1e-6, call=_time_first),
     "unified": Adapter(_unified, call=_padded),
@@ -224,7 +245,7 @@ class Recording:
 def replay(path: Path, adapter: Adapter) -> None:
     """Runs the recorded steps, each with its SGD step, and eval mode after them, and compares everything."""
     recording = Recording(path)
-    layer = adapter.build(json.loads(recording.about["config"]))
+    layer = adapter.build(recording if adapter.whole else json.loads(recording.about["config"]))
     held = dict(layer.named_parameters()) | dict(layer.named_buffers())
 
     def ours(kind: str, at: Any) -> list[tuple[str, Tensor]]:

@@ -164,6 +164,14 @@ def _options(name: str, x: Tensor, weight: Tensor | None, eps: float | None, off
     return eps
 
 
+def norm_of_rows(rows: Tensor) -> Tensor:
+    """Euclidean, over the last dimension, kept with size one; its gradient at zero is zero."""
+    if rows.shape[-1] <= _IN_LINE:
+        return torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    norms = [torch.linalg.vector_norm(part, dim=-1, keepdim=True) for part in rows.split(_IN_LINE, dim=-1)]
+    return torch.linalg.vector_norm(torch.cat(norms, dim=-1), dim=-1, keepdim=True)
+
+
 def sum_of_squares(h: Tensor, dims: int) -> Tensor:
     """Over the last `dims` dimensions, kept with size one."""
     rows = h if dims == 1 else h.flatten(-dims)
@@ -180,10 +188,7 @@ class _SumOfSquares(torch.autograd.Function):
 
     @staticmethod
     def forward(rows: Tensor) -> Tensor:
-        if rows.shape[-1] <= _IN_LINE:
-            return torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square()
-        norms = [torch.linalg.vector_norm(part, dim=-1, keepdim=True) for part in rows.split(_IN_LINE, dim=-1)]
-        return torch.linalg.vector_norm(torch.cat(norms, dim=-1), dim=-1, keepdim=True).square()
+        return norm_of_rows(rows).square()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
