@@ -84,6 +84,8 @@ def page(entry: Entry) -> str:
         "Triton kernel": yes(entry.kernel),
         "couples the samples of a batch": yes(entry.couples_samples),
     }
+    if entry.carriers:
+        rows["layers that do it to their weight"] = ", ".join(f"`{cls.__name__}`" for cls in entry.carriers)
     if entry.torch_class:
         rows["same mathematics in torch"] = f"`torch.nn.{entry.torch_class.__name__}`"
     if entry.stored:
@@ -91,7 +93,7 @@ def page(entry: Entry) -> str:
     if entry.approximate:
         rows["gradient in training"] = "an approximation, no derivative"
     facts = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    classes = [f".. autoclass:: normzoo.{cls.__name__}\n   :members:\n" for cls in entry.classes]
+    classes = [f".. autoclass:: normzoo.{cls.__name__}\n   :members:\n" for cls in entry.exported]
     api = "\n".join((*classes, *(f".. autofunction:: normzoo.functional.{f.__name__}" for f in functions)))
     return f"""# {name}
 

@@ -132,7 +132,7 @@ def describe(entry: Entry, name: str = "") -> dict:
     return {
         "name": entry.name,
         "class": f"normzoo.{cls.__name__}",
-        "classes": [cls.__name__ for cls in entry.classes],
+        "classes": [cls.__name__ for cls in entry.exported],
         "title": entry.title,
         "family": entry.family,
         "layout": entry.layout,

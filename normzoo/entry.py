@@ -75,11 +75,14 @@ class Entry:
     def classes(self) -> tuple[type[nn.Module], ...]:
         return (self.cls, *self.others)
 
+    @property
+    def exported(self) -> tuple[type[nn.Module], ...]:
+        """All that the package has under its name."""
+        return (*self.classes, *self.carriers)
+
     def called(self, name: str) -> type[nn.Module] | None:
         """The one of its classes that is called `name`, in whatever spelling."""
-        return next(
-            (cls for cls in (*self.classes, *self.carriers) if spelling(cls.__name__) == spelling(name)), None
-        )
+        return next((cls for cls in self.exported if spelling(cls.__name__) == spelling(name)), None)
 
     def make(self, **kwargs) -> nn.Module:
         return self.cls(*self.arguments, **kwargs)
@@ -93,9 +96,7 @@ def spelling(name: str) -> str:
 def find_in(entries: Sequence[Entry], name: str, caller: str, others: str) -> Entry:
     """What `normzoo.zoo.find` does."""
     known = [
-        (text, entry)
-        for entry in entries
-        for text in (entry.name, *(cls.__name__ for cls in (*entry.classes, *entry.carriers)))
+        (text, entry) for entry in entries for text in (entry.name, *(cls.__name__ for cls in entry.exported))
     ]
     for text, entry in known:
         if spelling(text) == spelling(name):

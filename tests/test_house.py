@@ -109,7 +109,7 @@ def test_bare_checkout_runs(tmp_path):
 
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
 def test_entry_is_exported(entry):
-    for cls in entry.classes:
+    for cls in entry.exported:
         name = cls.__name__
         assert getattr(normzoo, name, None) is cls, f"normzoo/__init__.py does not export {name}"
     for function in filter(None, (entry.function, entry.added)):
@@ -120,7 +120,7 @@ def test_entry_is_exported(entry):
 
 def test_exports_are_in_the_zoo():
     layers = {v for v in vars(normzoo).values() if inspect.isclass(v) and issubclass(v, nn.Module)}
-    assert layers == {cls for entry in ZOO for cls in entry.classes}
+    assert layers == {cls for entry in ZOO for cls in entry.exported}
     functions = {v for v in vars(functional).values() if inspect.isfunction(v)}
     known = {f for entry in ZOO for f in (entry.function, entry.added) if f}
     assert functions == known

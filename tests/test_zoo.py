@@ -369,4 +369,6 @@ def test_find():
 def test_the_sample_is_what_the_layout_says(entry):
     for lead in ((), (2,), (2, 5, 3)):
         shape = entry.sample(*lead).shape
-        assert shape[1 if entry.family in ("channels", "weights") else -1] == 16 and shape[:1] == (lead[0] if lead else 4,)
+        assert shape[1 if entry.family in ("channels", "weights") else -1] == 16 and shape[:1] == (
+            lead[0] if lead else 4,
+        )
