@@ -175,7 +175,7 @@ def _standardize(rows: Tensor, variant: str, eps: float, gain: Tensor | None, ga
 class WeightStandardization(nn.Module):
     r"""The weight of a layer, standardized: a parametrization for :mod:`torch.nn.utils.parametrize`.
 
-    Its input is the weight, (out, in / groups, \*); its output is alike in shape, dtype and memory format.
+    Input: a weight, (out, in / groups, \*); output alike in shape, dtype and memory format.
     What it computes is in :func:`normzoo.functional.weight_standardize`. A parametrized layer stores its weight
     as ``parametrizations.weight.original``; :class:`WSConv2d` and its like keep the key ``weight``.
 
