@@ -184,10 +184,9 @@ def test_memory_formats():
         w = torch.randn(shape).to(memory_format=last).requires_grad_()
         for variant in DENOMINATORS:
             y = weight_standardize(w, variant)
-            assert y.is_contiguous(memory_format=last)
+            (slope,) = torch.autograd.grad(y.pow(3).sum(), w)
+            assert y.is_contiguous(memory_format=last) and slope.is_contiguous(memory_format=last)
             torch.testing.assert_close(y, weight_standardize(w.detach().contiguous(), variant))
-        (slope,) = torch.autograd.grad(y.pow(3).sum(), w)
-        assert slope.is_contiguous(memory_format=last)
     layer, x = made(normzoo.WSConv2d)
     plain = layer(x)
     torch.testing.assert_close(layer.to(memory_format=torch.channels_last)(x), plain)
@@ -241,6 +240,15 @@ def test_the_kept_weight_is_never_stale():
         assert not torch.equal(after, before.to(after.dtype)) or name == "double", name
 
 
+def test_a_change_that_keeps_the_sum():
+    layer, x = made(normzoo.WSConv2d)
+    with torch.no_grad():
+        layer.weight.mul_(8).round_()
+        before = layer.eval()(x)
+        layer.weight.copy_(layer.weight.flip(-1))
+        assert torch.equal(layer(x), layer.bake()(x)) and not torch.equal(layer(x), before)
+
+
 def test_where_nothing_is_kept():
     layer, x = made(normzoo.WSConv2d)
     with torch.no_grad():
@@ -253,11 +261,18 @@ def test_where_nothing_is_kept():
         kept = layer.standardized()
         for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             assert other._kept is None and torch.equal(other(x), layer(x))
-        assert torch.func.functional_call(layer, {"weight": -layer.weight}, (x,)).sum() != layer(x).sum()
         assert layer.train().eval().standardized() is not kept
+        assert layer.standardized() is layer._kept[1] and layer.float()._kept is None
+        assert torch.func.functional_call(layer, {"weight": -layer.weight}, (x,)).sum() != layer(x).sum()
+
+        def call(weight):
+            return torch.func.functional_call(layer, {"weight": weight}, (x,))
+
+        stacked = torch.vmap(call)(torch.stack([layer.weight, -layer.weight]))
+        torch.testing.assert_close(stacked[0], layer(x))
+    layer.train().eval().requires_grad_(False)
     with torch.inference_mode():
         layer(x)
-    layer.requires_grad_(False)
     x.requires_grad_()
     layer(x).sum().backward()  # what inference mode made cannot be saved for this
     assert x.grad is not None

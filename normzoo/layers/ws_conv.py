@@ -114,9 +114,9 @@ class Standardized(nn.Module):
             )
 
     def _in_dtype_of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias for x; autocast sees to them itself."""
+        """Weight and bias in the dtype of x."""
         weight, bias = self.standardized(), self.bias
-        if isinstance(x, Tensor) and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+        if isinstance(x, Tensor) and x.is_floating_point():
             weight = weight.to(x.dtype)
             bias = None if bias is None else bias.to(x.dtype)
         return weight, bias
