@@ -21,11 +21,7 @@ def norm_fwd_wide(
         row = tl.cast(tile, tl.int64)
         x = _chunk(x_ptr, res_ptr, total_ptr, row, x_step, res_step, lane, X_UNIT, RES_UNIT, Y_STRIDE, N)
         if KIND == "layer":
-            pivot = tl.sum(x, axis=0) / C
-            x -= pivot
-            s1, s2 = tl.split(tl.sum(tl.join(x, x * x), axis=0))
-            offset = s1 / C
-            m2 = s2 - offset * s1
+            pivot, offset, m2 = first_moments(x, C)
         else:
             squares = x * x
             if KIND == "crms":
@@ -34,17 +30,7 @@ def norm_fwd_wide(
             cols = start + lane
             x = _chunk(x_ptr, res_ptr, total_ptr, row, x_step, res_step, cols, X_UNIT, RES_UNIT, Y_STRIDE, N)
             if KIND == "layer":
-                # Chan's formula. Around the mean so far, what cancels here is no larger than what that
-                # chunk adds to the spread of the row, so no digit of the variance is lost.
-                before = tl.cast(start, tl.float32)
-                more = tl.cast(tl.minimum(start + C, N), tl.float32) - before
-                d = x - pivot - offset
-                if N % C != 0:
-                    d = tl.where(cols < N, d, 0.0)
-                s1, s2 = tl.split(tl.sum(tl.join(d, d * d), axis=0))
-                shift = s1 / more
-                m2 += s2 - shift * s1 + shift * shift * (before * more / (before + more))
-                offset += shift * (more / (before + more))
+                offset, m2 = more_moments(x, pivot, offset, m2, start, cols, N, C)
             else:
                 squares += x * x
                 if KIND == "crms":
@@ -78,6 +64,34 @@ def norm_fwd_wide(
             h = _normalized(again.to(tl.float32), first, second, scale, KIND)
             h = _affine(h, w, b, OFFSET, ROUND, again.dtype)
             tl.store(y_ptr + row * Y_STRIDE + cols, h.to(y_ptr.dtype.element_ty), mask=cols < N)
+
+
+@triton.jit
+def first_moments(x, C: tl.constexpr):
+    """(pivot, mean - pivot, sum of squares around the mean) of the first C entries of a row."""
+    pivot = tl.sum(x, axis=0) / C
+    x -= pivot
+    s1, s2 = tl.split(tl.sum(tl.join(x, x * x), axis=0))
+    offset = s1 / C
+    return pivot, offset, s2 - offset * s1
+
+
+@triton.jit
+def more_moments(x, pivot, offset, m2, start, cols, N: tl.constexpr, C: tl.constexpr):
+    """(mean - pivot, sum of squares around the mean) of a row up to the end of the chunk x, by Chan's formula.
+
+    Around the mean so far, what cancels here is no larger than what that chunk adds to the spread of the row,
+    so no digit of the variance is lost.
+    """
+    before = tl.cast(start, tl.float32)
+    more = tl.cast(tl.minimum(start + C, N), tl.float32) - before
+    d = x - pivot - offset
+    if N % C != 0:
+        d = tl.where(cols < N, d, 0.0)
+    s1, s2 = tl.split(tl.sum(tl.join(d, d * d), axis=0))
+    shift = s1 / more
+    m2 += s2 - shift * s1 + shift * shift * (before * more / (before + more))
+    return offset + shift * (more / (before + more)), m2
 
 
 @triton.jit
