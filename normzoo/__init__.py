@@ -50,6 +50,8 @@ from .layers.ws_conv import WSConvTranspose1d as WSConvTranspose1d
 from .layers.ws_conv import WSConvTranspose2d as WSConvTranspose2d
 from .layers.ws_conv import WSConvTranspose3d as WSConvTranspose3d
 from .layers.ws_conv import WSLinear as WSLinear
+from .optim import SGDP as SGDP
+from .optim import AdamP as AdamP
 from .side_inputs import inputs as inputs
 from .zoo import ZOO as ZOO
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_optimizers import OPTIMIZERS, replay_optimizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -300,7 +301,11 @@ def replay(path: Path, adapter: Adapter) -> None:
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.safetensors")), ids=lambda path: path.stem)
 def test_replays(path):
-    layer = Recording(path).about["layer"]
+    recording = Recording(path)
+    layer = recording.about["layer"]
+    if layer in OPTIMIZERS:
+        replay_optimizer(recording)
+        return
     assert layer in ADAPTERS, f"{path.name}: no adapter for the layer {layer!r}"
     replay(path, ADAPTERS[layer])
 
