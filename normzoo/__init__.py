@@ -5,6 +5,7 @@ from . import continual as continual
 from . import engine as engine
 from . import functional as functional
 from . import moments as moments
+from . import nap as nap
 from .conversion import convert as convert
 from .conversion import freeze_batch_norm as freeze_batch_norm
 from .conversion import inspect as inspect
@@ -50,6 +51,7 @@ from .layers.ws_conv import WSConvTranspose1d as WSConvTranspose1d
 from .layers.ws_conv import WSConvTranspose2d as WSConvTranspose2d
 from .layers.ws_conv import WSConvTranspose3d as WSConvTranspose3d
 from .layers.ws_conv import WSLinear as WSLinear
+from .nap import normalize_and_project as normalize_and_project
 from .optim import SGDP as SGDP
 from .optim import AdamP as AdamP
 from .side_inputs import inputs as inputs

@@ -161,3 +161,13 @@ def side_input(module: nn.Module, name: str, *, required: bool = True) -> Tensor
             f"`with normzoo.inputs(model, {name}=...)`"
         )
     return None
+
+
+def entered(model: nn.Module) -> dict[str, Tensor]:
+    """The side inputs of the blocks about layers of `model` that are entered now, by name."""
+    own = {id(module) for module in model.modules()}
+    found: dict[str, Tensor] = {}
+    for frame in _state.frames:
+        if not own.isdisjoint(frame.block.modules):
+            found |= frame.block.values
+    return found

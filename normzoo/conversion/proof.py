@@ -220,7 +220,7 @@ class Sample:
         taken = {name for module in model.modules() for name in getattr(module, "side_inputs", ())}
         given = {name: value for name, value in self.beside.items() if name in taken}
         with inputs(model, **given) if given else contextlib.nullcontext():
-            return _call(model, pytree.tree_map(_fresh, self.input))
+            return _call(model, pytree.tree_map(fresh, self.input))
 
 
 def prove(
@@ -289,14 +289,19 @@ def outputs(model: nn.Module, sample: Sample, trained: Sequence[Trained] = ()) -
         moved = {}
         for each, first in zip(trained, start, strict=True):
             moved |= {name: torch.cat((t, first[name])) for name, t in _moved(each).items()}
-        leaves, _ = pytree.tree_flatten_with_path(pytree.tree_map(_fields, returned))
-        tensors = {
-            pytree.keystr(path) or "output": _numbers(leaf) for path, leaf in leaves if isinstance(leaf, Tensor)
-        }
+        tensors = tensors_in(returned)
         if any(t.is_meta for t in tensors.values()):
             raise ValueError("verify: the model is on the meta device, where there are no numbers to compare")
-        tensors = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
-        return {name: t.clone() for name, t in (tensors | moved).items()}
+        return tensors | {name: t.clone() for name, t in moved.items()}
+
+
+def tensors_in(returned: Any) -> Outputs:
+    """Copies of the floating-point tensors that a model returned, by their place in it."""
+    leaves, _ = pytree.tree_flatten_with_path(pytree.tree_map(_fields, returned))
+    tensors = {
+        pytree.keystr(path) or "output": _numbers(leaf) for path, leaf in leaves if isinstance(leaf, Tensor)
+    }
+    return {name: t.clone() for name, t in tensors.items() if t.is_floating_point() and t.numel()}
 
 
 def _moved(norm: Trained) -> Outputs:
@@ -326,7 +331,7 @@ def _fields(leaf: Any) -> Any:
     }
 
 
-def _fresh(leaf: Any) -> Any:
+def fresh(leaf: Any) -> Any:
     """A copy, lest a model that writes to its input, or fills a cache, finds its own traces."""
     if isinstance(leaf, Tensor):
         return leaf.detach().clone()

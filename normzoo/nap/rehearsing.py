@@ -1,0 +1,215 @@
+"""Runs of a copy of a model that leave no traces: no hooks of users, random numbers, buffers or gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..conversion.proof import fresh
+from ..conversion.trial import bare, noise, undisturbed
+from ..dispatch import backend
+from ..side_inputs import entered, inputs
+from .projecting import is_sharded
+
+_LARGEST_EPS = 1e-3
+
+
+class Unfit(ValueError):
+    """The model cannot be tried out."""
+
+
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from an `example`."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+class Rehearsal:
+    """A copy of a model, and a call of it that gives the same each time.
+
+    Args:
+        moving: names of parameters that may change; those that have one value throughout, as at the start of
+            training, get others, for a bias of zero shows nothing of what it will do, nor does what a gate of
+            zero hides.
+        dtype: of the copy; None leaves it as it is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        moving: Collection[str] = (),
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        given = (args, dict(kwargs), entered(model))
+        with torch.inference_mode(False):
+            self.model, self.tensors = _copied(model, moving, dtype)
+            if dtype is not None:
+                given = pytree.tree_map_only(
+                    Tensor, lambda t: t.detach().to(dtype) if t.is_floating_point() else t, given
+                )
+        self.args, self.kwargs, self.beside = given
+        self.buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        self.devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+
+    def __call__(self, mode: Any) -> Any:
+        """What the copy returns inside of `mode`; its buffers are as before."""
+        beside = inputs(self.model, **self.beside) if self.beside else contextlib.nullcontext()
+        with _quiet(self.devices), beside, mode:
+            args, kwargs = pytree.tree_map(fresh, (self.args, self.kwargs))
+            returned = self.model(*args, **kwargs)
+        with torch.no_grad():
+            for name, b in self.model.named_buffers():
+                if name in self.buffers:
+                    b.copy_(self.buffers[name])
+        return returned
+
+
+class EpsAside(TorchDispatchMode):
+    """Runs operators with an eps that is next to nothing, whoever computes the norm.
+
+    An operator's argument of that name, and a positive constant of at most 1e-3 that is added to a tensor.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        like = next((a for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
+        if like is not None:
+            tiny = math.sqrt(torch.finfo(like.dtype).tiny)
+            args = list(args)
+            for i, argument in enumerate(func._schema.arguments):
+                if argument.name in ("eps", "epsilon"):
+                    if i < len(args):
+                        args[i] = tiny
+                    else:
+                        kwargs[argument.name] = tiny
+            if func.overloadpacket in _ADDITIONS and len(args) > 1 and isinstance(args[1], float):
+                args[1] = tiny if 0 < args[1] <= _LARGEST_EPS else args[1]
+        return func(*args, **kwargs)
+
+
+_ADDITIONS = (torch.ops.aten.add, torch.ops.aten.add_)
+
+
+@contextlib.contextmanager
+def _quiet(devices: Sequence[int]) -> Iterator[None]:
+    """The same random numbers each time, none of them from the caller; no autocast, no kernels."""
+    state = random.getstate()
+    kinds = ("cpu", "cuda") if devices else ("cpu",)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(undisturbed())
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(backend("reference"))
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        torch.default_generator.manual_seed(0)
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+
+
+def _copied(
+    model: nn.Module, moving: Collection[str], dtype: torch.dtype | None
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A copy in `dtype`, without hooks of users, and its parameters by the names that they have in `model`."""
+    with _without_hooks(model):
+        try:
+            made = copy.deepcopy(model)
+        except Exception:  # fully_shard forbids it, and an attribute may be the output of an earlier run
+            made = copy.deepcopy(bare(model))
+    names = [name for name, _ in model.named_parameters()]
+    _gather(made)
+    for parent in list(made.modules()):
+        for name, child in parent._modules.items():
+            if type(child).__name__ == "OptimizedModule":  # whose forward is that of the original
+                parent._modules[name] = child._orig_mod  # type: ignore[union-attr]
+    if dtype is not None:
+        made = made.to(dtype)
+    if not model.training:
+        made.train()
+    tensors: dict[str, Tensor] = dict(zip(names, made.parameters(), strict=True))
+    chance = torch.Generator("cpu").manual_seed(0)
+    with torch.no_grad():
+        for name in moving:
+            p = tensors[name]
+            if p.is_floating_point() and p.numel() and bool((p == p.flatten()[0]).all()):
+                p.add_(0.1 * noise(p.shape, chance).to(p))
+    return made, tensors
+
+
+def _gather(model: nn.Module) -> None:
+    """Puts whole tensors in place of DTensors; ties stay."""
+    whole: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and is_sharded(p):
+                if p not in whole:
+                    full = p.detach().full_tensor().clone()  # type: ignore[attr-defined]
+                    whole[p] = nn.Parameter(full, p.requires_grad)
+                module._parameters[name] = whole[p]
+        for name, b in module._buffers.items():
+            if b is not None and is_sharded(b):
+                module._buffers[name] = b.full_tensor()  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Hooks of torch's own, such as that of weight_norm, stay; others may count, log, or hold what is large."""
+    tables = [
+        (vars(module), key)
+        for module in model.modules()
+        for key, value in vars(module).items()
+        if key.endswith("_hooks") and value
+    ]
+    before = [(held, key, held[key]) for held, key in tables]
+    try:
+        for held, key, hooks in before:
+            held[key] = type(hooks)((i, hook) for i, hook in hooks.items() if _is_torchs(hook))
+        yield
+    finally:
+        for held, key, hooks in before:
+            held[key] = hooks
+
+
+def _is_torchs(hook: Any) -> bool:
+    return type(hook).__module__.startswith("torch.nn.utils")
+
+
+def user_hooks(model: nn.Module) -> int:
+    """How many forward hooks the check leaves out."""
+    return sum(
+        not (_is_torchs(hook) or type(hook).__module__.startswith("normzoo.nap"))
+        for module in model.modules()
+        for key in ("_forward_hooks", "_forward_pre_hooks")
+        for hook in vars(module)[key].values()
+    )
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The module inside of DDP, DataParallel and torch.compile, and the process groups of DDP."""
+    groups = ()
+    while True:
+        kind = type(model).__name__
+        if kind == "OptimizedModule":
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            groups = (model.process_group,) if kind == "DistributedDataParallel" else groups
+            model = model.module
+        else:
+            return model, groups
