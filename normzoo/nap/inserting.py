@@ -22,7 +22,8 @@ from ..conversion.surgery import places, references, refuse_wrapped
 from ..conversion.trial import short
 from ..layers.group import GroupNorm
 from ..layers.layer import LayerNorm
-from .refusals import CALLER
+from .refusals import CALLER, outside
+from .rehearsing import Rehearsal, Unfit, arguments
 
 _NONE = (nn.MultiheadAttention, nn.Softmax, nn.Softmin, nn.Softmax2d, nn.LogSoftmax)
 """In torch's module of activations, and none."""
