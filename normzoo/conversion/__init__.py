@@ -6,7 +6,9 @@ from . import conditioned as conditioned  # for those that take more than x
 from . import evo as evo  # for those that activate, too
 from . import folding as folding
 from . import mean_square as mean_square  # for those that go by a running mean square
-from . import rows as rows  # and for norms of rows
+from . import rows as rows  # for norms of rows
+from . import weights as weights  # and for what comes before a norm
+from .baking import bake as bake
 from .calibration import recalibrate as recalibrate
 from .change import Plan as Plan
 from .change import Step as Step

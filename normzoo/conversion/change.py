@@ -107,6 +107,11 @@ class Plan:
         return max((step.exactness for step in self.changes if step.exactness), key=list(Exactness).index)
 
     @property
+    def kind(self) -> str:
+        """A word for what it is about."""
+        return "layer" if any(step.site.kind == "layer" for step in self.steps) else "norm"
+
+    @property
     def applied(self) -> bool:
         return self._swap is not None
 
@@ -122,14 +127,14 @@ class Plan:
             notes = "; ".join(filter(None, (step.reason, site.note, *changed, *site.flags)))
             items.append((site.name, (site.cls.__name__, site.describe(), becomes, notes), step.error))
         rows = [(*cells[:4], error, cells[4]) for *cells, error in report.grouped(items)]
-        return ("norm", "class", "computes", "becomes", "error", "notes"), rows
+        return (self.kind, "class", "computes", "becomes", "error", "notes"), rows
 
     def summary(self) -> str:
         """What is converted, how exactly, and what becomes of the tensors, in a few lines."""
         totals = {kind: sum(len(step.tensors[kind]) for step in self.changes) for kind in _KINDS}
         actions = report.tally(_ENDED[step.action] for step in self.steps)
         lines = [
-            f"{report.count(len(self.steps), 'norm')}: {actions}",
+            f"{report.count(len(self.steps), self.kind)}: {actions}",
             f"conversions: {report.tally(step.exactness.value for step in self.changes if step.exactness)}",
             f"tensors: {', '.join(f'{number} {kind}' for kind, number in totals.items())}",
         ]
@@ -296,14 +301,16 @@ class Plan:
                         table[source] = now
 
     def _make(self) -> dict[nn.Module, Replacement]:
-        known = recognise(step.site.module for step in self.changes)
-        for step, (norm, _, _) in zip(self.changes, known, strict=True):
-            if norm != step.site.norm and step.site.how != "adapter":
-                now = norm.describe() if norm else "unknown"
-                raise ValueError(
-                    f"convert: the model has changed since the plan was made: {step.site.name!r} computes "
-                    f"{now} and computed {step.site.describe()}; make a new plan"
-                )
+        for look in {step.site.look for step in self.changes}:
+            steps = [step for step in self.changes if step.site.look is look]
+            known = recognise((step.site.module for step in steps), look)
+            for step, (norm, _, _) in zip(steps, known, strict=True):
+                if norm != step.site.norm and step.site.how != "adapter":
+                    now = norm.describe() if norm else "unknown"
+                    raise ValueError(
+                        f"convert: the model has changed since the plan was made: {step.site.name!r} computes "
+                        f"{now} and computed {step.site.describe()}; make a new plan"
+                    )
         try:
             return {step.site.module: step.make() for step in self.changes}
         except Refused as error:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -15,6 +15,8 @@ from ..terminal import plain
 from . import bypass, luggage, report
 from .recognise import Site, sites
 from .surgery import references
+
+AnySite = TypeVar("AnySite", bound=Site)
 
 
 @dataclass
@@ -93,7 +95,11 @@ def examine(model: nn.Module, caller: str) -> list[Site]:
     """The norms of `model` with their flags; errors name `caller`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model is {report.a(type(model).__name__)}; it must be a torch.nn.Module")
-    found = sites(model)
+    return look_around(model, sites(model))
+
+
+def look_around(model: nn.Module, found: Sequence[AnySite]) -> list[AnySite]:
+    """`found`, with what their surroundings in `model` say about each."""
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     outside = references(model, [site.module for site in found])
     for site in found:
@@ -101,7 +107,7 @@ def examine(model: nn.Module, caller: str) -> list[Site]:
         site.shared = tuple(name for name, p in own if p is not None and owners[id(p)] > 1)
         site.outside = outside.get(site.module, "")
         site.flags = list(_flags(site))
-    return found
+    return list(found)
 
 
 def _is_layer_norm(site: Site) -> bool:

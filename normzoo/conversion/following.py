@@ -39,12 +39,13 @@ class Following:
     """What to change in the model so that there are activations."""
 
 
-class _Unclear(Exception):
-    """Why it is not known what follows, and what would mend it."""
+class Unclear(Exception):
+    """Why it is not known what follows, and what would mend it; or, if that is `sure`, why it is of no use."""
 
-    def __init__(self, why: str, advice: str = "") -> None:
+    def __init__(self, why: str, advice: str = "", sure: bool = False) -> None:
         super().__init__(why)
         self.advice = advice
+        self.sure = sure
 
 
 _ITS_OWN = "give every call a module of its own"
@@ -56,7 +57,7 @@ class Surroundings:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._known: dict[nn.Module, Following] = {}
-        self._graphs: dict[nn.Module, tuple[fx.Graph, fx.Graph] | _Unclear] = {}
+        self._graphs: dict[nn.Module, tuple[fx.Graph, fx.Graph] | Unclear] = {}
         self._reached: set[nn.Module] = set()
 
     @functools.cached_property
@@ -81,7 +82,7 @@ class Surroundings:
             sources = frozenset(
                 source for activation, owner in calls for source in self._fed(activation, owner)
             )
-        except _Unclear as reason:
+        except Unclear as reason:
             return Following(why_not=str(reason), advice=reason.advice)
         names = tuple(self._places[activation][0][1] for activation in activations)
         return Following(activations, names, "", sources)
@@ -105,16 +106,16 @@ class Surroundings:
         for above in dict.fromkeys(self._above(module)):
             try:
                 graphs = self._traced(above)
-            except _Unclear:
+            except Unclear:
                 continue
             for graph in graphs:
-                yield from ((above, node) for node in graph.nodes if _called(above, node) is module)
+                yield from ((above, node) for node in graph.nodes if called_by(above, node) is module)
 
-    def _next(self, module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """The activations that follow `module`, with the parent that calls each."""
+    def _next(self, module: nn.Module) -> Iterator[Any]:
+        """What follows `module`, as :meth:`_beyond` has it."""
         owners = list(dict.fromkeys(self._owner(module)))
         if not owners:
-            raise _Unclear("nothing follows it in this model")
+            raise Unclear("nothing follows it in this model", sure=True)
         for owner in owners:
             self._check_reached(owner)
             self._traced(owner)
@@ -122,89 +123,90 @@ class Surroundings:
         for above, _ in self._calls(module):
             if above not in owners:
                 past = type(owners[0]).__name__
-                raise _Unclear(f"{type(above).__name__} calls it too, past the forward of {past}", _ITS_OWN)
+                raise Unclear(f"{type(above).__name__} calls it too, past the forward of {past}", _ITS_OWN)
         for owner in owners:
             for graph in self._traced(owner):
-                calls = [node for node in graph.nodes if _called(owner, node) is module]
+                calls = [node for node in graph.nodes if called_by(owner, node) is module]
                 if not calls:
-                    raise _Unclear(f"the forward of {type(owner).__name__} does not call it")
+                    raise Unclear(f"the forward of {type(owner).__name__} does not call it")
                 for call in calls:
                     yield from self._beyond(owner, call)
 
     def _check_reached(self, module: nn.Module) -> None:
-        """Raises _Unclear where the parents of `module` do not call it: they may call what is inside."""
+        """Raises Unclear where the parents of `module` do not call it: they may call what is inside."""
         if module in self._reached:
             return
         for owner in self._owner(module):
             try:
                 graphs = self._traced(owner)
-            except _Unclear:  # what a parent does with its output does not matter
+            except Unclear:  # what a parent does with its output does not matter
                 continue
-            if not any(_called(owner, node) is module for graph in graphs for node in graph.nodes):
-                raise _Unclear(
+            if not any(called_by(owner, node) is module for graph in graphs for node in graph.nodes):
+                raise Unclear(
                     f"the forward of {type(owner).__name__} does not call the {type(module).__name__}"
                 )
             self._check_reached(owner)
         self._reached.add(module)
 
     def _check_arguments(self, owner: nn.Module) -> None:
-        """Raises _Unclear where a call of `owner` sets what its forward was traced with the default of."""
+        """Raises Unclear where a call of `owner` sets what its forward was traced with the default of."""
         signature, usual = inspect.signature(type(owner).forward), _defaults(type(owner).forward)
         for above, call in self._calls(owner):
             name, called = type(above).__name__, type(owner).__name__
             try:
                 given = signature.bind(owner, *call.args, **call.kwargs).arguments
             except TypeError as error:
-                raise _Unclear(f"{name} calls the {called} with other arguments than it takes") from error
+                raise Unclear(f"{name} calls the {called} with other arguments than it takes") from error
             if changed := [argument for argument in given if argument in usual]:
-                raise _Unclear(
+                raise Unclear(
                     f"{name} calls the {called} with its {', '.join(changed)}, and what that does is not clear"
                 )
 
-    def _beyond(self, owner: nn.Module, call: fx.Node) -> Iterator[tuple[nn.Module, nn.Module]]:
+    def _beyond(self, owner: nn.Module, call: fx.Node) -> Iterator[Any]:
+        """The activations that follow a call, with the parent that calls each."""
         name = type(owner).__name__
         if len(call.users) != 1:
-            raise _Unclear(f"{name} uses its output {len(call.users)} times")
+            raise Unclear(f"{name} uses its output {len(call.users)} times")
         (user,) = call.users
         if user.op == "output":
             if user.args[0] is not call:
-                raise _Unclear(f"{name} returns its output among others")
+                raise Unclear(f"{name} returns its output among others")
             yield from self._next(owner)
             return
-        follower = _called(owner, user)
+        follower = called_by(owner, user)
         if follower is None:
             called = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "?")
-            raise _Unclear(f"a call of {called} follows it in {name}")
+            raise Unclear(f"a call of {called} follows it in {name}")
         if type(follower) is nn.Identity and not hooks(follower):
             yield from self._beyond(owner, user)
         elif user.args != (call,) or user.kwargs or not is_activation(follower):
-            raise _Unclear(f"{a(type(follower).__name__)} follows it in {name}")
+            raise Unclear(f"{a(type(follower).__name__)} follows it in {name}")
         elif why := unlike_relu(follower):
-            raise _Unclear(f"{a(type(follower).__name__)}, which {why}, follows it in {name}")
+            raise Unclear(f"{a(type(follower).__name__)}, which {why}, follows it in {name}")
         else:
             yield follower, owner
 
     def _fed(self, activation: nn.Module, owner: nn.Module) -> Iterator[nn.Module]:
-        """The modules whose outputs `activation` takes; raises _Unclear where it takes others."""
+        """The modules whose outputs `activation` takes; raises Unclear where it takes others."""
         name, kind = self._places[activation][0][1], type(activation).__name__
         if kinds := hooks(activation):
-            raise _Unclear(f"{name} ({kind}) follows it and has {', '.join(kinds)}")
+            raise Unclear(f"{name} ({kind}) follows it and has {', '.join(kinds)}")
         if len(self._places[activation]) > 1 or activation in self._outside:
-            raise _Unclear(f"{name} ({kind}) follows it and is held in other places too", _ITS_OWN)
+            raise Unclear(f"{name} ({kind}) follows it and is held in other places too", _ITS_OWN)
         for above, _ in self._calls(activation):
             if above is not owner:
-                raise _Unclear(
+                raise Unclear(
                     f"{name} ({kind}) follows it, and {type(above).__name__} calls that elsewhere too", _ITS_OWN
                 )
         for graph in self._traced(owner):
-            calls = [node for node in graph.nodes if _called(owner, node) is activation]
+            calls = [node for node in graph.nodes if called_by(owner, node) is activation]
             for call in calls:
                 source: Any = call.args[0]
-                while type(_called(owner, source)) is nn.Identity:
+                while type(called_by(owner, source)) is nn.Identity:
                     source = source.args[0]
-                before = _called(owner, source)
+                before = called_by(owner, source)
                 if before is None:
-                    raise _Unclear(
+                    raise Unclear(
                         f"{name} ({kind}) follows it, and {type(owner).__name__} calls that elsewhere too",
                         _ITS_OWN,
                     )
@@ -215,15 +217,15 @@ class Surroundings:
         if owner not in self._graphs:
             try:
                 self._graphs[owner] = _graph(owner, False), _graph(owner, True)
-            except _Unclear as reason:
+            except Unclear as reason:
                 self._graphs[owner] = reason
         found = self._graphs[owner]
-        if isinstance(found, _Unclear):
+        if isinstance(found, Unclear):
             raise found
         return found
 
 
-def _called(owner: nn.Module, node: Any) -> nn.Module | None:
+def called_by(owner: nn.Module, node: Any) -> nn.Module | None:
     """The child that `node` calls."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
@@ -241,7 +243,7 @@ def _graph(owner: nn.Module, training: bool) -> fx.Graph:
     """What the forward of `owner` calls."""
     name = type(owner).__name__
     if "forward" in vars(owner):
-        raise _Unclear(f"{name} has a forward of its own, set on the instance")
+        raise Unclear(f"{name} has a forward of its own, set on the instance")
     twin = copy.copy(owner)
     for key, value in vars(twin).items():
         if isinstance(value, (dict, list, set, deque)):  # forward may write to it
@@ -251,7 +253,7 @@ def _graph(owner: nn.Module, training: bool) -> fx.Graph:
         with undisturbed():
             graph = _Tracer().trace(twin, _defaults(type(owner).forward))
     except Exception as error:  # it is code that nobody here has seen
-        raise _Unclear(f"the forward of {name} cannot be traced ({type(error).__name__})") from error
+        raise Unclear(f"the forward of {name} cannot be traced ({type(error).__name__})") from error
     with graph.inserting_before(graph.output_node()):
         for key, value in vars(twin).items():
             for proxy in _proxies(value):  # what forward keeps is used

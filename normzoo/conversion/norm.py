@@ -153,6 +153,34 @@ class Norm:
         return weight if self.family == "layer" else at_least_float32(weight)
 
 
+WEIGHT_FAMILIES = ("convolution", "linear", "standardized")
+"""Of :class:`Weighted`; the last has a standardized weight already, whatever the layer."""
+
+
+@dataclass(frozen=True)
+class Weighted(Norm):
+    """A convolution or a linear map, and how it standardizes its weight, if it does."""
+
+    variant: str | None = None
+    """One of :data:`normzoo.layers.weight_standardization.DENOMINATORS`; None where it applies the weight as it
+    is."""
+    gamma: float = 1.0
+    example: tuple[int, ...] = ()
+    """Shape of a sample that it takes, as small as can be."""
+
+    def describe(self) -> str:
+        """One line for a table."""
+        kind = "linear" if self.axis == -1 else "convolution"
+        if self.variant is None:
+            return f"{kind} {self.shape}"
+        factor = "" if self.gamma == 1 else f", gamma={self.gamma:g}"
+        return f"{kind} {self.shape}, weight standardized: {self.variant}, eps={self.eps}{factor}"
+
+    def span(self, x: Tensor) -> tuple[int, ...]:
+        """All dimensions but that of the channels, each of which has a unit of its own."""
+        return tuple(dim for dim in range(x.dim()) if dim != self.axis % x.dim())
+
+
 def tensor(module: nn.Module, name: str | None) -> Tensor | None:
     """The parameter or buffer of `module` called `name`."""
     found = None if name is None else getattr(module, name, None)

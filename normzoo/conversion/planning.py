@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,15 @@ from torch.optim import Optimizer
 from ..side_inputs import MissingInput
 from . import bypass, report
 from .change import Plan, Step
-from .examine import examine
+from .examine import examine, look_around
 from .norm import Norm
 from .proof import Beside, site_error, trained_error, trains_by_itself
 from .recognise import DIMENSIONS, Site
-from .rules import SAME, Chooser, Kinds, Names, Target, chooser, seen, selector
+from .rules import LAYER, NORM, SAME, Chooser, Kinds, Names, Target, chooser, kind_of, kinds, seen, selector
 from .surgery import refuse_wrapped
-from .transfer import UNCHANGED, Choice, Exactness, Refused, Replacement, replacement
+from .transfer import UNCHANGED, Choice, Exactness, NotMeant, Refused, Replacement, replacement
 from .trial import bare, short, stand_in
+from .weights import weight_sites
 
 logger = logging.getLogger("normzoo")
 
@@ -41,6 +42,9 @@ def plan(
 ) -> Plan:
     """What a conversion would do to every norm of `model`, and how exactly; the model is not touched.
 
+    Where `to` is ``"weight_standardize"`` or a class such as :class:`normzoo.WSConv2d`, it is about the
+    convolutions and linear maps that a norm follows, in place of norms.
+
     Args:
         model: any module, itself a norm perhaps.
         to: what the norms become. The name or the class of a layer of this library; ``"same"``, the layer
@@ -49,7 +53,8 @@ def plan(
             names to these, where an exact name goes before a glob, a glob before a regular expression
             (``"re:..."``, matched in full), and that before ``"_default"``. None keeps the norm.
         include, exclude: names, globs or ``"re:..."``, one or several; a norm must match one of `include` and
-            none of `exclude`.
+            none of `exclude`. A layer under its full name in `include`, or as a key of `to`, is taken to have a
+            norm behind it where the code of the model does not tell.
         types: families (``"layer"``, ``"rms"``, ...), class names or classes, one or several.
         where: a function of name and module that says whether a norm is meant.
         strict: a norm that is meant and cannot be converted is an error, rather than left alone.
@@ -64,8 +69,10 @@ def plan(
     >>> [(step.site.name, step.action) for step in made.steps]
     [('0', 'convert'), ('1', 'refuse')]
     """
-    found = examine(model, "convert")
+    norms = examine(model, "convert")
     refuse_wrapped(model)
+    include = (include,) if isinstance(include, str) else tuple(include)
+    found = _found(model, kinds(to), norms, {*include, *(to if isinstance(to, Mapping) else ())})
     selected = selector(include, exclude, types, where, found)
     choose = chooser(to, options, found)
     with torch.random.fork_rng(devices=[]):  # a layer that starts anew draws its weights when it is made
@@ -77,8 +84,24 @@ def plan(
     if not any(step.action == "convert" for step in steps):
         raise ValueError(f"convert: nothing can be converted; {seen(found)}{_reasons(steps)}")
     if strict and (left := [step for step in steps if step.action in ("refuse", "unknown")]):
-        raise ValueError(f"convert: strict=True, and some norms cannot be converted{_reasons(left)}")
-    return Plan(model, steps, bypass.functional_norms(model, [site.module for site in found]))
+        raise ValueError(
+            f"convert: strict=True, and some {kind_of(found)}s cannot be converted{_reasons(left)}"
+        )
+    functional = bypass.functional_norms(model, [site.module for site in norms])
+    return Plan(model, steps, functional if NORM in {site.kind for site in found} else {})
+
+
+def _found(model: nn.Module, about: Collection[str], norms: list[Site], asked: Collection[str]) -> list[Site]:
+    """The sites that a conversion is about, in the order of the modules of `model`."""
+    if LAYER not in about:
+        return norms
+    layers = look_around(model, weight_sites(model, norms))
+    if not layers and NORM not in about:
+        raise ValueError("convert: nothing can be converted; the model has no convolution and no linear layer")
+    for site in layers:
+        site.asked = any(name in asked for name in site.names)
+    place = {module: i for i, module in enumerate(model.modules())}
+    return sorted((*layers, *(norms if NORM in about else ())), key=lambda site: place[site.module])
 
 
 def convert(
@@ -96,6 +119,8 @@ def convert(
     **options: Any,
 ) -> nn.Module:
     """Replace the norms of a model by layers of this library: :func:`normzoo.plan`, applied.
+
+    Or, with ``"weight_standardize"``, the convolutions and linear maps before its norms.
 
     Tensors that keep their meaning stay the very same objects, so optimizers, tied weights, ``requires_grad``,
     dtype and device stay as they are, on the meta device too. Hooks, ``training``, and buffers and attributes
@@ -147,17 +172,18 @@ def tell(made: Plan) -> None:
         errors = [step.error for step in changed if step.error is not None]
         by = f", by up to {max(errors):.1e} of the largest entry on a test input" if errors else ""
         logger.warning(
-            "convert: %d of %d converted norms compute another function (%s%s); "
+            "convert: %d of %d converted %ss compute another function (%s%s); "
             "normzoo.plan(...).verify(sample) tells what that does to the model",
             len(changed),
             len(made.changes),
+            made.kind,
             made.exactness.value,
             by,
         )
     for warning, number in Counter(step.warning for step in made.changes if step.warning).items():
-        logger.warning("convert: %d of %d converted norms %s", number, len(made.changes), warning)
+        logger.warning("convert: %d of %d converted %ss %s", number, len(made.changes), made.kind, warning)
     if left:
-        logger.warning("convert: %s left as they are:%s", report.count(len(left), "norm"), _reasons(left))
+        logger.warning("convert: %s left as they are:%s", report.count(len(left), made.kind), _reasons(left))
 
 
 def _reasons(steps: Sequence[Step]) -> str:
@@ -179,11 +205,15 @@ def _step(site: Site, choose: Chooser) -> Step:
             return Step(site, "keep", "as asked")
         if site.norm is None:
             return Step(site, "unknown")
+        if isinstance(choice, Choice):
+            site.check(choice.cls)
         made = replacement(site, choice)
         if type(made.module) is type(site.module) and isinstance(choice, Choice) and not choice.options:
             return Step(site, "keep", f"it is normzoo's {choice.entry.name} already")
         _refuse(site, made)
         return _measured(site, site.norm, choice, made)
+    except NotMeant as reason:
+        return Step(site, "keep", str(reason))
     except Refused as reason:
         return Step(site, "refuse", str(reason)) if site.norm else Step(site, "unknown")
 
@@ -232,8 +262,8 @@ def _refuse(site: Site, made: Replacement) -> None:
             unlike = before is not after and (isinstance(before, Tensor) or before != after)
             if unlike or made.exactness is not Exactness.EXACT:
                 raise Refused(
-                    f"{type(parent).__name__} reads its {name} and may compute the norm itself, as it was; "
-                    "change that class first"
+                    f"{type(parent).__name__} reads its {name} and may compute the {site.kind} itself, as it "
+                    "was; change that class first"
                 )
 
 
@@ -244,8 +274,10 @@ def _measured(site: Site, norm: Norm, choice: Choice | nn.Module, made: Replacem
     if isinstance(choice, Choice) and choice.cls is not None:  # it takes inputs of one rank, the norm any
         norm = dataclasses.replace(norm, dims=DIMENSIONS[choice.cls])
     beside = choice.entry.beside if isinstance(choice, Choice) else _nothing
+    # What a layer loses, the norm behind it makes up for in part: alone it shows little.
+    alone = site.kind == LAYER and made.exactness is Exactness.APPROXIMATE
     try:
-        pairs = _pairs(site, choice, made.module)
+        pairs = [] if alone else _pairs(site, choice, made.module)
         errors = [_error(old, new, norm, made.exactness, beside) for old, new in pairs]
         if made.exactness is Exactness.EXACT and trains_by_itself(norm):
             trained = [trained_error(old, new, norm) for old, new in pairs]

@@ -11,7 +11,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _LazyNormBase, _NormBase
@@ -45,6 +45,8 @@ from .probe import Unrecognised, identify
 from .surgery import places
 
 Adapter = Callable[[nn.Module], Norm | None]
+Known = tuple[Norm | None, str, str]
+Look = Callable[[nn.Module], Known]
 
 # RemovableHandle wants a dict that can be weakly referenced.
 _adapters: OrderedDict[int, tuple[type[nn.Module] | Callable[[nn.Module], bool], Adapter]] = OrderedDict()
@@ -111,8 +113,15 @@ class Site:
     """An attribute beside the module tree that holds it too."""
     flags: list[str] = field(default_factory=list)
     """What else to know about it."""
+    kind: ClassVar[str] = "norm"
+    """What it is: a norm, or a layer that a norm may follow."""
+    look: ClassVar[Look | None] = None
+    """What :func:`recognise` tells what it computes by."""
     following: Callable[[], Following] = field(default=Following, repr=False, compare=False)
     """Tells what the model does with its output, by a look at the code of its parents."""
+
+    def check(self, cls: type[nn.Module] | None) -> None:
+        """Raises Refused where its surroundings forbid that it becomes a `cls`."""
 
     @property
     def name(self) -> str:
@@ -161,13 +170,17 @@ def sites(model: nn.Module) -> list[Site]:
     ]
 
 
-def recognise(modules: Iterable[nn.Module]) -> Iterator[tuple[Norm | None, str, str]]:
-    """Of each module: what it computes, how that is known, and why it is unknown."""
-    known: dict[tuple, tuple[Norm | None, str, str]] = {}
+def recognise(modules: Iterable[nn.Module], look: Look | None = None) -> Iterator[Known]:
+    """Of each module: what it computes, how that is known, and why it is unknown.
+
+    Args:
+        look: tells it of one module; None means that they are norms.
+    """
+    known: dict[tuple, Known] = {}
     for module in modules:
         alike = _alike(module)
         if alike not in known:
-            known[alike] = _recognise(module)
+            known[alike] = (look or _recognise)(module)
         yield known[alike]
 
 
@@ -211,7 +224,7 @@ def _adapter(module: nn.Module) -> Adapter | None:
     return None
 
 
-def _recognise(module: nn.Module) -> tuple[Norm | None, str, str]:
+def _recognise(module: nn.Module) -> Known:
     cls = parametrize.type_before_parametrizations(module)
     try:
         if adapter := _adapter(module):

@@ -14,15 +14,18 @@ from torch import nn
 
 from ..zoo import ZOO, Entry, find
 from . import report
-from .norm import FAMILIES
+from .norm import FAMILIES, WEIGHT_FAMILIES
 from .recognise import Site
 from .transfer import TRANSFERS, Choice, Refused
+from .weights import WeightSite
 
 Names = str | Iterable[str]
 Kinds = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 Layer = str | type[nn.Module] | functools.partial | None
 Target = Layer | Callable[[Site], Layer | nn.Module] | Mapping[str, Any]
 Chooser = Callable[[Site], Choice | nn.Module | None]
+
+NORM, LAYER = Site.kind, WeightSite.kind
 
 SAME = "same"
 """Stands for the layer with the mathematics of each norm."""
@@ -36,21 +39,40 @@ def chooser(to: Target, options: Mapping[str, Any], found: Sequence[Site]) -> Ch
     """
     if not isinstance(to, Mapping):
         return _one(to, options)
-    rules = {key: _one(target, options) for key, target in to.items()}
+    rules = {key: (_one(target, options), kinds(target)) for key, target in to.items()}
     for key in rules:
         if not isinstance(key, str):
             raise TypeError(f"convert: to has the key {key!r}; keys must be names, globs or 're:' expressions")
         if key != "_default" and not any(matches(key, site.names) for site in found):
-            raise ValueError(f"convert: the rule {key!r} matches no norm; {seen(found)}")
+            raise ValueError(f"convert: the rule {key!r} matches no {kind_of(found)}; {seen(found)}")
 
     def choose(site: Site) -> Choice | nn.Module | None:
         for fits in _PRECEDENCE:
-            for key, target in rules.items():
-                if fits(key, site.names):
+            for key, (target, about) in rules.items():
+                if fits(key, site.names) and (not about or site.kind in about):
                     return target(site)
         return None
 
     return choose
+
+
+def kinds(to: Target) -> set[str]:
+    """What `to` is about: norms, layers whose weight can be standardized, or both; nothing where all stay.
+
+    Raises:
+        ValueError: a layer has a name or class that there is not.
+    """
+    if isinstance(to, Mapping):
+        return {kind for target in to.values() for kind in kinds(target)}
+    to = to.func if isinstance(to, functools.partial) else to
+    if to is None:
+        return set()
+    return {LAYER if isinstance(to, (str, type)) and to != SAME and _entry(to).carriers else NORM}
+
+
+def kind_of(found: Sequence[Site]) -> str:
+    """A word for what all of `found` are."""
+    return LAYER if any(site.kind == LAYER for site in found) else NORM
 
 
 def _is_exact(key: str, names: Sequence[str]) -> bool:
@@ -123,18 +145,23 @@ def _same(site: Site, options: Mapping[str, Any]) -> Choice:
 
 def _choice(to: str | type[nn.Module], options: Mapping[str, Any]) -> Choice:
     entry = _entry(to)
-    known = [name for name in inspect.signature(entry.cls).parameters if name not in ("device", "dtype")]
+    named = to if isinstance(to, type) else entry.called(to)
+    if entry.carriers:  # what torch's class takes, the old layer says
+        parameters = inspect.signature(entry.carriers[0]).parameters.values()
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    else:
+        known = [name for name in inspect.signature(entry.cls).parameters if name not in ("device", "dtype")]
     for option in options:
         if option not in known:
-            raise TypeError(f"convert: {entry.cls.__name__} takes no {option!r}; it takes {', '.join(known)}")
-    named = to if isinstance(to, type) else entry.called(to)
-    return Choice(entry, options, named if entry.others else None)
+            called = entry.name if entry.carriers else entry.cls.__name__
+            raise TypeError(f"convert: {called} takes no {option!r}; it takes {', '.join(known)}")
+    return Choice(entry, options, named if entry.others or named in entry.carriers else None)
 
 
 def _entry(to: str | type[nn.Module]) -> Entry:
     if isinstance(to, str):
         return find(to, "convert", f", or {SAME!r}")
-    entry = next((entry for entry in ZOO if to in entry.classes), None)
+    entry = next((entry for entry in ZOO if to in entry.exported), None)
     if entry is not None:
         return entry
     possible = ", ".join(entry.name for entry in ZOO)
@@ -157,18 +184,20 @@ def selector(
         TypeError: one of them is of another kind.
         ValueError: a pattern or the name of a class matches none of the sites `found`.
     """
+    what = kind_of(found)
     includes, excludes = (
         _several(name, value, (str,)) for name, value in (("include", include), ("exclude", exclude))
     )
     for pattern in (*includes, *excludes):
         if pattern != "*" and not any(matches(pattern, site.names) for site in found):
             argument = "include" if pattern in includes else "exclude"
-            raise ValueError(f"convert: {pattern!r} in {argument} matches no norm; {seen(found)}")
-    kinds = None if types is None else _several("types", types, (str, type))
-    for kind in kinds or ():
-        if isinstance(kind, str) and kind not in FAMILIES and not any(_is_kind(site, kind) for site in found):
+            raise ValueError(f"convert: {pattern!r} in {argument} matches no {what}; {seen(found)}")
+    wanted = None if types is None else _several("types", types, (str, type))
+    families = (*(WEIGHT_FAMILIES if what == LAYER else ()), *FAMILIES)
+    for kind in wanted or ():
+        if isinstance(kind, str) and kind not in families and not any(_is_kind(site, kind) for site in found):
             raise ValueError(
-                f"convert: {kind!r} in types is no family ({', '.join(FAMILIES)}) and no class of a norm; "
+                f"convert: {kind!r} in types is no family ({', '.join(families)}) and no class of a {what}; "
                 f"{seen(found)}"
             )
     if where is not None and not callable(where):
@@ -180,7 +209,7 @@ def selector(
         return (
             any(matches(pattern, site.names) for pattern in includes)
             and not any(matches(pattern, site.names) for pattern in excludes)
-            and (kinds is None or any(_is_kind(site, kind) for kind in kinds))
+            and (wanted is None or any(_is_kind(site, kind) for kind in wanted))
             and (where is None or bool(where(site.name, site.module)))
         )
 
@@ -205,7 +234,7 @@ def _is_kind(site: Site, kind: str | type[nn.Module]) -> bool:
 
 
 def seen(found: Sequence[Site]) -> str:
-    """The norm classes of a model in a sentence, with their number."""
+    """The classes of what was found in a model in a sentence, with their number."""
     counts = Counter(site.source for site in found)
     listed = ", ".join(f"{count} {source}" for source, count in sorted(counts.items()))
-    return f"norm classes seen: {listed or 'none'}"
+    return f"{kind_of(found)} classes seen: {listed or 'none'}"

@@ -42,6 +42,10 @@ class Refused(Exception):
     """Why a site cannot be converted."""
 
 
+class NotMeant(Refused):
+    """Why a conversion is not about a site at all."""
+
+
 @dataclass
 class Carried:
     """How the new layer is made from the old norm."""
@@ -78,6 +82,8 @@ class Carried:
     one_of: tuple[str, ...] = ()
     """Constructor arguments that say the same thing: one in the options overrules all that are carried."""
 
+    cls: type[nn.Module] | None = None
+    """The class of the layer, where the old one decides it."""
     after: tuple[str, ...] | None = None
     """Children of the norm that the layer applies in its turn, where those are not all that the norm does."""
     beside: dict[nn.Module, nn.Module] = field(default_factory=dict)
@@ -288,7 +294,7 @@ def _construct(old: nn.Module, norm: Norm, carried: Carried, choice: Choice) -> 
     if needed := [p.name for p in parameters if p.default is p.empty and p.name not in arguments]:
         raise Refused(f"{choice.entry.name} needs {' and '.join(needed)}; pass {needed[0]}=")
     try:
-        new = cls(**arguments, **place)
+        new = cls(**place | arguments)
     except ValueError as error:
         raise Refused(str(error)) from error
     trained = [p.requires_grad for p in old.parameters()]
@@ -299,6 +305,8 @@ def _construct(old: nn.Module, norm: Norm, carried: Carried, choice: Choice) -> 
 
 def _class(norm: Norm, carried: Carried, choice: Choice) -> type[nn.Module]:
     """The class of the layer that takes the inputs of the norm."""
+    if carried.cls is not None:
+        return carried.cls
     entry, after = choice.entry, norm.after if carried.after is None else carried.after
     if not entry.others:
         return adapted(choice.cls or entry.cls, carried.over_channels, after, False)

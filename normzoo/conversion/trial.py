@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .adapted import bare_class
-from .norm import Norm
+from .norm import Norm, Weighted
 
 _MOST_AT_ONCE = 1 << 20
 """Entries of an input that is larger than it has to be."""
@@ -35,6 +35,8 @@ def row_inputs(shape: Sequence[int], device: torch.device) -> Tensor:
 
 def inputs_for(norm: Norm, device: torch.device) -> Tensor:
     """What shows a norm: rows, or (N, C, H, W) and the like."""
+    if isinstance(norm, Weighted):
+        return noise((3, *norm.example), chance()).to(device)
     shape = norm.shape or (48,)
     if norm.axis == -1:
         return row_inputs(shape, device)

@@ -217,7 +217,7 @@ class WSLinear(Standardized, nn.Linear):  # type: ignore[misc]
         return F.linear(input, *self._in_dtype_of(input))
 
 
-CARRIERS: tuple[type[nn.Module], ...] = (
+CARRIERS: tuple[type[Standardized], ...] = (
     *(WSConv1d, WSConv2d, WSConv3d, WSConvTranspose1d, WSConvTranspose2d, WSConvTranspose3d),
     WSLinear,
 )

@@ -1,0 +1,60 @@
+"""Plain layers in place of those that standardize their weight, for inference."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..layers.ws_conv import CARRIERS, Standardized
+from .luggage import bring_along
+from .report import a
+from .surgery import Swap, refuse_wrapped
+
+_LEFT = ("weight", "bias", "gain", "variant", "ws_eps", "gamma", "_kept")
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """Replace every layer of a model that standardizes its weight by torch's, with the standardized weight.
+
+    For inference: :class:`normzoo.WSConv2d`, :class:`normzoo.WSLinear` and their like become
+    :class:`torch.nn.Conv2d`, :class:`torch.nn.Linear` and theirs, in place. The outputs stay, to the last bit,
+    in both modes, and so do the keys of the state dict, but for ``gain``, which is part of the weight then.
+    Hooks, ``training`` and attributes set by the user come along. A layer under several names stays one.
+
+    There is no way back, for mean and scale of the weights are gone: bake a copy where training is to go on.
+
+    Args:
+        model: any module, itself such a layer perhaps.
+
+    Returns:
+        `model`, or the new layer where `model` itself is one.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: it holds no such layer, or is wrapped (DDP, FSDP, torch.compile); the weight of one is
+            computed by a parametrization. The model is left as it was.
+
+    >>> import normzoo
+    >>> bake(nn.Sequential(normzoo.WSConv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    Sequential(
+      (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+      (1): BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    )
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"bake: model is {a(type(model).__name__)}; it must be a torch.nn.Module")
+    refuse_wrapped(model, "bake", "bake")
+    baked = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Standardized):
+            try:
+                baked[module] = module.bake()
+            except ValueError as error:
+                raise ValueError(f"bake: {name!r} cannot be baked: {error}") from error
+    if not baked:
+        names = ", ".join(cls.__name__ for cls in CARRIERS)
+        raise ValueError(f"bake: the model has no layer that standardizes its weight ({names})")
+    for old, new in baked.items():
+        bring_along(old, new, _LEFT)
+    swap = Swap(model, baked)
+    swap.do()
+    return swap.root
