@@ -216,6 +216,8 @@ def catch(call: Callable[[], object], target: Target) -> Caught:
 def x_arguments(launch: Launch, x: torch.Tensor) -> set[str]:
     """The pointer arguments as large as x: those whose traffic is counted in passes.
 
-    Partial sums (`part_ptr`) are none of them, though few rows can have as many.
+    Partial sums (`part_ptr`) are none of them, though few rows can have as many. Where addresses are given
+    (`x_ptrs`), x is what lies there.
     """
-    return {name for name, (numel, _) in launch.tensors.items() if numel == x.numel() and name != "part_ptr"}
+    found = {name for name, (numel, _) in launch.tensors.items() if numel == x.numel() and name != "part_ptr"}
+    return found | {f"*{name}" for name in launch.tensors if name.endswith("_ptrs")}

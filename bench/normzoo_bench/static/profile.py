@@ -38,7 +38,7 @@ def _bytes_in_flight(module: ttir.Module, ptx: Sequence[sass.Access], shared: in
 def measure(launch: fake.Launch, x: torch.Tensor, target: fake.Target, loads: dict[str, int]) -> Row:
     """Everything static about one launch; `code` is left for `add_instructions`.
 
-    loads: what is found in memory where a scalar argument points, by its name.
+    loads: what is found in memory where an argument points, by its name.
     """
     compiled = launch.compile(target)
     names = [name for name, kind in launch.signature.items() if kind != "constexpr"]

@@ -21,6 +21,7 @@ _ASYNC = re.compile(
 )
 
 
+_STORED = re.compile(r"ld\.global[\w.:]*\.b64\s+\{?\s*(%rd\d+)\s*\}?,\s*\[\s*(%rd\d+)")
 _ADDRESS = re.compile(r"(?:(?:mov|add|sub|cvta|selp|mad)[\w.:]*64|mad\.wide\.[su]32)\s+(%rd\d+),\s*(.*)")
 
 
@@ -32,7 +33,7 @@ class Access:
 
 
 def _origins(lines: Sequence[str], names: Sequence[str]) -> dict[str, set[str]]:
-    """Which kernel arguments each 64-bit address register may come from."""
+    """Which kernel arguments each 64-bit address register may come from; *name where it was read from there."""
     origin: dict[str, set[str]] = {}
     # A loop feeds registers back to its head, so one sweep is not enough.
     for _ in range(4):
@@ -41,6 +42,9 @@ def _origins(lines: Sequence[str], names: Sequence[str]) -> dict[str, set[str]]:
             if m := re.match(r"ld\.param\.[bus]64\s+(%rd\d+), \[\w+_param_(\d+)\]", line):
                 if int(m.group(2)) < len(names):
                     origin.setdefault(m.group(1), set()).add(names[int(m.group(2))])
+            elif m := _STORED.match(line):
+                found = {f"*{name}" for name in origin.get(m.group(2), ())}
+                origin.setdefault(m.group(1), set()).update(found)
             elif m := _ADDRESS.match(line):
                 for register in re.findall(r"%rd\d+", m.group(2)):
                     if register in origin:

@@ -36,7 +36,7 @@ _UNKNOWN = (KeyError, TypeError, ValueError)
 class Launched:
     """A module with the scalars and grid of one launch, so that bounds and masks have values.
 
-    loads: what is found where a scalar argument points; other loaded data is not known.
+    loads: what is found where an argument points, by its name; other loaded data is not known.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Launched:
             start, end = (int(re.search(rf"{k} = (\d+)", rest).group(1)) for k in ("start", "end"))
             return np.arange(start, end, dtype=np.int64)
         if op == "tt.load":
-            return self.loads[self.module.definitions[refs[0]][1]]
+            return self.loads[self._pointed(refs[0])]
         args = [self._value(ref, env) for ref in refs]
         if op in _SAME:
             return args[0]
@@ -80,6 +80,11 @@ class Launched:
         if op == "arith.cmpi":
             return _COMPARE[rest.split(",")[0].split()[0]](*args)
         return _ARITHMETIC[op.removeprefix("arith.")](*args)
+
+    def _pointed(self, ref: str) -> str:
+        """The argument that a pointer comes from."""
+        op, refs, *_ = self.module.definitions[ref]
+        return refs if op == "argument" else self._pointed(refs[0])
 
     def _spread(self, most: int) -> np.ndarray:
         return np.unique(np.linspace(0, self.programs - 1, min(self.programs, most)).astype(int))

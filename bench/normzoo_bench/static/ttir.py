@@ -34,7 +34,7 @@ class Guard:
 @dataclass(frozen=True)
 class Access:
     kind: str  # load, store, atomic_rmw, atomic_cas
-    args: frozenset[str]
+    args: frozenset[str]  # *name where the address was read from what the argument points to
     dims: tuple[int, ...]
     item: int
     blocks: tuple[Loop | Guard, ...]
@@ -64,6 +64,7 @@ class _Value:
     ref: str
     args: frozenset[str] = frozenset()  # that a pointer may point into
     products: frozenset = frozenset()  # that an offset was made of
+    found: frozenset[str] = frozenset()  # arguments that an integer was read from, which may be an address
 
 
 class _Parser:
@@ -125,10 +126,13 @@ class _Parser:
         operands = [self.value(name) for name in _REFERENCE.findall(rest)]
         args = frozenset().union(*(value.args for value in operands))
         products = frozenset().union(*(value.products for value in operands))
+        found = operands[0].args if op == "tt.load" else frozenset()
         inside = tuple(block for _, block in self.blocks)
         if op in _MASK_OPERAND:
             self.access(op, operands, rest, inside)
             args = products = frozenset()
+        elif op == "tt.int_to_ptr":
+            args = frozenset(f"*{name}" for name in operands[0].found)
         elif op == "tt.addptr":
             args = operands[0].args
             for arg in args:
@@ -138,7 +142,7 @@ class _Parser:
             products = frozenset()
         refs = [value.ref for value in operands]
         for name in results:
-            value = self.define(name, (op, refs, rest), _Value("", args, products))
+            value = self.define(name, (op, refs, rest), _Value("", args, products, found))
             if op == "arith.muli" and re.search(r"\bi32|xi32", rest.rsplit(" : ", 1)[-1]):
                 self.values[name] = replace(value, products=products | {(value.ref, inside)})
 

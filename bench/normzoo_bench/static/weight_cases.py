@@ -1,4 +1,4 @@
-"""The calls of the kernels for weights that the gate profiles: standardization."""
+"""The calls of the kernels for weights that the gate profiles: standardization, and projection to a norm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from normzoo_kernels import weights
+from normzoo_kernels import projection, weights
 
 from . import fake
 from .case import DTYPES, EVERYWHERE, ON_SM90, SWEPT, Bound, Call, Case, Plan, launcher
@@ -53,6 +53,46 @@ class Standardization:
         return Case(self.name, self.build, self.outputs, tuple(self.bounds()), plan)
 
 
+_PIECE = 32768
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Float32 tensors of `pieces` programs together, to one norm."""
+
+    ragged: bool = False  # with tensors that are not whole vectors
+    pieces: int = 2048
+
+    @property
+    def name(self) -> str:
+        return f"project-{self.pieces}{'-ragged' * self.ragged}"
+
+    def build(self, pieces: int, dtype: str, target: fake.Target) -> tuple[Call, torch.Tensor]:
+        addresses, sizes, owners = (torch.empty(pieces, dtype=d, device="meta") for d in _COLUMNS)
+        first, count = (torch.empty(1, dtype=torch.int32, device="meta") for _ in range(2))
+        table = projection.Table(addresses, sizes, owners, first, count, self.ragged)
+        radii = torch.empty(1, device="meta")
+        return lambda: projection.project_pieces(table, radii), torch.empty((pieces, _PIECE), device="meta")
+
+    def bounds(self) -> Iterator[Bound]:
+        yield Bound("x_passes", least=2.999, most=3.001)
+        yield Bound("launches", most=2)
+        yield Bound("copies", most=0)
+        yield Bound("allocations", most=1)
+        yield Bound("arguments", most=7)
+        yield Bound("variants", most=1)
+        yield Bound("kb_in_flight", least=64)
+        if not self.ragged:
+            yield Bound("x_width", least=16)
+
+    def case(self, plan: Plan) -> Case:
+        found = {"x_ptrs": 0, "size_ptr": _PIECE, "owner_ptr": 0, "first_ptr": 0, "count_ptr": self.pieces}
+        return Case(self.name, self.build, self.pieces, tuple(self.bounds()), plan, tuple(found.items()))
+
+
+_COLUMNS = (torch.int64, torch.int32, torch.int32)
+
+
 def weight_cases() -> Iterator[Case]:
     for backward in (False, True):
         small = Standardization(backward, 2048, 1024)
@@ -60,3 +100,5 @@ def weight_cases() -> Iterator[Case]:
         yield replace(small, outputs=640, width=23040).case(SWEPT)
         yield replace(small, outputs=512, width=4608).case(SWEPT)
         yield replace(small, outputs=64, width=147).case(ON_SM90)
+    yield Projection().case((("sm_90", ("fp32",)),))
+    yield Projection(ragged=True).case(EVERYWHERE)
