@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from normzoo import AdaB2N
+from normzoo import AdaB2N, BatchChannelNorm, WSConv2d
 from normzoo.continual import tasks
 from normzoo_bench.experiments import adab2n_forgetting, bcn_micro_batch, digits, experiment
 from normzoo_bench.experiments.__main__ import main
@@ -161,11 +161,37 @@ def test_micro_batch_networks():
     assert not made["BCN, batch"].estimate
     assert made["BCN, estimate"].estimate and made["BCN, estimate"].update_rate == 0.02
     shapes: list[torch.Size] = []
-    network = bcn_micro_batch._network(bcn_micro_batch._norms(settings)["BN"], 16)
-    for norm in (module for module in network if isinstance(module, nn.BatchNorm2d)):
+    networks = []
+    for weights, layer in {"plain": nn.Conv2d, "WS": WSConv2d}.items():
+        torch.manual_seed(0)
+        network = bcn_micro_batch._network(bcn_micro_batch._norms(settings)["BN"], 16, weights)
+        assert {type(m) for m in network if isinstance(m, nn.Conv2d)} == {layer}
+        networks.append(network)
+    plain, standardized = networks
+    for norm in (module for module in plain if isinstance(module, nn.BatchNorm2d)):
         norm.register_forward_pre_hook(lambda module, x: shapes.append(x[0].shape))
-    assert network(torch.rand(2, 1, 8, 8)).shape == (2, 10)
-    assert [shape[2] for shape in shapes] == [8, 4, 4, 2, 2, 1], "two values a channel at the end"
+    x = torch.rand(2, 1, 8, 8)
+    assert plain(x).shape == (2, 10) and not torch.equal(plain(x), standardized(x))
+    assert [shape[2] for shape in shapes[:6]] == [8, 4, 4, 2, 2, 1], "two values a channel at the end"
+    assert all(map(torch.equal, plain.parameters(), standardized.parameters()))
+
+
+def test_estimate_alone_is_the_first_stage_of_batch_channel_norm():
+    generator = torch.Generator().manual_seed(0)
+    alone = bcn_micro_batch.EstimatedBatchNorm(4, momentum=0.1)
+    both = BatchChannelNorm(4, 2, estimate=True, update_rate=0.1)
+    for step in range(4):
+        x = (torch.randn(3, 4, 2, 2, generator=generator) * 3 + 1).requires_grad_()
+        grad = torch.randn(x.shape, generator=generator)
+        after = nn.functional.group_norm(alone(x), 2)
+        expected = both(x)
+        torch.testing.assert_close(after, expected, msg=f"step {step}")
+        gradients = [torch.autograd.grad(y, x, grad)[0] for y in (after, expected)]
+        torch.testing.assert_close(*gradients, msg=f"gradient of step {step}")
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(alone.get_buffer(name), both.get_buffer(name))
+    alone, both = alone.eval(), both.eval()
+    torch.testing.assert_close(nn.functional.group_norm(alone(x), 2), both(x))
 
 
 def test_order_is_that_of_the_batches(quick):
@@ -221,8 +247,8 @@ def test_what_is_printed(capsys, quick, monkeypatch):
     monkeypatch.setattr(sys.modules[main.__module__], "measure", stub)
     assert main(["bcn-micro-batch", "--quick", "--seeds", "3"]) == 0
     out, err = capsys.readouterr()
-    cell = spread(values(document, "accuracy", batch=2, norm="BN"))
-    assert re.search(rf"^2 +BN +{re.escape(cell)} ", out, re.M) and "over 2 seeds" in out and not err
+    cell = spread(values(document, "accuracy", batch=2, norm="BN", weights="WS"))
+    assert re.search(rf"^2 +BN +WS +{re.escape(cell)} ", out, re.M) and "over 2 seeds" in out and not err
 
 
 @pytest.mark.parametrize(
