@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import checks
-from .radial import Batch, descend, local, sharded
+from .radial import Batch, Group, descend, local, local_grad, placed
 
 LARGEST = 2**24
 """Entries that are worked on at once, which bounds the memory that a step needs."""
@@ -33,26 +33,28 @@ class _Projecting(Optimizer):
     counts: tuple[str, ...] = ()
     """State that is one number."""
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
+        name = type(self).__name__
         try:
             self._check(self.param_groups[-1])
             for p in self.param_groups[-1]["params"]:
                 if not p.is_floating_point() or p.layout != torch.strided:
                     raise TypeError(
-                        f"{self._name}: a parameter of shape {tuple(p.shape)} is {p.dtype}, {p.layout}; it "
+                        f"{name}: a parameter of shape {tuple(p.shape)} is {p.dtype}, {p.layout}; it "
                         "must be dense and of a real floating-point dtype: leave it to another optimizer"
+                    )
+                if not placed(p):
+                    raise TypeError(
+                        f"{name}: a parameter of shape {tuple(p.shape)} is sharded by {p.placements}; it must "
+                        "be by Shard and Replicate alone: shard one dimension over one dimension of the mesh"
                     )
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
-    @property
-    def _name(self) -> str:
-        return type(self).__name__
-
-    def _check(self, group: dict[str, Any]) -> None:
-        name, lr, capturable = self._name, group["lr"], group["capturable"]
+    def _check(self, group: Group) -> None:
+        name, lr = type(self).__name__, group["lr"]
         for argument in ("eps", "weight_decay", "delta", "wd_ratio"):
             checks.not_negative(name, argument, group[argument])
         for argument in ("nesterov", "maximize", "capturable"):
@@ -61,13 +63,17 @@ class _Projecting(Optimizer):
             checks.not_negative(name, "lr", lr)
         elif lr.numel() != 1:
             raise ValueError(f"{name}: lr is a tensor of shape {tuple(lr.shape)}; it must have one element")
-        elif lr.device.type != "cpu" and not capturable:
+        self._check_step(group)
+
+    def _check_step(self, group: Group) -> None:
+        """What a scheduler, a state dict or a capture may have brought since."""
+        name, lr, capturable = type(self).__name__, group["lr"], group["capturable"]
+        if isinstance(lr, Tensor) and lr.device.type != "cpu" and not capturable:
             raise ValueError(
                 f"{name}: lr is a tensor on {lr.device}, which a step would have to wait for; pass a "
                 "number, or capturable=True"
             )
-        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-        if capturing and not capturable:
+        if not capturable and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{name}: a step is being captured in a CUDA graph, but capturable is False, so that a replay "
                 "would repeat its numbers; pass capturable=True"
@@ -95,9 +101,10 @@ class _Projecting(Optimizer):
             self._update(group, batch)
         return loss
 
-    def _batches(self, group: dict[str, Any]) -> list[Batch]:
+    def _batches(self, group: Group) -> list[Batch]:
         """The parameters that have a gradient, those of one device and dtype together."""
-        self._check(group)
+        self._check_step(group)
+        name = type(self).__name__
         batches: list[Batch] = []
         filling: dict[Any, tuple[Batch, int]] = {}
         for p in group["params"]:
@@ -105,7 +112,7 @@ class _Projecting(Optimizer):
                 continue
             if p.grad.layout != torch.strided:
                 raise TypeError(
-                    f"{self._name}: a gradient of shape {tuple(p.shape)} is {p.grad.layout}; it must be dense: "
+                    f"{name}: a gradient of shape {tuple(p.shape)} is {p.grad.layout}; it must be dense: "
                     "use sparse=False in the embedding, or leave it to torch.optim.SparseAdam"
                 )
             batch, entries = filling.get((p.device, p.dtype), ([], 0))
@@ -116,10 +123,10 @@ class _Projecting(Optimizer):
             filling[p.device, p.dtype] = batch, entries + p.numel()
         return batches
 
-    def _update(self, group: dict[str, Any], params: Batch) -> None:
+    def _update(self, group: Group, params: Batch) -> None:
         dtype = checks.statistics_dtype(params[0])
         weights = [local(p).to(dtype) for p in params]
-        grads = [local(_grad_like(p)).to(dtype) for p in params]
+        grads = [local_grad(p).to(dtype) for p in params]
         if group["maximize"]:
             grads = list(torch._foreach_neg(grads))
         lr = group["lr"]
@@ -131,7 +138,7 @@ class _Projecting(Optimizer):
         if params[0].dtype != dtype:
             torch._foreach_copy_([local(p) for p in params], weights)
 
-    def _state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+    def _state(self, group: Group, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
         for name in self.moments:
             if name not in state:
@@ -139,13 +146,7 @@ class _Projecting(Optimizer):
         return state
 
     def _move(
-        self,
-        group: dict[str, Any],
-        lr: Any,
-        params: Batch,
-        weights: Batch,
-        grads: Batch,
-        state: dict[str, Batch],
+        self, group: Group, lr: Any, params: Batch, weights: Batch, grads: Batch, state: dict[str, Batch]
     ) -> None:
         """Changes `weights` and `state` in place, which are of one device and dtype."""
         raise NotImplementedError
@@ -229,11 +230,13 @@ class AdamP(_Projecting):
         options |= {"wd_ratio": wd_ratio, "nesterov": nesterov, "maximize": maximize, "capturable": capturable}
         super().__init__(params, options)
 
-    def _check(self, group: dict[str, Any]) -> None:
+    def _check(self, group: Group) -> None:
         super()._check(group)
         betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(map(_below_one, betas)):
-            raise ValueError(f"{self._name}: betas is {betas!r}; it must be two numbers from 0, below 1")
+            raise ValueError(
+                f"{type(self).__name__}: betas is {betas!r}; it must be two numbers from 0, below 1"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -243,7 +246,7 @@ class AdamP(_Projecting):
                 if steps is not None and not isinstance(steps, Tensor):
                     self.state[p]["step"] = torch.tensor(float(steps))
 
-    def _state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+    def _state(self, group: Group, p: Tensor) -> dict[str, Tensor]:
         state, device = super()._state(group, p), p.device if group["capturable"] else torch.device("cpu")
         steps = state.get("step")
         if steps is None:
@@ -253,13 +256,7 @@ class AdamP(_Projecting):
         return state
 
     def _move(
-        self,
-        group: dict[str, Any],
-        lr: Any,
-        params: Batch,
-        weights: Batch,
-        grads: Batch,
-        state: dict[str, Batch],
+        self, group: Group, lr: Any, params: Batch, weights: Batch, grads: Batch, state: dict[str, Batch]
     ) -> None:
         (beta1, beta2), means, squares, times = (
             group["betas"],
@@ -337,16 +334,11 @@ class SGDP(_Projecting):
         options |= {"maximize": maximize, "capturable": capturable, "project_momentum": project_momentum}
         super().__init__(params, options)
 
-    def _check(self, group: dict[str, Any]) -> None:
+    def _check(self, group: Group) -> None:
         super()._check(group)
-        name, project = self._name, group["project_momentum"]
+        name, project = type(self).__name__, group["project_momentum"]
         checks.not_negative(name, "momentum", group["momentum"])
         checks.number(name, "dampening", group["dampening"])
-        if group["momentum"] == 1 and group["weight_decay"]:
-            raise ValueError(
-                f"{name}: momentum is 1, but weight_decay is {group['weight_decay']!r}, which is divided by "
-                "1 - momentum; make one of them smaller"
-            )
         if project is not None:
             checks.flag(name, "project_momentum", project)
         if project and group["nesterov"]:
@@ -355,14 +347,16 @@ class SGDP(_Projecting):
                 "momentum; leave one of the two out"
             )
 
+    def _check_step(self, group: Group) -> None:
+        super()._check_step(group)
+        if group["momentum"] == 1 and group["weight_decay"]:
+            raise ValueError(
+                f"{type(self).__name__}: momentum is 1, but weight_decay is {group['weight_decay']!r}, and "
+                "that is divided by 1 - momentum; make one of them smaller"
+            )
+
     def _move(
-        self,
-        group: dict[str, Any],
-        lr: Any,
-        params: Batch,
-        weights: Batch,
-        grads: Batch,
-        state: dict[str, Batch],
+        self, group: Group, lr: Any, params: Batch, weights: Batch, grads: Batch, state: dict[str, Batch]
     ) -> None:
         momentum, nesterov, project = group["momentum"], group["nesterov"], group["project_momentum"]
         momenta = state["momentum"]
@@ -372,11 +366,6 @@ class SGDP(_Projecting):
         decay = lr * group["weight_decay"] / (1 - momentum) if group["weight_decay"] else 0.0
         in_place = not nesterov if project is None else project
         descend(group, lr, decay, params, weights, grads, steps, in_place=in_place)
-
-
-def _grad_like(p: Any) -> Tensor:
-    """The gradient, sharded like the parameter."""
-    return p.grad.redistribute(placements=p.placements) if sharded(p) else p.grad
 
 
 def _below_one(beta: Any) -> bool:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Group = dict[str, Any]
+"""A parameter group of an optimizer."""
 Batch = list[Tensor]
 """Tensors of one device and dtype. A sharded one, a DTensor, goes with its local part."""
 
 
 def descend(
-    group: dict[str, Any],
+    group: Group,
     lr: float | Tensor,
     decay: float | Tensor,
     params: Batch,
@@ -32,7 +34,7 @@ def descend(
     The ratio is wd_ratio where there is a projection, else 1. With `in_place` the steps change too.
 
     Args:
-        group: the options weight_decay, delta, wd_ratio and eps of an optimizer.
+        group: has weight_decay, delta, wd_ratio and eps.
         params: whose weights these are; they themselves, or DTensors of them, or others of lower precision.
     """
     decays = group["weight_decay"] > 0
@@ -113,7 +115,8 @@ def _radial_parts(
 
     sizes = [p.numel() for p in params]
     in_rows = orthogonal(
-        torch._foreach_max(each(cosine(dots, g, w))), [size / n for size, n in zip(sizes, rows, strict=True)]
+        torch._foreach_norm(each(cosine(dots, g, w)), math.inf),
+        [size / n for size, n in zip(sizes, rows, strict=True)],
     )
     as_whole = orthogonal(cosine(total(dots), norm(g), whole_w).unbind(), sizes)
 
@@ -134,8 +137,22 @@ def sharded(t: Any) -> bool:
     return isinstance(t, Tensor) and hasattr(t, "device_mesh")
 
 
+def placed(t: Any) -> bool:
+    """Whether `_gathered` and `_own_rows` can deal with how it is sharded."""
+    if not sharded(t):
+        return True
+    from torch.distributed.tensor import Replicate, Shard
+
+    return all(type(at) in (Shard, Replicate) for at in t.placements)
+
+
 def local(t: Any) -> Tensor:
     return t.to_local() if sharded(t) else t
+
+
+def local_grad(p: Any) -> Tensor:
+    """The gradient of a parameter, sharded as that is."""
+    return p.grad.redistribute(placements=p.placements).to_local() if sharded(p) else p.grad
 
 
 def _gathered(p: Any, g: Tensor, w: Tensor, dots: Tensor, pushes: Tensor) -> Sequence[Tensor]:
