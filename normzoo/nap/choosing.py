@@ -170,7 +170,8 @@ def groups_of(parameters: Sequence[Any]) -> tuple[Any, ...]:
 
 def biases(model: nn.Module, parameters: Collection[str]) -> dict[str, str]:
     """Of weights, the bias in the same module; also of torch's RNNs and of parametrized weights."""
-    all_names = {name for name, p in model.named_parameters(remove_duplicate=False) if p.dim() == 1}
+    pairs = model.named_parameters(remove_duplicate=False)
+    all_names = {name for name, p in pairs if not nn.parameter.is_lazy(p) and p.dim() == 1}
     found = {}
     for name in parameters:
         prefix, _, leaf = name.rpartition(".")

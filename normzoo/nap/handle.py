@@ -222,7 +222,7 @@ class NormalizeAndProject:
         self._candidates = [
             name
             for name, p in self._parameters.items()
-            if p.dim() > 1 and p.is_floating_point() and name not in of_norms
+            if nn.parameter.is_lazy(p) or (p.dim() > 1 and p.is_floating_point() and name not in of_norms)
         ]
         for argument, patterns in (("include", self._include), ("exclude", self._exclude)):
             check_patterns(argument, patterns, self._candidates)
@@ -280,7 +280,8 @@ class NormalizeAndProject:
             elif not (radius and math.isfinite(radius)):
                 row.note = f"its norm was {radius:g} at the start"
             else:
-                row.projected, row.note = True, "included" if forced else row.note
+                row.projected = True
+                row.note = "; ".join(filter(None, (row.note, "included" if forced else "")))
                 held.append(Held(names, radius))
                 for each in names[1:]:
                     rows.append(Row(each, tuple(self._parameters[each].shape), WITH_WEIGHT, True))

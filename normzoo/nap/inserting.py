@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,9 +97,8 @@ def insert_norms(
     if refusals:
         raise ValueError(f"{CALLER}: insert=True: {'; '.join(refusals)}. Nothing was inserted")
     if seen.functions:
-        warnings.warn(
-            f"{CALLER}: insert=True reaches activation modules alone{_functional(seen)}", stacklevel=4
-        )
+        reached = f"{CALLER}: insert=True reaches activation modules alone{_functional(seen)}"
+        warnings.warn(reached, stacklevel=outside())
     wanted = []
     for name, calls in seen.calls.items():
         if calls[0].maker not in norms:
@@ -177,9 +176,9 @@ def _look(model: nn.Module, activations: dict[str, nn.Module], norms: set[str], 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
-def _refusals(model: nn.Module, activations: dict[str, nn.Module], seen: _Seen):
+def _refusals(model: nn.Module, activations: dict[str, nn.Module], seen: _Seen) -> Iterator[str]:
     held = places(model)
-    outside = references(model, [*activations.values()])
+    beside = references(model, [*activations.values()])
     for name, module in activations.items():
         kind = type(module).__name__
         calls = len(seen.calls.get(name, ()))
@@ -188,8 +187,8 @@ def _refusals(model: nn.Module, activations: dict[str, nn.Module], seen: _Seen):
         elif calls > 1 or len(held[module]) > 1:
             how = f"runs {calls} times" if calls > 1 else f"is registered {len(held[module])} times"
             yield f"{name} ({kind}) {how}, and each place needs a norm of its own: give each its own {kind}"
-        elif module in outside:
-            yield f"{name} ({kind}) is held by {outside[module]} too, which would go on without the norm"
+        elif module in beside:
+            yield f"{name} ({kind}) is held by {beside[module]} too, which would go on without the norm"
         elif calls and (any(True for _ in module.parameters()) or any(True for _ in module.buffers())):
             yield f"{name} ({kind}) has tensors of its own, whose keys in the state dict would change"
         elif calls and seen.calls[name][0].x.dim() < 2:

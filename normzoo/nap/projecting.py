@@ -76,7 +76,11 @@ class _Batch:
     reductions: list[tuple[int, int, Any]] = field(default_factory=list)
     """From which tensor to which, over which process group."""
     radii: Tensor = field(default_factory=lambda: torch.empty(0))
+    narrow: Tensor = field(default_factory=lambda: torch.empty(0))
+    """The radii in float32."""
     index: Tensor | None = None
+    plain: list[Tensor] | None = None
+    """The tensors, where they are the parameters themselves."""
 
 
 class Projector:
@@ -101,10 +105,12 @@ class Projector:
             self._project(batch)
 
     def _project(self, batch: _Batch) -> None:
-        bare = [self.masters.working(name, self.parameters[name]) for name in batch.names]
+        bare = batch.plain
+        if bare is None:
+            bare = [self.masters.working(name, self.parameters[name]) for name in batch.names]
         shifted = any(batch.shifts)
         tensors = [t + shift for t, shift in zip(bare, batch.shifts, strict=True)] if shifted else bare
-        if not _by_kernel(tensors, batch):
+        if shifted or not _by_kernel(tensors, batch):
             total = squares(tensors, batch.reductions)
             if batch.index is not None:
                 total = torch.zeros_like(batch.radii).index_add_(0, batch.index, total)
@@ -116,7 +122,7 @@ class Projector:
         if shifted:
             for t, new, shift in zip(bare, tensors, batch.shifts, strict=True):
                 t.copy_(new - shift)
-        for name in batch.names if self.masters.kept else ():
+        for name in batch.names if batch.plain is None else ():
             self.masters.write(name, self.parameters[name])
 
 
@@ -225,6 +231,9 @@ def _lay_out(held: list[Held], parameters: Mapping[str, Tensor]) -> _Batch:
     device = parameters[batch.names[0]].device
     wide = torch.float32 if device.type == "mps" else torch.float64
     batch.radii = torch.tensor([each.radius for each in held], dtype=wide, device=device)
+    batch.narrow = batch.radii.float()
+    if all(not is_sharded(parameters[name]) and parameters[name].dtype.itemsize >= 4 for name in batch.names):
+        batch.plain = [parameters[name] for name in batch.names]
     if batch.sets != list(range(len(held))):
         batch.index = torch.tensor(batch.sets, device=device)
     return batch
@@ -232,18 +241,20 @@ def _lay_out(held: list[Held], parameters: Mapping[str, Tensor]) -> _Batch:
 
 def _by_kernel(tensors: list[Tensor], batch: _Batch) -> bool:
     """Whether a kernel did it."""
-    if batch.reductions or any(t.dtype != torch.float32 or not dense(t) for t in tensors):
+    first = tensors[0]
+    if (
+        batch.reductions
+        or first.dtype != torch.float32
+        or not dispatch.use_kernel(first, *tensors[1:], fusible=False)
+    ):
         return False
-    if not dispatch.use_kernel(tensors[0], *tensors[1:], fusible=False):
+    if any(t.dtype != torch.float32 or not dense(t) for t in tensors):
         return False
-    from normzoo_kernels import projection
+    from normzoo_kernels.projection import project
 
-    radii = batch.radii.float()
-    done = dispatch.or_none(dispatch.insisted(), _run, projection.project, tensors, batch.sets, radii)
-    return done is not None
+    def run() -> bool:
+        project(tensors, batch.sets, batch.narrow)
+        torch.autograd.graph.increment_version(tensors)  # as an operator that writes in place does
+        return True
 
-
-def _run(project: Any, tensors: list[Tensor], sets: list[int], radii: Tensor) -> bool:
-    project(tensors, sets, radii)
-    torch.autograd.graph.increment_version(tensors)  # as an operator that writes in place does
-    return True
+    return dispatch.or_none(dispatch.insisted(), run) is not None
