@@ -128,10 +128,10 @@ def _copied(
     model: nn.Module, moving: Collection[str], dtype: torch.dtype | None
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """A copy in `dtype`, without hooks of users, and its parameters by the names that they have in `model`."""
-    with _without_hooks(model):
+    with _bared(model):
         try:
             made = copy.deepcopy(model)
-        except Exception:  # fully_shard forbids it, and an attribute may be the output of an earlier run
+        except Exception:  # an attribute may be the output of an earlier run, or a process group
             made = copy.deepcopy(bare(model))
     names = [name for name, _ in model.named_parameters()]
     _gather(made)
@@ -169,22 +169,30 @@ def _gather(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Hooks of torch's own, such as that of weight_norm, stay; others may count, log, or hold what is large."""
-    tables = [
-        (vars(module), key)
-        for module in model.modules()
-        for key, value in vars(module).items()
-        if key.endswith("_hooks") and value
-    ]
-    before = [(held, key, held[key]) for held, key in tables]
+def _bared(model: nn.Module) -> Iterator[None]:
+    """Meanwhile a deep copy of `model` is possible, and has what computes alone.
+
+    Hooks of torch's own, such as that of weight_norm, stay; others may count, log, or hold what is large.
+    fully_shard forbids copies by a class of its own, and has its state among the attributes.
+    """
+    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
     try:
-        for held, key, hooks in before:
-            held[key] = type(hooks)((i, hook) for i, hook in hooks.items() if _is_torchs(hook))
+        for module, cls, held in before:
+            for key, value in held.items():
+                if key.endswith("_hooks") and value:
+                    vars(module)[key] = type(value)((i, hook) for i, hook in value.items() if _is_torchs(hook))
+                elif key.startswith("__composable_api"):
+                    del vars(module)[key]
+            if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
+                # Not by the module's own __setattr__, which may hand it on to a module inside.
+                object.__setattr__(module, "__class__", cls.__mro__[getattr(cls, "_orig_cls_mro_index", 2)])
         yield
     finally:
-        for held, key, hooks in before:
-            held[key] = hooks
+        for module, cls, held in before:
+            if type(module) is not cls:
+                object.__setattr__(module, "__class__", cls)
+            vars(module).clear()
+            vars(module).update(held)
 
 
 def _is_torchs(hook: Any) -> bool:
