@@ -31,7 +31,7 @@ _LOOKS = frozenset(("shape", "ndim", "dtype", "device", "size", "dim", "numel", 
 """What tells nothing of the values."""
 
 _FUNCTIONS = frozenset(("group_norm", "instance_norm", "layer_norm", "rms_norm"))
-"""Norms as functions, but for batch_norm, which may go by stored statistics alone."""
+"""Norms as functions that go by their input."""
 
 _RESTING = ("frozen_batch", "alpha_batch")
 """Families whose stored statistics do not move in training either."""
@@ -92,6 +92,8 @@ class NormsBehind(Surroundings):
         if first and norm is not None:
             self._check(norm, name)
             yield norm
+        elif first and function == "batch_norm":
+            raise Unclear(f"a call of batch_norm follows it in {name}, which may go by stored statistics alone")
         elif first and function in _FUNCTIONS:
             yield f"a call of {function} in {name}"
         elif first and (function in _MOVES or (follower is not None and _passes(follower))):
@@ -111,12 +113,9 @@ class NormsBehind(Surroundings):
         if norm.norm is None:
             raise Unclear(f"{a(cls)} follows it in {owner}, and what that computes is unknown: {norm.note}")
         if norm.family in _RESTING:
-            raise Unclear(
-                f"{a(cls)} follows it in {owner}, whose stored statistics do not follow the new weights",
-                sure=True,
-            )
+            raise Unclear(f"but {a(cls)}, whose stored statistics do not follow the new weights", sure=True)
         if not norm.norm.apply_act:
-            raise Unclear(f"{a(cls)} follows it in {owner}, which is no norm with apply_act=False", sure=True)
+            raise Unclear(f"but {a(cls)} with apply_act=False, which is none", sure=True)
 
 
 def _name(site: Site) -> str:

@@ -272,7 +272,7 @@ def _measured(site: Site, norm: Norm, choice: Choice | nn.Module, made: Replacem
     error, close, notes = None, True, [made.note]
     trained: list[tuple[float, bool]] = []
     if isinstance(choice, Choice) and choice.cls is not None:  # it takes inputs of one rank, the norm any
-        norm = dataclasses.replace(norm, dims=DIMENSIONS[choice.cls])
+        norm = dataclasses.replace(norm, dims=DIMENSIONS.get(choice.cls, norm.dims))
     beside = choice.entry.beside if isinstance(choice, Choice) else _nothing
     # What a layer loses, the norm behind it makes up for in part: alone it shows little.
     alone = site.kind == LAYER and made.exactness is Exactness.APPROXIMATE

@@ -18,17 +18,15 @@ from torch.nn.utils import parametrize
 from ..dispatch import backend
 from ..layers.weight_standardization import DENOMINATORS
 from ..layers.ws_conv import CARRIERS, Standardized
-from .candidates import AGREES, Unrecognised, gradients_agree, numbers
+from .candidates import AGREES, GRADIENTS_AGREE, Unrecognised, device_of, gradients_of, numbers
 from .norm import Weighted
-from .trial import distance, inputs_for, own_tensors, short, stand_in, undisturbed
+from .trial import bare, chance, distance, inputs_for, noise, own_tensors, short, undisturbed
 
 LAYERS: dict[type[nn.Module], type[Standardized]] = {cls.torch_class: cls for cls in CARRIERS}
 """torch's layers that have a weight to be standardized, and the layer that does it."""
 
 BESIDES = ("scale", "eps", "gain_init", "same_pad")
 """Attributes of timm's layers that standardize their weight."""
-
-_MOST_ENTRIES = 1 << 26
 
 _NONE_KNOWN = "it computes none of the standardized layers known here"
 
@@ -98,33 +96,55 @@ def _identify(module: nn.Module, own: str) -> Weighted:
         raise Unrecognised(
             f"{name} pads by the size of its input, as TensorFlow's SAME does, which no layer here does"
         )
-    if isinstance(module, _ConvTransposeNd) or not {"weight"} <= {*own_tensors(module)} <= {
-        "weight",
-        "bias",
-        "gain",
-    }:
+    held = {*own_tensors(module)}
+    if isinstance(module, _ConvTransposeNd) or not {"weight"} <= held <= {"weight", "bias", "gain"}:
         raise Unrecognised(f"{name} has a {own} of its own, and {_NONE_KNOWN}")
-    if sum(t.numel() for t in own_tensors(module).values()) > _MOST_ENTRIES:
-        raise Unrecognised(f"it holds more than {_MOST_ENTRIES} numbers, too many to copy for a test run")
     try:
         with undisturbed():
-            twin: Any = stand_in(module).double()
-            # Rows of many sizes, so that eps shows.
-            sizes = 10.0 ** (torch.arange(len(twin.weight)) % 4 - 4)
-            twin.weight.mul_(sizes.to(twin.weight).view(-1, *(1,) * (twin.weight.dim() - 1)))
+            twin = _small(module)
             found = _only(twin, name, own)
             _confirm(twin, found, name, own)
     except Unrecognised:
         raise
     except Exception as error:  # the module is code that nobody here has seen
         raise Unrecognised(f"a test run of it failed: {short(error)}") from error
-    return found
+    gamma = 1.0
+    if found.variant == "scaled":
+        gamma = round(found.gamma * math.prod(_shape(module)[1:]) ** 0.5, 12)  # of 1 / sqrt(n) else it is no 1
+    return replace(_plain(module), family="standardized", variant=found.variant, eps=found.eps, gamma=gamma)
+
+
+def _small(module: nn.Module) -> Any:
+    """A copy with few channels and random weights; what it is to replace runs beside it in full size later."""
+    twin: Any = bare(module)
+    if isinstance(twin, nn.Linear):
+        twin.in_features, twin.out_features = min(twin.in_features, 64), min(twin.out_features, 8)
+    else:
+        groups = min(twin.groups, 2)
+        inputs, outputs = (min(each // twin.groups, 8) for each in (twin.in_channels, twin.out_channels))
+        twin.in_channels, twin.out_channels, twin.groups = groups * inputs, groups * outputs, groups
+    shape, draws, place = _shape(twin), chance(), device_of(module)
+    # Rows of many sizes, so that eps shows.
+    sizes = 10.0 ** (torch.arange(shape[0], device="cpu") % 4 - 4)
+    drawn = {"weight": (noise(shape, draws) + 0.5) * sizes.view(-1, *(1,) * (len(shape) - 1))}
+    drawn |= {
+        name: noise((shape[0], *t.shape[1:]), draws)
+        for name, t in own_tensors(module).items()
+        if name != "weight"
+    }
+    vars(twin)["_parameters"] = {
+        name: None
+        if t is None
+        else nn.Parameter(drawn[name].to("cpu" if place.type == "meta" else place), requires_grad=False)
+        for name, t in module._parameters.items()
+    }
+    return twin.eval()
 
 
 def _only(twin: Any, name: str, own: str) -> Weighted:
-    """The one candidate that computes what `twin` does."""
+    """The one candidate that computes what `twin` does; its gamma is the whole factor, 1 / sqrt(n) too."""
     plain = _plain(twin)
-    x = inputs_for(plain, twin.weight.device).double()
+    x = inputs_for(plain, twin.weight.device)
     y = twin(x)
     wide = (1, -1, *(1,) * (y.dim() - 2)) if plain.axis == 1 else (-1,)
     rows = twin.weight.flatten(1)
@@ -136,7 +156,7 @@ def _only(twin: Any, name: str, own: str) -> Weighted:
     bias = 0.0 if twin.bias is None else twin.bias.view(wide)
     gain = getattr(twin, "gain", None)
     variants = ("ws", "var", "timm") if gain is None else ("scaled",)
-    factors = [1.0] if gain is None else [v for v in vars(twin).values() if isinstance(v, float)] + [n**-0.5]
+    factors = [1.0, *(v for v in vars(twin).values() if isinstance(v, float) and gain is not None)]
     eps = [*filter(None, numbers(twin)[0]), *(each.eps for each in DENOMINATORS.values())]
     errors: dict[Weighted, float] = {}
     for variant, e, factor in itertools.product(variants, dict.fromkeys(eps), dict.fromkeys(factors)):
@@ -146,7 +166,7 @@ def _only(twin: Any, name: str, own: str) -> Weighted:
         how: dict[str, Any] = {"variant": variant, "eps": e}
         if gain is not None:
             scale = scale * gain.flatten() * factor
-            how["gamma"] = round(factor * math.sqrt(n), 12)  # of 1 / sqrt(n) it is no 1
+            how["gamma"] = factor
         elif variant == "timm" and e == DENOMINATORS["bit"].eps:
             how["variant"] = "bit"
         candidate = replace(plain, family="standardized", **how)
@@ -156,11 +176,9 @@ def _only(twin: Any, name: str, own: str) -> Weighted:
         return fitting[0]
     if fitting:
         raise Unrecognised(f"it fits several: {'; '.join(each.describe() for each in fitting[:3])}")
-    nearest = min(errors, key=errors.__getitem__)
-    raise Unrecognised(
-        f"{name} has a {own} of its own, and {_NONE_KNOWN}; the nearest, {nearest.variant} with "
-        f"eps={nearest.eps}, is off by {errors[nearest]:.1e}"
-    )
+    near = min(errors, key=errors.__getitem__)
+    close = f"; the nearest, {near.variant} with eps={near.eps}, is off by {errors[near]:.1e}"
+    raise Unrecognised(f"{name} has a {own} of its own, and {_NONE_KNOWN}{close if errors[near] < 0.1 else ''}")
 
 
 def _applied(twin: Any, weight: Tensor, x: Tensor) -> Tensor:
@@ -171,10 +189,12 @@ def _applied(twin: Any, weight: Tensor, x: Tensor) -> Tensor:
 
 def _confirm(twin: Any, found: Weighted, name: str, own: str) -> None:
     """Raises Unrecognised where `twin` is another function on other inputs, in training, or backward."""
-    how = {"variant": found.variant, "ws_eps": found.eps, "gamma": found.gamma}
+    n = twin.weight[0].numel()
+    gamma = found.gamma * math.sqrt(n) if found.variant == "scaled" else 1.0
+    how = {"variant": found.variant, "ws_eps": found.eps, "gamma": gamma}
     ours = LAYERS[base_of(twin)](**settings(twin), **how)
     ours._parameters.update(twin.requires_grad_()._parameters)
-    x = inputs_for(found, twin.weight.device).double()
+    x = inputs_for(found, twin.weight.device)
     with backend("reference"):
         for training, more in itertools.product((False, True), (0, 1, 2)):
             other = F.pad(x, (0, more) * (x.dim() - 2), "constant", 0.5) if found.axis == 1 else x[more:]
@@ -182,5 +202,13 @@ def _confirm(twin: Any, found: Weighted, name: str, own: str) -> None:
             mode = "training" if training else "eval mode"
             if distance(ours.train(training)(other), wanted, found.span(wanted)) > AGREES:
                 raise Unrecognised(f"{name} has a {own} of its own, and in {mode} {_NONE_KNOWN}")
-            if not gradients_agree(twin, ours, other, found.span(x), [*twin.parameters()]):
+            if more:
+                continue
+            theirs, mine = (gradients_of(each, other, [*twin.parameters()]) for each in (twin, ours))
+            # Of x as a whole, of a parameter for each output.
+            apart = [
+                distance(b, a, tuple(range(i > 0, a.dim())))
+                for i, (a, b) in enumerate(zip(theirs, mine, strict=True))
+            ]
+            if max(apart) > GRADIENTS_AGREE:
                 raise Unrecognised(f"{name} has a {own} of its own, whose gradients in {mode} are others")

@@ -45,11 +45,14 @@ class WeightSite(Site):
         if self.family not in ("convolution", "linear"):
             return
         behind = self.behind()
-        if behind.norms:
-            return
-        if behind.sure:
+        if not behind.norms and behind.sure:
             raise (Refused if self.asked else NotMeant)(f"no norm follows it ({behind.why_not})")
-        if not self.asked:
+        if self.module._parameters.get("weight") is None:
+            raise Refused(
+                "its weight is computed by a parametrization, weight_norm or spectral_norm, which this would "
+                "undo; remove that first, for good"
+            )
+        if not behind.norms and not self.asked:
             raise Refused(
                 f"it is not clear whether a norm follows it ({behind.why_not}); if one does, say so by its "
                 "full name in include, or as a key of to"
