@@ -257,7 +257,7 @@ def test_what_is_printed(capsys, quick, monkeypatch):
         (
             ["alpha"],
             "there is no experiment 'alpha'; there are alpha-digits, bcn-micro-batch, adab2n-forgetting, "
-            "power_norm, region_norm",
+            "power_norm, region_norm, nap_plasticity",
         ),
         (["alpha-digits", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
         (["region_norm", "--seeds", "2"], "--seeds is given, but nothing is random in region_norm; leave it"),
