@@ -86,7 +86,7 @@ class EpsAside(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         like = next((a for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
         if like is not None:
-            tiny = math.sqrt(torch.finfo(like.dtype).tiny)
+            tiny = _tiny(like.dtype)
             args = list(args)
             for i, argument in enumerate(func._schema.arguments):
                 if argument.name in ("eps", "epsilon"):
@@ -143,6 +143,7 @@ def _copied(
         made = made.to(dtype)
     if not model.training:
         made.train()
+    _put_eps_aside(made)
     tensors: dict[str, Tensor] = dict(zip(names, made.parameters(), strict=True))
     chance = torch.Generator("cpu").manual_seed(0)
     with torch.no_grad():
@@ -151,6 +152,20 @@ def _copied(
             if p.is_floating_point() and p.numel() and bool((p == p.flatten()[0]).all()):
                 p.add_(0.1 * noise(p.shape, chance).to(p))
     return made, tensors
+
+
+def _put_eps_aside(model: nn.Module) -> None:
+    """Of modules that know theirs, for it may be more than a constant by the time that it is added."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for module in model.modules():
+        for key in ("eps", "epsilon", "variance_epsilon"):
+            if isinstance(vars(module).get(key), float):
+                vars(module)[key] = _tiny(dtype)
+
+
+def _tiny(dtype: torch.dtype) -> float:
+    """An eps that is next to nothing; the root of its inverse is a number."""
+    return math.sqrt(torch.finfo(dtype).tiny)
 
 
 def _gather(model: nn.Module) -> None:
