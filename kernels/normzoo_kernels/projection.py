@@ -15,6 +15,8 @@ from ._projection import project_scale, project_sums
 
 _PIECE = 32768
 """Entries that one program reads."""
+_PARTS = 1024
+"""Sums of pieces that are added up at once."""
 
 
 class Table(NamedTuple):
@@ -75,4 +77,4 @@ def project_pieces(table: Table, radii: Tensor) -> None:
     parts = radii.new_empty(grid)
     constants = {"RAGGED": ragged, "TILE": 4096, "num_warps": 8}
     launch(project_sums, grid, radii.device, table.addresses, table.sizes, parts, **constants)
-    launch(project_scale, grid, radii.device, *columns, parts, radii, PARTS=1024, **constants)
+    launch(project_scale, grid, radii.device, *columns, parts, radii, PARTS=_PARTS, **constants)
