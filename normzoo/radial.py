@@ -157,11 +157,9 @@ def local_grad(p: Any) -> Tensor:
 
 def _gathered(p: Any, g: Tensor, w: Tensor, dots: Tensor, pushes: Tensor) -> Sequence[Tensor]:
     """The same of all rows, from what is here, in one collective."""
-    from torch.distributed.tensor import DTensor, Partial
+    from torch.distributed.tensor import DTensor, Partial, Shard
 
-    layout = [
-        Partial() if at.is_shard() and at.dim else type(at)(1) if at.is_shard() else at for at in p.placements
-    ]
+    layout = [(Partial() if at.dim else Shard(1)) if at.is_shard() else at for at in p.placements]
     here = torch.stack([g.square(), w.square(), dots, pushes])
     size = torch.Size((len(here), len(p)))
     there = DTensor.from_local(here, p.device_mesh, layout, run_check=False, shape=size, stride=(len(p), 1))

@@ -255,9 +255,9 @@ def test_no_step_waits_for_the_device(cls):
             for p in params:
                 p.grad = torch.empty_like(p)
             optimizer.step()
-        if cls is AdamP:
-            devices = {optimizer.state[p]["step"].device.type for p in params}
-            assert devices == {"meta" if capturable else "cpu"}
+            if cls is AdamP:
+                devices = {optimizer.state[p]["step"].device.type for p in params}
+                assert devices == {"meta" if capturable else "cpu"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -351,7 +351,7 @@ def test_refusals():
     SGDP([p], lr=1, momentum=1)  # without weight decay nothing is divided
 
     table = nn.Embedding(4, 2, sparse=True)
-    optimizer = AdamP([p, *table.parameters()], weight_decay=0.1)
+    optimizer = AdamP([{"params": [p]}, {"params": table.parameters()}], weight_decay=0.1)
     before, p.grad = p.detach().clone(), torch.ones(2, 2)
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(
