@@ -74,7 +74,7 @@ def project_scale(
     norm = tl.sqrt_rn(tl.sum(total, axis=0))
     # Comparing with NaN is false.
     usual = (norm > 0.0) & (norm < float("inf")) & (radius > 0.0)
-    factor = tl.where(usual, tl.div_rn(radius, norm), 1.0)
+    factor = tl.div_rn(tl.where(usual, radius, 1.0), tl.where(usual, norm, 1.0))
     if not RAGGED or _whole(address, size):
         _scale(address, size, factor, 4, TILE)
     else:
