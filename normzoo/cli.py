@@ -87,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         conversion.run_convert,
         "replace the norms of a model",
-        "Shows what a conversion of a model's norms keeps and changes, proves it on a sample input, and "
-        "writes the converted weights.",
+        "Shows what a conversion of a model's norms, or of the layers before them, keeps and changes, proves "
+        "it on a sample input, and writes the converted weights.",
     )
     conversion.convert_arguments(converting)
     measuring.bench_arguments(

@@ -34,11 +34,8 @@ def bake(model: nn.Module) -> nn.Module:
             computed by a parametrization. The model is left as it was.
 
     >>> import normzoo
-    >>> bake(nn.Sequential(normzoo.WSConv2d(3, 8, 3), nn.BatchNorm2d(8)))
-    Sequential(
-      (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
-      (1): BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
-    )
+    >>> bake(nn.Sequential(normzoo.WSConv2d(3, 8, 3), nn.GroupNorm(2, 8)))[0]
+    Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"bake: model is {a(type(model).__name__)}; it must be a torch.nn.Module")

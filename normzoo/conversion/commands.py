@@ -45,8 +45,8 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="LAYER|PATTERN=LAYER",
         help="what norms become: a layer of `normzoo list`, `same` for the layer of the same mathematics (the "
-        "default), or `keep`; PATTERN is a name, a glob, re:EXPRESSION or _default, for all others, which else "
-        "are kept; may be repeated",
+        "default), `weight_standardize` for the layers before them, or `keep`; PATTERN is a name, a glob, "
+        "re:EXPRESSION or _default, for all others, which else are kept; may be repeated",
     )
     parser.add_argument(
         "--include",
