@@ -327,9 +327,10 @@ class Noise(nn.Module):
 
 
 def test_closures():
+    """One may run the model for the first time, as that of Lightning does."""
     model = network()
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
-    normalize_and_project(model, optimizer, example=torch.randn(4, 6))
+    handle = normalize_and_project(model, optimizer)
     start, x = norm(model[3].weight, model[3].bias), torch.randn(4, 6)
 
     def closure():
@@ -338,5 +339,11 @@ def test_closures():
         loss.backward()
         return loss
 
-    optimizer.step(closure)
-    assert norm(model[3].weight, model[3].bias) == pytest.approx(start, rel=1e-6)
+    for args, kwargs in (((closure,), {}), ((), {"closure": closure})):
+        optimizer.step(*args, **kwargs)
+        assert norm(model[3].weight, model[3].bias) == pytest.approx(start, rel=1e-6)
+    assert handle.steps == 2
+    other = sgd(model)
+    normalize_and_project(model, other)
+    with pytest.raises(RuntimeError, match="after the first step of the optimizer the model has not run yet"):
+        other.step(lambda: torch.zeros(()))

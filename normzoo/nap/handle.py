@@ -344,6 +344,8 @@ class NormalizeAndProject:
         return frozen
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.report.pending:
+            raise RuntimeError(f"{CALLER}: after the first step of the optimizer {_NOT_CHECKED}")
         self.steps += 1
         if self._decay is not None:
             self._decay()
@@ -371,6 +373,8 @@ _NOT_CHECKED = (
 
 
 def _refuse_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if (*args[1:], kwargs.get("closure"))[0] is not None:  # which may run the model, as Lightning's does
+        return
     raise RuntimeError(f"{CALLER}: before the first step of the optimizer {_NOT_CHECKED}")
 
 
