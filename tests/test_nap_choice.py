@@ -186,6 +186,9 @@ def test_the_first_call_will_do():
     twin = copy.deepcopy(model)  # as one for an average of weights
     twin(x)
     assert handle.report.pending and len(calls) == 1
+    with torch.no_grad():
+        for each in (plain, model):
+            each[1].weight.mul_(3)  # the norm to hold is that at the call
     seeds = [torch.Generator().manual_seed(5).get_state()] * 2
     outputs = []
     for each, state in zip((plain, model), seeds, strict=True):

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from .handle import NormalizeAndProject, normalize_and_project
+from .projecting import is_sharded, local
 
 FILE = "normalize_and_project"
 
@@ -91,11 +91,11 @@ class _HuggingFace:
         if self.handle is None:
             return
         found = self.handle.state_dict()
-        parts = any(isinstance(t, DTensor) for t in found["masters"].values())
+        parts = any(map(is_sharded, found["masters"].values()))
         if parts or state.is_world_process_zero:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             folder.mkdir(parents=True, exist_ok=True)
-            found = pytree.tree_map_only(DTensor, lambda t: t.to_local(), found)
+            found = pytree.tree_map_only(torch.Tensor, local, found)
             torch.save(found, folder / _name(args.process_index if parts else None))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

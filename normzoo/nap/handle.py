@@ -367,8 +367,8 @@ class NormalizeAndProject:
 
 
 _NOT_CHECKED = (
-    "the model has not run yet, so that it is not known which weights are scale invariant; pass example= or "
-    "load a state dict"
+    "the model has not run yet, or only inside of a compiled function, so that it is not known which weights "
+    "are scale invariant; pass example= or load a state dict"
 )
 
 
@@ -387,8 +387,9 @@ class _FirstCall:
     def __reduce__(self):
         return _FirstCall, ()
 
-    @torch._dynamo.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():  # where nothing can be tried out
+            return
         handle = None if self.handle is None else self.handle()
         if handle is not None and handle.report.pending:
             handle._settle(args, kwargs)
