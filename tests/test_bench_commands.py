@@ -93,7 +93,7 @@ def test_what_would_be_measured(capsys):
     ("arguments", "message"),
     [
         (["nothing"], "there is no layer called 'nothing'; there are layer_norm, rms_norm"),
-        (["--workload", "vgg"], "there is no workload 'vgg'; there are llm-"),
+        (["--workload", "vgg"], "there is no workload 'vgg'; there are conv-"),
         (["--dtype", "float8"], "--dtype has 'float8'; there are float32, bfloat16"),
         (["--direction", "sideways"], "--direction has 'sideways'; there are forward, saving"),
         (["--contender", "apex"], "--contender has 'apex'; there are normzoo, reference, torch"),
@@ -194,13 +194,13 @@ def test_a_wrong_layer_of_ours_fails_the_run(capsys, monkeypatch):
 
 
 def test_a_layer_of_an_unknown_family_is_named(capsys, monkeypatch):
-    strange = types.SimpleNamespace(name="strange", family="weights", couples_samples=False)
+    strange = types.SimpleNamespace(name="strange", family="strange", couples_samples=False)
     monkeypatch.setattr("normzoo.zoo.ZOO", (find("rms_norm"), strange))
     arguments = ["--size", "smoke", "--workload", "llm", "--rounds", "2", "--json", "--device", "cpu"]
     assert bench(*arguments) == 0
     found = json.loads(capsys.readouterr().out)
     assert {row["layer"] for row in found["rows"]} == {"rms_norm"}
-    assert "the family 'weights' has no workloads" in found["absent"][0]["reason"]
+    assert "the family 'strange' has no workloads" in found["absent"][0]["reason"]
 
 
 def test_an_interruption_keeps_what_is_done(tmp_path, capsys, monkeypatch):

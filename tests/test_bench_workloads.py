@@ -7,6 +7,7 @@ import torch
 from measuring import CPU, case_of, measured, quicken
 
 from normzoo.zoo import find
+from normzoo_bench.cases import plan
 from normzoo_bench.workloads import DIRECTIONS, Workload, fitted, passes, workloads
 
 
@@ -43,7 +44,11 @@ def test_running_norms_of_images_and_tokens():
 
 def test_passes_of_each_family():
     counts = {"rms_norm": [2, 2, 3, 5], "group_norm": [3, 3, 5, 8], "frozen_batch_norm": [2, 2, 2, 4]}
-    counts |= {"adaptive_layer_norm": [2, 2, 3, 5], "evo_norm_s0": [3, 3, 5, 8]}
+    counts |= {
+        "adaptive_layer_norm": [2, 2, 3, 5],
+        "evo_norm_s0": [3, 3, 5, 8],
+        "weight_standardize": [2, 2, 3, 5],
+    }
     for name, count in counts.items():
         assert [passes(find(name), "any", d) for d in DIRECTIONS] == count
     by_mode = {
@@ -80,6 +85,16 @@ def test_what_a_layer_needs_beside_its_input():
     assert timed.layer(CPU).t.shape == (6,) and not timed.layer(CPU).t.requires_grad
     assert case_of(find("region_norm_b"), (4, 8, 5, 3)).layer(CPU).mask.dtype == torch.bool
     assert type(case_of(find("rms_norm")).layer(CPU)) is find("rms_norm").cls
+
+
+def test_weights():
+    """In both memory formats, beside the authors' formula."""
+    (conv, *_) = cases = plan([find("weight_standardize")], "cpu", "smoke", ("bfloat16",))
+    assert conv.shape[1:] == (512, 3, 3) and conv.parameter_dtype == torch.float32
+    assert {case.memory_format for case in cases} == {"contiguous", "channels_last"}
+    for case in cases[:2]:
+        found = measured(case)
+        assert not found.failed and {row["contender"] for row in found.rows} == {"normzoo", "torch"}
 
 
 def test_a_sweep_has_no_size_twice():

@@ -40,7 +40,7 @@ _TESTS = tuple(
     f"tests/test_{name}.py"
     for name in (
         *("kernels", "channel_kernels", "curve_kernels", "modulated_kernels", "pooling", "channel_hazards"),
-        *("modulated_hazards", "running_kernels", "running_hazards"),
+        *("modulated_hazards", "running_kernels", "running_hazards", "weight_kernels", "projection_kernels"),
     )
 )
 _RESERVE = 20.0
@@ -86,6 +86,7 @@ PARTS = (
     Part("QK-norm", 1.2, _PAIR, ("qk",)),
     Part("odd widths, contiguous and padded", 1.5, ("crms_norm", "rms_norm"), ("odd",), contenders=_FULL),
     Part("the other norms", 1.5, _OTHERS, ("resnet", "vit"), contenders=_FULL),
+    Part("weight standardization", 0.8, ("weight_standardize",), dtype="float32", contenders=_COMPILED),
     Part("host time and launches", 1.5, _ALL, ("small",), directions=DIRECTIONS, host=True),
     Part("mixed dtypes", 1.0, _PAIR, ("llm", "odd"), dtype="mixed", contenders=("reference", *_QUICK)),
     Part("training step", 1.5, _PAIR, contenders=CONTENDERS, host=True, step=True),

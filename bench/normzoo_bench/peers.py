@@ -12,6 +12,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -86,18 +87,11 @@ def _on_reference(layer: nn.Module) -> Call:
 
 def _torch(case: Case, layer: nn.Module, device: torch.device) -> tuple[Call, nn.Module]:
     if case.entry.name in COMPOSED:
-        return _modulated(COMPOSED[case.entry.name], layer), layer
+        return COMPOSED[case.entry.name](layer), layer
     if case.entry.torch_class is None:
         raise Absent("torch has no such layer")
     module = _with_state_of(layer, case.module(case.entry.torch_class, device))
     return module, module
-
-
-COMPOSED: dict[str, Callable[..., Tensor]] = {
-    "adaptive_layer_norm": F.layer_norm,
-    "adaptive_rms_norm": F.rms_norm,
-}
-"""Layers that are written in models as torch's norm, a product and a sum."""
 
 
 def _modulated(norm: Callable[..., Tensor], layer: nn.Module) -> Call:
@@ -109,6 +103,25 @@ def _modulated(norm: Callable[..., Tensor], layer: nn.Module) -> Call:
         return (h * (1 + scale.view(between)) + shift.view(between)).to(x.dtype)
 
     return call
+
+
+def _standardized(layer: nn.Module) -> Call:
+    """The formula of the authors of weight standardization."""
+
+    def call(w: Tensor) -> Tensor:
+        apart = (-1, *(1,) * (w.dim() - 1))
+        c = w - w.mean(tuple(range(1, w.dim())), keepdim=True)
+        return c / (c.flatten(1).std(1).view(apart) + layer.eps)
+
+    return call
+
+
+COMPOSED: dict[str, Callable[[nn.Module], Call]] = {
+    "adaptive_layer_norm": partial(_modulated, F.layer_norm),
+    "adaptive_rms_norm": partial(_modulated, F.rms_norm),
+    "weight_standardize": _standardized,
+}
+"""Layers that are written in models as a few of torch's operators."""
 
 
 def _compiled(mode: str | None) -> Callable:

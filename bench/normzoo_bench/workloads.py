@@ -97,7 +97,19 @@ _RUNNING = Family(
     ),
     scaling={"rows": tuple((4**k, 1024) for k in range(2, 9))},
 )
-FAMILIES = {"rows": _ROWS, "channels": _CHANNELS, "running": _RUNNING}
+_WEIGHTS = Family(
+    axis=1,
+    shapes=(
+        ("smoke", "conv", (512, 512, 3, 3)),
+        ("default", "conv", (2048, 1024, 1, 1)),
+        ("smoke", "stem", (64, 3, 7, 7)),
+        ("default", "unet", (1280, 1280, 3, 3)),
+        ("smoke", "small", (64, 64, 3, 3)),
+        ("full", "unet", (640, 2560, 3, 3)),
+    ),
+    scaling={},
+)
+FAMILIES = {"rows": _ROWS, "channels": _CHANNELS, "running": _RUNNING, "weights": _WEIGHTS}
 SCALINGS = tuple(sorted({name for family in FAMILIES.values() for name in family.scaling}))
 
 _PLAIN = {"power_norm": {"group_num": None}}
@@ -107,7 +119,7 @@ _TOKENS = 256
 """Of a sample, as a diffusion transformer has them."""
 
 _SHARE = {("cpu", "smoke"): 256, ("cpu", "default"): 8, ("cpu", "full"): 4, ("cuda", "smoke"): 32}
-"""The batch is divided by this; a CPU takes too long over what fills a GPU."""
+"""The batch, of a weight the outputs, is divided by this; a CPU takes too long over what fills a GPU."""
 
 
 def workloads(family: str, device: str, size: str, scaling: str | None = None) -> list[Workload]:
@@ -167,14 +179,14 @@ def fitted(entry: Entry, workload: Workload) -> tuple[tuple, dict[str, Any], tup
 def passes(entry: Entry, mode: str, direction: str) -> int:
     """How often a tensor of the size of x has to cross the memory bus at least, reads and writes.
 
-    Rows: x and y forward; dy, x and dx backward. Channels need the whole of x before the first output, so
-    they read it twice, and in the backward pass dy and x twice; with stored statistics once, and x not at all
-    where there is nothing to train. Statistics that are constants for autograd need no second read there, and
-    what is known before a pass needs none at all. What statistics depend on takes a read of its own.
+    Rows and weights: x and y forward; dy, x and dx backward. Channels need the whole of x before the first
+    output, so they read it twice, and in the backward pass dy and x twice; with stored statistics once, and x
+    not at all where there is nothing to train. Statistics that are constants for autograd need no second read
+    there, and what is known before a pass needs none at all. What statistics depend on takes a read of its own.
     """
     if entry.stored:
         forward, backward = 2, 2
-    elif entry.family == "rows" or entry.swept or (mode == "eval" and not entry.eval_statistics):
+    elif entry.family in ("rows", "weights") or entry.swept or (mode == "eval" and not entry.eval_statistics):
         forward, backward = 2, 3
     else:
         forward, backward = 4 if entry.searches else 3, 3 if entry.constant else 5
