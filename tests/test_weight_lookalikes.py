@@ -1,4 +1,4 @@
-"""Layers of others that standardize their weight convert exactly, and baking makes plain ones of ours."""
+"""What conversion of weights keeps: that of other libraries' layers, that behind a batch norm, and baking."""
 
 import copy
 import functools
@@ -113,6 +113,22 @@ def test_models_of_timm():
         keys = [*model.state_dict()]
         assert [*made.apply().state_dict()] == keys
         assert sum(isinstance(module, normzoo.WSConv2d) for module in model.modules()) == len(made.changes) > 5
+
+
+def test_behind_a_batch_norm_in_training_the_mean_of_the_filters_alone_is_lost():
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=1e-12)).double(),
+        torch.randn(4, 3, 9, 9).double(),
+    )
+    with torch.no_grad():
+        weight = model[0].weight
+        weight.sub_(weight.mean((1, 2, 3), keepdim=True)).mul_(torch.rand(8, 1, 1, 1) + 0.1)
+    y = model(x)
+    normzoo.convert(model, WS)
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-8)
+    with torch.no_grad():
+        weight.add_(0.1)  # that is gone in the standardized weight, and not in the raw one
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-8)
 
 
 def test_bake():
