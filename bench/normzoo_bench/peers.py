@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,10 +109,12 @@ def _modulated(norm: Callable[..., Tensor], layer: nn.Module) -> Call:
 def _standardized(layer: nn.Module) -> Call:
     """The formula of the authors of weight standardization."""
 
+    eps: Any = layer.eps
+
     def call(w: Tensor) -> Tensor:
         apart = (-1, *(1,) * (w.dim() - 1))
         c = w - w.mean(tuple(range(1, w.dim())), keepdim=True)
-        return c / (c.flatten(1).std(1).view(apart) + layer.eps)
+        return c / (c.flatten(1).std(1).view(apart) + eps)
 
     return call
 
