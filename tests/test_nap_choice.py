@@ -111,6 +111,11 @@ def test_verdicts():
             x,
             {"parametrizations.weight.original0": MOVES, "parametrizations.weight.original1": ALONE},
         ),
+        "spectral norm, with buffers that move": (
+            nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4, bias=False)),
+            x,
+            {"parametrizations.weight.original": ALONE},
+        ),
         "a closed gate": (Gated(), x, {"inner.weight": JOINT, "writer.weight": MOVES}),
         "attention": (Attention(False), tokens, attention | {"q.weight": MOVES, "k.weight": MOVES}),
         "attention, q and k normed": (
@@ -124,11 +129,17 @@ def test_verdicts():
         assert {key: found[key] for key in expected} == expected, name
 
 
+class AsFunction(nn.Module):
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:], eps=1e-3)
+
+
 def test_large_eps_and_small_weights():
-    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.LayerNorm(8, eps=1e-3), nn.Linear(8, 2))
-    with torch.no_grad():
-        model[0].weight.mul_(1e-3)  # so that eps is most of the variance
-    assert verdicts(model, torch.randn(4, 6))["0.weight"] == ALONE
+    for normalizing in (nn.LayerNorm(8, eps=1e-3), AsFunction()):
+        model = nn.Sequential(nn.Linear(6, 8, bias=False), normalizing, nn.Linear(8, 2))
+        with torch.no_grad():
+            model[0].weight.mul_(1e-3)  # so that eps is most of the variance
+        assert verdicts(model, torch.randn(4, 6))["0.weight"] == ALONE
 
 
 def test_tied_weights_are_projected_once():

@@ -80,6 +80,15 @@ def test_insertion():
     assert handle.report.notes == ["every activation had a norm in front"]
 
 
+def test_what_counts_as_a_norm_in_front():
+    """Dropout may be between; another activation may not, in place or not."""
+    for act in (nn.ReLU(inplace=True), nn.ReLU()):
+        norm_and_act = [nn.Linear(6, 6), nn.LayerNorm(6), nn.Dropout(0.5), act]
+        model = nn.Sequential(*norm_and_act, nn.Tanh(), nn.Linear(6, 2))
+        normalize_and_project(model, sgd(model), insert=True, example=torch.randn(4, 6))
+        assert names_of_norms(model).keys() == {"4.0"}, act
+
+
 def test_insertion_without_affine_and_into_an_encoder_layer():
     model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation=nn.ReLU(), batch_first=True)
     optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
