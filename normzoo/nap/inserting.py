@@ -218,12 +218,9 @@ def _insert(model: nn.Module, optimizer: Optimizer, wanted: list[_Insertion]) ->
         parent = model.get_submodule(parent_name)
         parent._modules[leaf] = nn.Sequential(each.norm, act).train(act.training)
         undone.append(lambda parent=parent, leaf=leaf, act=act: parent._modules.update({leaf: act}))
-        if getattr(
-            parent, "activation_relu_or_gelu", 0
-        ):  # torch's encoder layer would run past the norm in eval
-            before = parent.activation_relu_or_gelu
-            parent.activation_relu_or_gelu = 0  # type: ignore[assignment]
-            undone.append(lambda parent=parent, v=before: setattr(parent, "activation_relu_or_gelu", v))
+        if before := getattr(parent, _SHORTCUT, 0):
+            setattr(parent, _SHORTCUT, 0)
+            undone.append(lambda parent=parent, before=before: setattr(parent, _SHORTCUT, before))
         group = next(g for g in optimizer.param_groups if any(p is each.beside for p in g["params"]))
         for name, p in each.norm.named_parameters():
             group["params"].append(p)
