@@ -64,12 +64,20 @@ def test_many_tensors():
     check(tensors, sets, radii(1.0, 0.5, 20.0, 3.0, 1.0, 1e-3, 7.0))
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole vectors", "ragged"])
-def test_neighbours_in_memory(whole):
+SPANS = {
+    "whole vectors": [(4, 8), (12, 40), (64, 66000)],
+    "begin within a vector": [(4, 8), (13, 41)],
+    "end within a vector": [(4, 8), (12, 39)],
+    "both": [(1, 4), (4, 9), (10, 13), (21, 66002)],
+}
+
+
+@pytest.mark.parametrize("kind", SPANS)
+def test_neighbours_in_memory(kind):
     """Tensors that begin and end within a vector; what lies beside them stays."""
     flat = randn(70000)
     before, used = flat.clone(), torch.zeros(70000, dtype=torch.bool, device=DEVICE)
-    spans = [(4, 8), (12, 40), (64, 66000)] if whole else [(1, 4), (4, 9), (10, 13), (21, 66002)]
+    spans = SPANS[kind]
     tensors = [flat[a:b] for a, b in spans]
     for a, b in spans:
         used[a:b] = True
@@ -77,7 +85,7 @@ def test_neighbours_in_memory(whole):
     table = projection._table(
         tuple(t.data_ptr() for t in tensors), tuple(t.numel() for t in tensors), tuple(sets), flat.device
     )
-    assert table.ragged != whole
+    assert table.ragged == (kind != "whole vectors")
     check(tensors, sets, radii(2.0, 3.0, 4.0))
     assert torch.equal(flat[~used], before[~used]) and not (flat[used] == before[used]).any()
 
