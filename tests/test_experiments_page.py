@@ -54,6 +54,10 @@ def below(first: list[float], second: list[float]) -> bool:
     return all(a < b for a, b in zip(first, second, strict=True))
 
 
+def sure(found: list[float]) -> bool:
+    return abs(statistics.mean(found)) > 2 * (experiment.standard_error(found) or 0)
+
+
 def test_words_on_alpha(page):
     document = load("alpha-digits")
 
@@ -112,19 +116,33 @@ def test_stored_statistics_alone_know_no_batches():
 
 def test_words_on_batch_channel_norm(page):
     document = load("bcn-micro-batch")
-    small, large = (
-        {row["norm"]: row["values"]["accuracy"] for row in document["rows"] if row["batch"] == batch}
-        for batch in (2, 32)
-    )
-    worst = min(small.pop("BCN, estimate"))
-    bn, gn, bcn = (max(small.pop(name)) for name in ("BN", "GN", "BCN, batch"))
-    assert not small and worst > max(bn, gn, bcn)
-    others = f"{bn:.1f} for BN, {bcn:.1f} for BCN in batch mode, {gn:.1f} for GN."
-    assert f"Its worst seed, {worst:.1f}, is above the best of each of the others: {others}" in page
-    estimate = large["BCN, estimate"]
-    ahead = f"BN ({spread(large['BN'])}) and BCN in batch mode ({spread(large['BCN, batch'])}) are ahead of it"
-    assert f"{ahead} ({spread(estimate)})" in page
-    assert below(estimate, large["BN"]) and below(estimate, large["BCN, batch"])
+
+    def of(norm: str, weights: str, batch: int = 2) -> list[float]:
+        return values(document, "accuracy", batch=batch, norm=norm, weights=weights)
+
+    def gain(norm: str, batch: int = 2) -> list[float]:
+        return [a - b for a, b in zip(of(norm, "WS", batch), of(norm, "plain", batch), strict=True)]
+
+    assert all(a > b + 20 for a, b in zip(of("BCN, estimate", "WS"), of("BN", "plain"), strict=True))
+    plain, ws = (min(of("BCN, estimate", weights)) for weights in ("plain", "WS"))
+    bn, bcn = (max(of(norm, "plain") + of(norm, "WS")) for norm in ("BN", "BCN, batch"))
+    assert min(plain, ws) > max(bn, bcn)
+    others = f"is above the best of BN, {bn:.1f}, and of BCN in batch mode, {bcn:.1f}, with and without WS."
+    assert f"Its worst seed, {plain:.1f}, or {ws:.1f} with WS, {others}" in page
+    assert min(gain("GN") + gain("EstBN") + gain("BCN, estimate", 32)) > 0
+    said = f"GN by {difference(gain('GN'))} points and EstBN by {difference(gain('EstBN'))}, in every seed."
+    assert f"{said} At 32 images estimate mode gains {difference(gain('BCN, estimate', 32))} by them." in page
+
+    group = [a - b for a, b in zip(of("BCN, estimate", "WS"), of("GN", "WS"), strict=True)]
+    assert not sure(group) and not sure(gain("BCN, estimate"))
+    gains = f"where it gains {difference(gain('BCN, estimate'))}; nor that it is better than GN once both"
+    assert f"{gains} have WS, {difference(group)}, which is within" in page
+    bn, bcn = (spread(of(norm, "WS")) for norm in ("BN", "BCN, batch"))
+    assert f"BN comes to {bn} with it, BCN in batch mode to {bcn}." in page
+    bn, plain, ws = of("BN", "plain", 32), *(of("BCN, estimate", weights, 32) for weights in ("plain", "WS"))
+    assert below(plain, bn) and below(ws, bn)
+    assert f"BN ({spread(bn)}) is ahead of it in every seed, without WS ({spread(plain)}) and" in page
+    assert f"and with it ({spread(ws)})." in page
 
 
 def test_words_on_adab2n(page):
@@ -136,9 +154,6 @@ def test_words_on_adab2n(page):
         return [
             row["values"][f"{what}, more than BN"] for row in document["rows"] if row.items() >= tried.items()
         ]
-
-    def sure(found: list[float]) -> bool:
-        return abs(statistics.mean(found)) > 2 * (experiment.standard_error(found) or 0)
 
     strong, weak, slow = "AdaB2N, init_weight 3", "AdaB2N", "AdaB2N, init_weight 3, kappa 0.8"
     shifted, plain = (more("forgetting", images, strong) for images in ("shifted", "plain"))
