@@ -32,6 +32,18 @@ class Counted:
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
 
+class OfAnyBatch(nn.Module):
+    """Spares the graph of one size that would come first; a size that the layer looks at is still one more."""
+
+    def __init__(self, graph):
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, x):
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        return self.graph(x)
+
+
 COMPOSED = ("region_norm_l", "evo_norm_s0", "adaptive_layer_norm")
 """Without kernels they are compositions of what the graphs of others have."""
 
@@ -50,16 +62,17 @@ def test_one_graph_serves_all_batches(entry, backend):
     layer, count = trained(entry), Counted()
     other = copy.deepcopy(layer)
     # Around a layer whose hook adds what it needs beside x, which else is a graph of its own.
-    compiled = torch.compile(nn.Sequential(other), fullgraph=True, backend=count)
+    compiled = OfAnyBatch(torch.compile(nn.Sequential(other), fullgraph=True, backend=count))
     # A tail of another size is a graph of its own.
     batches = (4, 6, 12, 8, 10) if entry.name == "ghost_batch_norm" else (4, 2, 7, 3, 12)
     for batch in batches[: 5 if backend == "auto" else 3]:  # the interpreter is slow
         x = entry.sample(batch, 3, 1)
         with normzoo.backend(backend):
-            found = {name.replace("d_orig_mod.0.", "d"): t for name, t in step(compiled, x).items()}
+            found = step(compiled, x)
+        found = {name.replace("dgraph._orig_mod.0.", "d"): t for name, t in found.items()}
         torch.testing.assert_close(found, step(layer, x))
         torch.testing.assert_close(state_of(other), state_of(layer))
-    assert count.graphs <= 2
+    assert count.graphs == 1
 
 
 LAYOUTS = {

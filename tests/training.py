@@ -50,9 +50,12 @@ LAYERS: dict[str, partial] = {
 """Constructors of layers for `batches`."""
 
 
-def _only(kind: Callable[[partial], bool]) -> dict:
-    found = {name: make for name, make in LAYERS.items() if kind(make)}
-    return {"argvalues": found.values(), "ids": found}
+def _only(kind: Callable[[partial], bool]) -> dict[str, partial]:
+    return {name: make for name, make in LAYERS.items() if kind(make)}
+
+
+def _per(layers: dict[str, partial]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("make", layers.values(), ids=layers)
 
 
 def by_mean_square(make: partial) -> bool:
@@ -66,11 +69,14 @@ def _refuses_checkpoints(make: partial) -> bool:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 IN_BFLOAT16 = ("default", "alpha, skip", "adab2n", "bcn, estimate, skip", "power", "unified")
 """Layers whose compiled form is tried in half precision too: one for each way to keep statistics."""
+REFUSING = _only(_refuses_checkpoints)
+_KEPT = ("average of all", "skip", "instance, skip", "ghost, skip", "alpha, skip", "adab2n", "bcn", "evo b0")
+"""Of these layers one for each way to store statistics."""
 
-per_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-per_drop_in = pytest.mark.parametrize("make", **_only(lambda make: hasattr(nn, make.func.__name__)))
-per_refusing = pytest.mark.parametrize("make", **_only(_refuses_checkpoints))
-per_recomputed = pytest.mark.parametrize("make", **_only(lambda make: not _refuses_checkpoints(make)))
+per_layer = _per(LAYERS)
+per_drop_in = _per(_only(lambda make: hasattr(nn, make.func.__name__)))
+per_recomputed = _per(_only(lambda make: not _refuses_checkpoints(make)))
+per_kept = _per({name: LAYERS[name] for name in _KEPT})
 per_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 per_compiled = pytest.mark.parametrize(
     ("make", "dtype"),
