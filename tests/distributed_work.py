@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import interpreting
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -105,6 +106,7 @@ def _warm_up() -> None:
 
     import normzoo_kernels.channels  # noqa: F401
 
+    interpreting.prepare()
     torch.set_num_threads(1)
     x = torch.ones(3, 2, requires_grad=True)
     torch.compile(nn.BatchNorm1d(2), fullgraph=True, backend="aot_eager")(x).sum().backward()
