@@ -8,6 +8,7 @@ import re
 import statistics
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -219,6 +220,55 @@ def test_words_on_power_norm(page):
     assert len(means) == 6 and max(means) - min(means) < 0.1
     assert f"in eval mode are between {min(means):.2f} and {max(means):.2f}, and BN's gap is" in page
     assert f"gap is {difference(of('gap', 'BN', 'pre-norm'), 2)}. Nothing there speaks for" in page
+
+
+def test_words_on_normalize_and_project(page):
+    document = load("nap_plasticity")
+
+    def of(what: str, norm: str, affine: bool = True, **tried: Any) -> list[float]:
+        tried = {"pixels": "standardized", "steps": 100, "rate": 0.001} | tried
+        return values(document, what, norm=norm, affine=affine, **tried)
+
+    def ahead(affine: bool = True, **tried: Any) -> list[float]:
+        pairs = zip(of("last", "NaP", affine, **tried), of("last", "LN", affine, **tried), strict=True)
+        return [nap - ln for nap, ln in pairs]
+
+    long = {"steps": 400}
+    plain = of("last", "none", **long)
+    assert max(plain) < 20 and max(of("from 16", "none", **long)) < 15
+    first = spread(of("first", "none", **long))
+    assert f"15 tasks of 400 steps, {spread(plain)} in the last, from {first} in the first." in page
+    assert below(of("first", "LN", **long), of("last", "LN", **long))
+    growth = statistics.mean(of("growth", "LN"))
+    fallen = f"it falls from {spread(of('first', 'LN'))} to {spread(of('last', 'LN'))}. NaP's weights stay."
+    assert f"weights grow to {growth:.1f} times their norm" in page and fallen in page
+    rows = [row for row in document["rows"] if row["norm"] == "NaP"]
+    assert {growth for row in rows for growth in row["values"]["growth"]} == {1.0}
+
+    last, start = of("last", "NaP", False), of("first", "NaP", False)
+    worst = min(b / a for a, b in zip(start, last, strict=True))
+    assert min(ahead(False)) > 4 and worst > 0.85
+    assert (
+        f"{spread(last)}, which is {difference(ahead(False))[1:]} points above LN and {100 * worst:.0f} per"
+        in page
+    )
+    middle = {"pixels": "centered"}
+    gained, last = ahead(**middle), of("last", "NaP", **middle)
+    assert min(gained) > 4 and below(of("first", "NaP", **middle), last)
+    assert f"it rises, to {spread(last)}, {difference(gained)[1:]} above LN and above its own start" in page
+
+    last = sorted(of("last", "NaP"))
+    assert last[2] > 57 and f"above 57 in three seeds and at {last[0]:.1f} and {last[1]:.1f} in two" in page
+    assert below(of("from 91", "LN"), of("from 91", "NaP")), "until the 100th task they were ahead"
+    assert not sure(ahead(**long)) and f"where LN is as good ({difference(ahead(**long))})" in page
+    raw = {"pixels": "0 to 1"}
+    assert not sure(ahead(**raw))
+    both = " and ".join(spread(of("last", norm, **raw)) for norm in ("LN", "NaP"))
+    assert f"both fall alike, to {both} in 80 tasks." in page
+    fast = {"steps": 400, "rate": 0.01}
+    ln, nap = (of("last", norm, **fast) for norm in ("LN", "NaP"))
+    assert f"at 0.01 LN comes to {spread(ln)} in 20 tasks and NaP to {spread(nap)}, earlier" in page
+    assert statistics.mean(nap) < statistics.mean(ln)
 
 
 def test_words_on_region_norm(page):
