@@ -27,7 +27,8 @@ class Held:
     names: tuple[str, ...]
     radius: float
     shift: float = 0.0
-    """It is the norm of `shift` + parameter: the scale of an RMSNorm with 1 + w."""
+    """Added to the first parameter before the norm is taken: the scale of an RMSNorm with 1 + w. An offset that
+    goes with it is as it is."""
 
 
 class Masters:
@@ -49,6 +50,8 @@ class Masters:
         here = local(p)
         if p.dtype.itemsize >= 4:
             return here
+        if name not in self.kept:  # the model was converted meanwhile
+            self.keep(name, p)
         master = self.kept[name]
         if master.device != p.device:
             master = self.kept[name] = master.to(p.device)
@@ -227,7 +230,8 @@ def _lay_out(held: list[Held], parameters: Mapping[str, Tensor]) -> _Batch:
         batch.reductions += [(start, stop, group) for group in groups]
         batch.names += [name for name, _ in some]
         batch.sets += [i for _, i in some]
-    batch.shifts = [held[i].shift for i in batch.sets]
+    members_at = zip(batch.names, batch.sets, strict=True)
+    batch.shifts = [held[i].shift if name == held[i].names[0] else 0.0 for name, i in members_at]
     device = parameters[batch.names[0]].device
     wide = torch.float32 if device.type == "mps" else torch.float64
     batch.radii = torch.tensor([each.radius for each in held], dtype=wide, device=device)

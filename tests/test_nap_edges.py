@@ -1,0 +1,61 @@
+"""Normalize-and-Project where it could go wrong: shifted scales, conversions, few samples, states of others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_nap import norm, step
+from torch import nn
+
+import normzoo
+from normzoo import normalize_and_project
+
+
+class LayerNorm1p(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.zeros(d))
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, x.shape[-1:], self.weight + 1, self.bias)
+
+
+def test_the_shift_is_that_of_the_scale_alone():
+    """With 1 + w, nothing moves from where a norm starts; elsewhere (1 + w, offset) is scaled."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 4)
+    for normalizing in (normzoo.RMSNorm(8, bias=True, offset=1.0), LayerNorm1p(8)):
+        kind = type(normalizing).__name__
+        model = nn.Sequential(nn.Linear(4, 8, bias=False), normalizing, nn.ReLU(), nn.Linear(8, 2))
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        handle = normalize_and_project(model, optimizer, example=x)
+        assert handle.report["1.bias"].projected, kind
+        step(model, optimizer, x)
+        for old, p in zip(before, model.parameters(), strict=True):
+            torch.testing.assert_close(p.data, old, rtol=1e-6, atol=1e-7, msg=kind)
+        scale, offset = torch.randn(8), torch.randn(8)
+        with torch.no_grad():
+            normalizing.weight.copy_(scale - 1)
+            normalizing.bias.copy_(offset)
+            handle.project()
+        factor = 8**0.5 / norm(scale, offset)
+        torch.testing.assert_close(1 + normalizing.weight.data, factor * scale, msg=kind)
+        torch.testing.assert_close(normalizing.bias.data, factor * offset, msg=kind)
+
+
+def test_a_model_that_is_converted_afterwards():
+    x = torch.randn(4, 6)
+    for way in ("joint", "decay"):
+        model = nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        handle = normalize_and_project(model, optimizer, scale_offset=way, example=x)
+        start = norm(*model[0].parameters())
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.bfloat16):
+            model.to(dtype)
+            for _ in range(2):
+                step(model, optimizer, x.to(dtype))
+            here = norm(*model[0].parameters())
+            assert here == pytest.approx(start, rel=1e-6 if dtype == torch.float32 else 2e-3), (way, dtype)
+        masters = handle._masters.kept
+        assert norm(masters["0.weight"], masters["0.bias"]) == pytest.approx(start, rel=1e-6), way
