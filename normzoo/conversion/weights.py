@@ -13,10 +13,10 @@ from torch import nn
 from .behind import Behind, NormsBehind
 from .norm import Weighted
 from .recognise import Look, Site, recognise
+from .recognise_weights import BESIDES, LAYERS, base_of, settings, weighted
 from .report import a
 from .surgery import places
 from .transfer import Carried, Exactness, NotMeant, Refused, transfer
-from .weighted import BESIDES, LAYERS, base_of, settings, weighted
 
 _LOST = "every output loses the mean and the scale of its weights"
 _OUTDATED = (
