@@ -53,7 +53,7 @@ def share(layer: str, argument: str, value: float) -> None:
 
 
 def number(layer: str, argument: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not -math.inf < value < math.inf:
         raise ValueError(f"{layer}: {argument} is {value!r}; it must be a finite number")
 
 

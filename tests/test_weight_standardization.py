@@ -9,7 +9,7 @@ import torch
 import torchvision_ops  # noqa: F401
 from tolerance import assert_as_good
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import normzoo
 from normzoo.functional import weight_standardize
@@ -229,7 +229,7 @@ def test_the_kept_weight_is_never_stale():
         layer.eval()
         with torch.no_grad():
             before = layer(x)
-            assert layer.standardized() is layer.standardized(), "nothing is kept"
+            assert layer._current() is layer._current(), "nothing is kept"
         with torch.enable_grad():
             rewrites(layer)[name]()
         x = x.to(layer.weight.dtype)
@@ -245,24 +245,26 @@ def test_a_change_that_keeps_the_sum():
     with torch.no_grad():
         layer.weight.mul_(8).round_()
         before = layer.eval()(x)
-        layer.weight.copy_(layer.weight.flip(-1))
+        layer.weight.data.copy_(layer.weight.flip(0))
         assert torch.equal(layer(x), layer.bake()(x)) and not torch.equal(layer(x), before)
+        layer.standardized().zero_()  # is the caller's
+        assert torch.equal(layer(x), layer.bake()(x))
 
 
 def test_where_nothing_is_kept():
     layer, x = made(normzoo.WSConv2d)
     with torch.no_grad():
-        assert layer.standardized() is not layer.standardized()  # training
+        assert layer._current() is not layer._current()  # training
     layer.eval()
-    assert layer.standardized() is not layer.standardized()  # a graph
+    assert layer._current() is not layer._current()  # a graph
     layer(x).sum().backward()
     assert layer.weight.grad is not None
     with torch.no_grad():
-        kept = layer.standardized()
+        kept = layer._current()
         for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             assert other._kept is None and torch.equal(other(x), layer(x))
-        assert layer.train().eval().standardized() is not kept
-        assert layer.standardized() is layer._kept[1] and layer.float()._kept is None
+        assert layer.train().eval()._current() is not kept
+        assert layer._current() is layer._kept[2] and layer.float()._kept is None
         assert torch.func.functional_call(layer, {"weight": -layer.weight}, (x,)).sum() != layer(x).sum()
 
         def call(weight):
@@ -277,11 +279,13 @@ def test_where_nothing_is_kept():
     layer(x).sum().backward()  # what inference mode made cannot be saved for this
     assert x.grad is not None
     layer.weight.fill_(float("nan"))
-    assert layer.standardized() is not layer.standardized()
+    assert layer._current() is not layer._current()
 
 
 def test_compiled():
     layer, x = made(normzoo.WSConv2d)
+    dynamic = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(dynamic(x), layer(x))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
     layer.eval()
@@ -375,11 +379,39 @@ def test_a_weight_that_is_wrapped_already_is_refused():
     )
     for wrap in wraps:
         layer = wrap(normzoo.WSConv2d(4, 6, 3))
-        with pytest.raises(ValueError, match=r"^WSConv2d: its weight has .* put it on torch's Conv2d"):
+        with pytest.raises(ValueError, match=r"^WSConv2d: its weight is computed .* put it on torch's Conv2d"):
             layer(torch.randn(1, 4, 5, 5))
     hooked = nn.utils.spectral_norm(normzoo.WSConv2d(4, 6, 3))
-    with pytest.raises(ValueError, match=r"^WSConv2d: its weight has"):
+    with pytest.raises(ValueError, match=r"^WSConv2d: its weight is computed"):
         hooked.bake()
+
+
+class Padded(normzoo.WSConv2d):
+    def forward(self, input):
+        return super().forward(nn.functional.pad(input, (1, 1, 1, 1)))
+
+
+class Named(normzoo.WSConv2d, nn.Module):
+    """With two bases, as of a mixin, and nothing of its own."""
+
+
+def test_baking_refuses_what_it_would_lose():
+    x = torch.randn(1, 4, 5, 5)
+    assert type(Named(4, 6, 3).bake()) is nn.Conv2d
+    doubled, pruned, computed = (normzoo.WSConv2d(4, 6, 3) for _ in range(3))
+    own = doubled.forward
+    doubled.forward = lambda x: 2 * own(x)
+    prune.l1_unstructured(pruned, "weight", 0.5)
+    parametrize.register_parametrization(computed, "bias", nn.Softplus())
+    for layer, words in (
+        (Padded(4, 6, 3), "Padded: its forward is not that of WSConv2d"),
+        (doubled, "WSConv2d: its forward is not that of WSConv2d"),
+        (pruned, "WSConv2d: its weight is computed by a parametrization, pruning"),
+        (computed, "WSConv2d: its bias is computed by a parametrization"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            layer.bake()
+    assert computed(x).shape == (1, 6, 3, 3)
 
 
 def test_an_empty_batch_and_no_outputs():

@@ -126,7 +126,7 @@ def _check(name: str, weight: Tensor, variant: str, gain: Tensor | None, transpo
     if weight.shape[0] % groups:
         raise ValueError(f"{name}: groups is {groups}, which does not divide weight {tuple(weight.shape)}")
     outputs = weight.shape[1] * groups if transposed else weight.shape[0]
-    fan_in(name, weight.numel() // max(outputs, 1), tuple(weight.shape))
+    check_fan_in(name, weight.numel() // max(outputs, 1), tuple(weight.shape))
     if gain is None:
         return
     if variant != "scaled":
@@ -134,7 +134,7 @@ def _check(name: str, weight: Tensor, variant: str, gain: Tensor | None, transpo
     checks.beside(name, "gain", gain.flatten(), weight, (outputs,))
 
 
-def fan_in(name: str, n: int, shape: tuple[int, ...]) -> None:
+def check_fan_in(name: str, n: int, shape: tuple[int, ...]) -> None:
     """Refuses units of one weight."""
     if n == 1:
         raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..dispatch import transformed
-from .weight_standardization import fan_in, options, weight_standardize
+from .weight_standardization import check_fan_in, options, weight_standardize
 
 _ARGUMENTS = """
 
@@ -51,14 +51,16 @@ class Standardized(nn.Module):
         self.variant, self.ws_eps, self.gamma = variant, eps, gamma
         weight = self.weight
         outputs = weight.shape[1] * self.groups if self.transposed else weight.shape[0]
-        fan_in(name, weight.numel() // max(outputs, 1), tuple(weight.shape))
+        check_fan_in(name, weight.numel() // max(outputs, 1), tuple(weight.shape))
         gain = weight.new_ones(outputs, *(1,) * (weight.dim() - 1)) if variant == "scaled" else None
         self.register_parameter("gain", None if gain is None else nn.Parameter(gain))
-        self._kept: tuple[tuple, Tensor] | None = None
+        self._kept: tuple[tuple, list[Tensor], Tensor] | None = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if len(cls.__bases__) == 1:  # what the layers share, and parametrized ones
+        if len(cls.__bases__) == 1 or hasattr(
+            cls, "torch_class"
+        ):  # what the layers share, and what users derive
             return
         cls.torch_class = cls.__bases__[1]
         cls.__doc__ = f"{cls.__doc__}{_ARGUMENTS}"
@@ -73,67 +75,77 @@ class Standardized(nn.Module):
             nn.init.ones_(gain)
 
     def standardized(self) -> Tensor:
-        """The weight that the layer applies, in shape and dtype of `weight`.
-
-        In eval mode without gradients one on a CPU is kept until the weight changes. Besides where it lies and
-        its version, its sum is compared, since writing through ``.data`` does not raise the version.
+        """The weight that the layer applies, in shape and dtype of `weight`; differentiable.
 
         Raises:
-            ValueError: the weight belongs to a parametrization, weight_norm or spectral_norm already.
+            ValueError: the weight is computed already, by a parametrization, pruning, weight_norm or the like.
         """
         self._refuse_wrapped()
-        key = self._key()
-        if key is None:
-            return self._standardize()
-        if self._kept is None or self._kept[0] != key:
-            self._kept = key, self._standardize()
-        return self._kept[1]
-
-    def _standardize(self) -> Tensor:
         how = {"gain": self.gain, "gamma": self.gamma, "transposed": self.transposed}
         groups = self.groups if self.transposed else 1
         return weight_standardize(self.weight, self.variant, self.ws_eps, groups=groups, **how)
 
-    def _key(self) -> tuple | None:
-        """Equal as long as the standardized weight is; None where it is not to be kept."""
-        if self.training or torch.compiler.is_compiling() or transformed():
-            return None
-        held = [self.weight] if self.gain is None else [self.weight, self.gain]
-        if any(not _plain(t) or (torch.is_grad_enabled() and t.requires_grad) for t in held):
-            return None
-        of = [(t.data_ptr(), t._version, t.dtype, t.stride(), t.sum().item()) for t in held]
-        return torch.is_inference_mode_enabled(), self.variant, self.ws_eps, self.gamma, *of
+    def _current(self) -> Tensor:
+        """`standardized()`, kept in eval mode where its weight is on a CPU and needs no gradient.
+
+        The raw weight is kept beside it and compared: writing through ``.data`` leaves no other trace.
+        """
+        raw = [self.weight] if self.gain is None else [self.weight, self.gain]
+        if self.training or torch.compiler.is_compiling() or transformed() or not all(map(_plain, raw)):
+            return self.standardized()
+        how = torch.is_inference_mode_enabled(), self.variant, self.ws_eps, self.gamma
+        how += tuple((t.dtype, t.stride()) for t in raw)
+        if self._kept is None or self._kept[0] != how or not all(map(torch.equal, self._kept[1], raw)):
+            self._kept = how, [t.detach().clone() for t in raw], self.standardized()
+        return self._kept[2]
+
+    def _name(self) -> str:
+        return type(self).__name__.removeprefix("Parametrized")
 
     def _refuse_wrapped(self) -> None:
         parametrized = "weight" in getattr(self, "parametrizations", ())
         if parametrized or any(name in self._parameters for name in _WRAPPED):
-            name = type(self).__name__.removeprefix("Parametrized")
             raise ValueError(
-                f"{name}: its weight has a parametrization, weight_norm or spectral_norm, which would be "
-                f"undone; remove it, or put it on torch's {type(self).torch_class.__name__}"
+                f"{self._name()}: its weight is computed by a parametrization, pruning, weight_norm or the like, "
+                f"which would be undone; remove it, or put it on torch's {self.torch_class.__name__}"
             )
 
     def _in_dtype_of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and bias in the dtype of x."""
-        weight, bias = self.standardized(), self.bias
+        weight, bias = self._current(), self.bias
         if isinstance(x, Tensor) and x.is_floating_point():
             weight = weight.to(x.dtype)
             bias = None if bias is None else bias.to(x.dtype)
         return weight, bias
 
     def bake(self) -> nn.Module:
-        """torch's layer with the standardized weight, for inference: it computes the same, bit for bit.
+        """torch's layer with the standardized weight, for inference.
 
-        A layer of its own in the same mode, which shares nothing but the bias. Hooks stay behind.
+        For input in the dtype of the weight it computes the same, bit for bit. It is a layer of its own in the
+        same mode, which shares nothing but the bias. Hooks stay behind.
+
+        Raises:
+            ValueError: weight or bias is computed by a parametrization, pruning or the like; the forward of the
+                layer is not that of its class.
         """
-        cls = type(self).torch_class
+        own = next(cls for cls in type(self).__mro__ if "torch_class" in vars(cls))
+        replaced = {"forward", "_conv_forward"} & vars(self).keys()
+        if replaced or any(
+            _of(type(self), name) is not _of(own, name) for name in ("forward", "_conv_forward")
+        ):
+            raise ValueError(
+                f"{self._name()}: its forward is not that of {own.__name__} and would be lost; make the "
+                "plain layer by hand, with the weight that standardized() gives"
+            )
+        if self.bias is not None and "bias" not in self._parameters:
+            raise ValueError(f"{self._name()}: its bias is computed by a parametrization; remove that first")
+        cls = self.torch_class
         names = inspect.signature(cls.__init__).parameters.keys() & vars(self).keys()
         how = {name: getattr(self, name) for name in names if name not in ("bias", "weight")}
         with torch.device("meta"):
             plain = cls(**how, bias=self.bias is not None)
         with torch.no_grad():
-            weight = self._standardize().detach().clone()
-        self._refuse_wrapped()
+            weight = self.standardized().clone()
         plain.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         plain.register_parameter("bias", self.bias)
         return plain.train(self.training)
@@ -155,8 +167,13 @@ class Standardized(nn.Module):
 
 
 def _plain(t: Tensor) -> bool:
-    """Whether t has a version, and can be read without waiting for a GPU, whose graphs would keep a copy."""
-    return type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and not t.is_inference()
+    """Whether t needs no gradient and can be read without waiting for a GPU, whose graphs would keep a copy."""
+    graph = torch.is_grad_enabled() and t.requires_grad
+    return type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and not graph
+
+
+def _of(cls: type, name: str) -> Any:
+    return getattr(cls, name, None)
 
 
 class _Convolution(Standardized):
@@ -211,7 +228,11 @@ class WSConvTranspose3d(_Transposed, nn.ConvTranspose3d):  # type: ignore[misc]
 
 
 class WSLinear(Standardized, nn.Linear):  # type: ignore[misc]
-    r""":class:`torch.nn.Linear` with a standardized weight: one unit for each output."""
+    r""":class:`torch.nn.Linear` with a standardized weight: one unit for each output.
+
+    Not for the linear layers inside of :class:`torch.nn.MultiheadAttention` and
+    :class:`torch.nn.TransformerEncoderLayer`, which read the raw weight themselves; a parametrization is seen
+    there."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, *self._in_dtype_of(input))
