@@ -106,8 +106,8 @@ class Standardized(nn.Module):
         parametrized = "weight" in getattr(self, "parametrizations", ())
         if parametrized or any(name in self._parameters for name in _WRAPPED):
             raise ValueError(
-                f"{self._name()}: its weight is computed by a parametrization, pruning, weight_norm or the like, "
-                f"which would be undone; remove it, or put it on torch's {self.torch_class.__name__}"
+                f"{self._name()}: its weight is computed by a parametrization, pruning, weight_norm or the "
+                f"like, which would be undone; remove it, or put it on torch's {self.torch_class.__name__}"
             )
 
     def _in_dtype_of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
