@@ -347,6 +347,15 @@ class SGDP(_Projecting):
                 "momentum; leave one of the two out"
             )
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what :meth:`state_dict` gave, of this class, the authors', or :class:`torch.optim.SGD`."""
+        state = {}
+        for key, held in state_dict["state"].items():
+            rest = {name: value for name, value in held.items() if name != "momentum_buffer"}
+            buffer = held.get("momentum_buffer")  # None where it had no momentum
+            state[key] = rest if buffer is None else {"momentum": buffer} | rest
+        super().load_state_dict(state_dict | {"state": state})
+
     def _check_step(self, group: Group) -> None:
         super()._check_step(group)
         if group["momentum"] == 1 and group["weight_decay"]:
