@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from test_nap import norm, step
@@ -59,3 +61,41 @@ def test_a_model_that_is_converted_afterwards():
             assert here == pytest.approx(start, rel=1e-6 if dtype == torch.float32 else 2e-3), (way, dtype)
         masters = handle._masters.kept
         assert norm(masters["0.weight"], masters["0.bias"]) == pytest.approx(start, rel=1e-6), way
+
+
+class Choice(nn.Module):
+    def forward(self, x):
+        return nn.functional.one_hot(x.argmax(-1), x.shape[-1]).to(x.dtype)
+
+
+def test_an_output_that_only_jumps_tells_nothing():
+    """Behind a norm of two numbers, or an argmax, small changes do not show, so that no doubling need show."""
+
+    def tail(*middle):
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), *middle)
+
+    kinds = {
+        "a batch norm of two samples": lambda: tail(
+            nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)
+        ),
+        "a layer norm of two features": lambda: tail(nn.Linear(8, 2), nn.LayerNorm(2)),
+        "argmax": lambda: tail(nn.Linear(8, 4), Choice()),
+    }
+    jumps = dict.fromkeys(kinds, 0)
+    for kind, make in kinds.items():
+        for seed in range(6):
+            torch.manual_seed(seed)
+            model, x = make(), torch.randn(2, 4)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*none of", UserWarning)
+                handle = normalize_and_project(model, optimizer, example=x, scale_offset="free")
+            assert not handle.report["0.weight"].projected, (kind, seed)
+            jumps[kind] += "these inputs do not tell" in handle.report["0.weight"].why
+            handle.remove()
+    assert jumps["a batch norm of two samples"] and jumps["argmax"]
+    torch.manual_seed(0)
+    model = kinds["a batch norm of two samples"]()
+    example = torch.randn(3, 4)
+    handle = normalize_and_project(model, torch.optim.SGD(model.parameters(), lr=0.1), example=example)
+    assert handle.report.projected[0] == "2.weight"

@@ -15,12 +15,15 @@ from ..conversion.proof import tensors_in
 from ..conversion.trial import distance, noise, short
 from .projecting import groups_over
 from .rehearsing import EpsAside, Rehearsal, Unfit
-from .reporting import CAUTIOUS, DEAD, INVARIANT, MOVES, WITH_BIAS
+from .reporting import CAUTIOUS, DEAD, INVARIANT, JUMPS, MOVES, WITH_BIAS
 
 _SAME = 1e-6
 """An output that moves less, of what a change of the weight's direction moves it by, does not move."""
 _NONE = 1e-9
 """A change of direction that moves the output less has no influence."""
+_LITTLE = 1e-4
+"""A change of direction, relative to the weight, that an output which does not jump follows in proportion."""
+_FEW = "these inputs do not tell whether it is scale invariant; use more samples"
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,13 @@ def check(
 
 
 def _look(trial: _Trial, weight: str, bias: str | None, bias_trains: bool) -> Finding:
-    moved, invariant = trial.verdict([weight])
-    if invariant is None:
-        return Finding(DEAD, moved)
-    if invariant:
-        return Finding(INVARIANT, moved)
-    if bias is not None and trial.verdict([weight, bias])[1]:
-        if bias_trains:
-            return Finding(WITH_BIAS, moved)
-        return Finding(MOVES, moved, f"invariant only with {bias}, which the optimizer does not train")
-    return Finding(MOVES, moved)
+    moved, verdict = trial.verdict([weight])
+    if verdict == MOVES and bias is not None:
+        together = trial.verdict([weight, bias])[1]
+        if together == INVARIANT and not bias_trains:
+            return Finding(MOVES, moved, f"invariant only with {bias}, which the optimizer does not train")
+        verdict = {INVARIANT: WITH_BIAS, JUMPS: JUMPS}.get(together, MOVES)
+    return Finding(verdict, moved, _FEW if verdict == JUMPS else "")
 
 
 def _trial(
@@ -112,29 +112,33 @@ class _Trial:
                 "example= on which it does not, or load a state dict"
             )
 
-    def verdict(self, names: Sequence[str]) -> tuple[float, bool | None]:
-        """How far the outputs move when the tensors are doubled, and whether that is not at all; None where
-        nothing that is done to them moves the outputs."""
+    def verdict(self, names: Sequence[str]) -> tuple[float, str]:
+        """How far the outputs move when the tensors are doubled, and what that says of them."""
         moved = self._moved(names, scale=2.0)
         if moved > _SAME:
-            return moved, False
-        turned = self._moved(names, turn=True)
+            return moved, MOVES
+        turned = self._moved(names, turn=1.0)
         if turned <= _NONE:
-            return moved, None
+            return moved, DEAD
         # Far up and down too: a clamp shows, or an activation that is a ReLU only where it is large.
         moved = max(moved, *(self._moved(names, scale=scale) for scale in (2.0**10, 2.0**-10)))
-        return moved, moved <= _SAME * min(turned, 1.0)
+        if moved > _SAME * min(turned, 1.0):
+            return moved, MOVES
+        # A norm of two numbers gives 1 and -1, whatever made them: no doubling shows behind it.
+        little = max(_LITTLE, *(8 * torch.finfo(self.rehearsal.tensors[name].dtype).eps for name in names))
+        jumps = self._moved(names, turn=little) <= 0.01 * little * turned
+        return moved, JUMPS if jumps else INVARIANT
 
-    def _moved(self, names: Sequence[str], scale: float = 1.0, turn: bool = False) -> float:
+    def _moved(self, names: Sequence[str], scale: float = 1.0, turn: float = 0.0) -> float:
         before = {name: self.rehearsal.tensors[name].clone() for name in names}
         chance = torch.Generator("cpu").manual_seed(1)
         with torch.no_grad():
             for name, old in before.items():
                 self.rehearsal.tensors[name].mul_(scale)
                 if turn:
-                    size = old.square().mean().sqrt()
+                    size = turn * old.square().mean().sqrt()
                     self.rehearsal.tensors[name].add_(
-                        noise(old.shape, chance).to(old) * torch.where(size > 0, size, 1.0)
+                        noise(old.shape, chance).to(old) * torch.where(size > 0, size, turn)
                     )
         try:
             return self._distance()

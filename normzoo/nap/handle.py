@@ -28,7 +28,7 @@ from .refusals import (
     patterns_of,
 )
 from .rehearsing import arguments, unwrapped, user_hooks
-from .reporting import DEAD, INVARIANT, MOVES, PENDING, WITH_BIAS, WITH_WEIGHT, Report, Row, rows_from
+from .reporting import DEAD, INVARIANT, JUMPS, MOVES, PENDING, WITH_BIAS, WITH_WEIGHT, Report, Row, rows_from
 
 
 def normalize_and_project(
@@ -68,9 +68,10 @@ def normalize_and_project(
             ``"free"``: nothing; ``"decay"``: s is drawn to 1 and o to 0, by lr · `decay` at every step;
             ``"off"``: both are frozen as they are.
         insert: put a norm layer in front of every activation module that has none; needs `example`.
-        example: inputs to try the model on: a tensor, a tuple of arguments or a dict of keyword arguments. Two
-            samples are enough, but what they do not reach is not projected. Without it the first call of the
-            model, before the first step, does.
+        example: inputs to try the model on: a tensor, a tuple of arguments or a dict of keyword arguments. A
+            few samples are enough, but not two of them for a batch norm, which makes 1 and -1 of any two; what
+            they do not reach or tell is not projected. Without it the first call of the model, before the
+            first step, does.
         decay: see `scale_offset`.
 
     Returns:
@@ -270,7 +271,7 @@ class NormalizeAndProject:
             row = Row(name, tuple(self._parameters[name].shape), found.verdict, note=found.note)
             row.moved = found.moved
             rows.append(row)
-            forced = fits(self._include, name) and found.verdict in (MOVES, DEAD)
+            forced = fits(self._include, name) and found.verdict in (MOVES, DEAD, JUMPS)
             if not (forced or found.verdict in (INVARIANT, WITH_BIAS)):
                 continue
             names = (name, bias) if bias and found.verdict == WITH_BIAS else (name,)

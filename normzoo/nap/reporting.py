@@ -15,9 +15,10 @@ WITH_BIAS = "scale invariant with its bias"
 WITH_WEIGHT = "scale invariant with its weight"
 MOVES = "moves the output"
 DEAD = "no influence"
+JUMPS = "moves the output in jumps only"
 PENDING = "not checked yet"
 OF_NORM = "of a norm"
-CAUTIOUS = (DEAD, INVARIANT, WITH_BIAS, MOVES)
+CAUTIOUS = (DEAD, JUMPS, INVARIANT, WITH_BIAS, MOVES)
 """Verdicts: where ranks disagree, the last one holds."""
 
 
