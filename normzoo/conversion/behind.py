@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -49,6 +50,8 @@ class Behind:
     """Why there are none."""
     sure: bool = True
     """Whether there are none for sure."""
+    read_by: str = ""
+    """The class of a parent that takes the weight of the layer in its forward."""
 
 
 class NormsBehind(Surroundings):
@@ -58,21 +61,41 @@ class NormsBehind(Surroundings):
         super().__init__(model)
         self._norms = norms
         self._told: dict[nn.Module, Behind] = {}
+        self._taken: dict[nn.Module, set[nn.Parameter]] = {}
 
     def behind(self, layer: nn.Module) -> Behind:
         """The norms that take the output of `layer` in training and in eval mode, and all of it."""
         if layer not in self._told:
             try:
-                self._told[layer] = self._behind(layer)
+                self._check_hooks(layer, "forward_pre_hooks")
+                told = self._behind(layer)
             except Unclear as reason:
-                self._told[layer] = Behind(why_not=str(reason), sure=reason.sure)
+                told = Behind(why_not=str(reason), sure=reason.sure)
+            weight = layer._parameters.get("weight")
+            readers = (type(above).__name__ for above in self._above(layer) if weight in self._weights(above))
+            self._told[layer] = replace(told, read_by=next(readers, ""))
         return self._told[layer]
+
+    def _weights(self, owner: nn.Module) -> set[nn.Parameter]:
+        """The parameters that the forward of `owner` takes itself, as far as that can be traced."""
+        if owner not in self._taken:
+            try:
+                nodes = [node for graph in self._traced(owner) for node in graph.nodes if node.op == "get_attr"]
+            except Unclear:
+                nodes = []
+            names = {str(node.target) for node in nodes if not all(map(_looks, node.users))}
+            self._taken[owner] = {p for name, p in owner.named_parameters() if name in names}
+        return self._taken[owner]
 
     def _behind(self, layer: nn.Module) -> Behind:
         found = list(self._next(layer))
         norms = [norm for norm in found if isinstance(norm, Site)]
         names = (norm if isinstance(norm, str) else f"{_name(norm)} ({norm.cls.__name__})" for norm in found)
         return Behind(tuple(dict.fromkeys(names)), any(site.norm and site.norm.statistics for site in norms))
+
+    def _next(self, module: nn.Module) -> Iterator[Any]:
+        self._check_hooks(module, "forward_hooks")
+        yield from super()._next(module)
 
     def _beyond(self, owner: nn.Module, call: fx.Node) -> Iterator[Site | str]:
         """The norms that take what `call` makes, or what says which function does."""
@@ -87,13 +110,14 @@ class NormsBehind(Surroundings):
             yield from self._next(owner)
             return
         follower, function = called_by(owner, user), _function(user)
-        first = (*user.args, *user.kwargs.values())[0] is call
+        once = sum(argument is call for argument in (*user.args, *user.kwargs.values())) == 1
+        first = once and _first(follower, user) is call
         norm = self._norms.get(follower) if follower is not None else None
         if first and norm is not None:
             self._check(norm, name)
             yield norm
-        elif first and function == "batch_norm":
-            raise Unclear(f"a call of batch_norm follows it in {name}, which may go by stored statistics alone")
+        elif first and (function == "batch_norm" or (function == "instance_norm" and not _of_input(user))):
+            raise Unclear(f"a call of {function} follows it in {name}, which may go by stored statistics alone")
         elif first and function in _FUNCTIONS:
             yield f"a call of {function} in {name}"
         elif first and (function in _MOVES or (follower is not None and _passes(follower))):
@@ -112,10 +136,39 @@ class NormsBehind(Surroundings):
         cls = type(norm.module).__name__
         if norm.norm is None:
             raise Unclear(f"{a(cls)} follows it in {owner}, and what that computes is unknown: {norm.note}")
+        self._check_hooks(norm.module, "forward_pre_hooks", "forward_hooks")
+        if norm.norm.statistics and self.model.training and not norm.module.training:
+            raise Unclear(
+                f"but {a(cls)} held in eval mode, whose stored statistics do not follow the new weights",
+                sure=True,
+            )
         if norm.family in _RESTING:
             raise Unclear(f"but {a(cls)}, whose stored statistics do not follow the new weights", sure=True)
         if not norm.norm.apply_act:
             raise Unclear(f"but {a(cls)} with apply_act=False, which is none", sure=True)
+
+    def _check_hooks(self, module: nn.Module, *kinds: str) -> None:
+        """Raises Unclear where hooks of the user may change what goes in or comes out."""
+        for kind in kinds:
+            for hook in vars(module)[f"_{kind}"].values():
+                if not type(hook).__module__.startswith("torch.nn.utils"):  # pruning, weight norm
+                    raise Unclear(f"the {type(module).__name__} has {kind}, and what those do is not clear")
+
+
+def _first(follower: nn.Module | None, user: fx.Node) -> Any:
+    """What a call takes first, in the order of the signature."""
+    if user.args:
+        return user.args[0]
+    if follower is None:
+        return user.kwargs.get("input")
+    _, *names = inspect.signature(type(follower).forward).parameters
+    return user.kwargs.get(names[0]) if names else None
+
+
+def _of_input(user: fx.Node) -> bool:
+    """Whether a call of instance_norm goes by its input, in this mode."""
+    asked = (*user.args[5:6], user.kwargs.get("use_input_stats", True))
+    return asked[0] is True
 
 
 def _name(site: Site) -> str:

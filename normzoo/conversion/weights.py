@@ -115,6 +115,11 @@ def _plain(norm: Weighted, module: nn.Module, options: Mapping[str, Any], site: 
     if "weight" in site.shared:
         raise Refused("another module shares its weight, and would go on with the raw one")
     carried, behind = _layer(module, options, {"variant": "ws"}), site.behind()
+    if behind.read_by:
+        raise Refused(
+            f"{behind.read_by} reads its weight and may compute the layer itself, as it was; change that class "
+            "first"
+        )
     if behind.norms:
         follow = "follows" if len(behind.norms) == 1 else "follow"
         carried.note = f"{_LOST}; {', '.join(behind.norms)} {follow}"
