@@ -99,3 +99,70 @@ def test_an_output_that_only_jumps_tells_nothing():
     example = torch.randn(3, 4)
     handle = normalize_and_project(model, torch.optim.SGD(model.parameters(), lr=0.1), example=example)
     assert handle.report.projected[0] == "2.weight"
+
+
+def sgd(model, **options) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), **{"lr": 0.1} | options)
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def test_a_norm_that_is_moved_is_warned_of():
+    model, x = mlp(), torch.randn(4, 6)
+    with torch.no_grad():
+        model[1].weight.mul_(5)
+    match = r"1 norm \(1.weight\) with scales and offsets that are not at the norm sqrt\(d\): .* scale_offset='free'"
+    with pytest.warns(UserWarning, match=match) as seen:
+        normalize_and_project(model, sgd(model), example=x)
+    assert len(seen) == 1 and seen[0].filename == __file__
+    normalize_and_project(model, sgd(model), example=x, scale_offset="free")  # without one
+
+
+def test_the_first_call_in_training_mode():
+    model = mlp()
+    optimizer = sgd(model)
+    handle = normalize_and_project(model, optimizer)
+    model.eval()(torch.randn(1, 6))  # on which the batch norm cannot train
+    assert handle.report.pending
+    with pytest.raises(RuntimeError, match=r"has not run yet in training mode, .* pass example="):
+        optimizer.step()
+    model.train()(torch.randn(4, 6))
+    assert handle.report["0.weight"].projected
+
+
+def test_states_that_do_not_fit():
+    """Are refused with a sentence, and nothing is changed."""
+    model, x = mlp(), torch.randn(4, 6)
+    handle = normalize_and_project(model, sgd(model), example=x)
+    state = handle.state_dict()
+    wrong = {
+        "with scale_offset='free', this has scale_offset='joint'": {"scale_offset": "free"},
+        "with every=2, this has every=1": {"every": 2},
+        "cannot be read .*steps": {"steps": "steps"},
+        "cannot be read .*unpack": {"held": [["0.weight"]]},
+        "cannot be read .*shape": {"rows": [{"name": "0.weight"}]},
+        "cannot be read .*verdict": {"rows": [{"name": "0.weight", "shape": [8, 6]}]},
+        "cannot be read .*attribute": {"initial": [1]},
+        "cannot be read .*float": {"masters": {"0.weight": 1.0}},
+    }
+    for match, change in wrong.items():
+        before = str(handle.report), handle.steps, handle._held
+        with pytest.raises(ValueError, match=f"normalize_and_project: the state dict .*{match}"):
+            handle.load_state_dict(state | {"steps": 7} | change)
+        assert before == (str(handle.report), handle.steps, handle._held), match
+    other = mlp()
+    early = normalize_and_project(other, sgd(other))
+    pending = early.state_dict()
+    with pytest.raises(ValueError, match="from before the model ran"):
+        handle.load_state_dict(pending)
+    with pytest.raises(ValueError, match=r"no norm at the start of 0.weight"):
+        early.load_state_dict(pending | {"initial": {"3.weight": 1.0}})
+    early.load_state_dict(pending | {"initial": pending["initial"] | {"0.weight": 0.5}})
+    other(x)
+    early.project()
+    assert norm(other[0].weight) == pytest.approx(0.5)
+    early.load_state_dict(state | {"masters": {"0.weight": torch.zeros(8, 6)}})  # of a run in bfloat16
+    early.project()
+    assert norm(other[0].weight) == pytest.approx(state["initial"]["0.weight"])

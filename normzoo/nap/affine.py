@@ -15,6 +15,7 @@ from .projecting import Held, Masters, norms
 from .reporting import OF_NORM, Row
 
 MODES = ("joint", "free", "decay", "off")
+FAR = "with scales and offsets that are not at the norm"
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ def affines(model: nn.Module, names: Mapping[int, str]) -> tuple[list[Affine], d
     return found, left
 
 
-def joint(found: Sequence[Affine], parameters: Mapping[str, Tensor]) -> tuple[list[Held], list[Row]]:
-    """Sets of scale and offset with the norm sqrt(d), and their rows."""
-    held, rows = [], []
+def joint(found: Sequence[Affine], parameters: Mapping[str, Tensor]) -> tuple[list[Held], list[Row], list[str]]:
+    """Sets of scale and offset with the norm sqrt(d), their rows, and the scales that start elsewhere."""
+    held, rows, far = [], [], []
     for each in found:
         scale = parameters[each.scale]
         with torch.no_grad():
@@ -70,9 +71,10 @@ def joint(found: Sequence[Affine], parameters: Mapping[str, Tensor]) -> tuple[li
             radius, note = 0.0, "scale and offset start at zero" if each.offset else "scale starts at zero"
         elif abs(now / radius - 1) > 1e-3:
             note += f", from {now / radius:.2g} sqrt(d)"
+            far.append(each.scale)
         held.append(Held(each.names, radius, each.shift))
         rows += _rows(each, parameters, note, bool(radius))
-    return held, rows
+    return held, rows, far
 
 
 def others(found: Sequence[Affine], parameters: Mapping[str, Tensor], note: str) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..radial import local, sharded
+from .affine import FAR
 from .handle import NormalizeAndProject, normalize_and_project
-from .projecting import is_sharded, local
 
 FILE = "normalize_and_project"
 
@@ -41,7 +43,7 @@ def hugging_face_callback(**options: Any) -> Any:
 def lightning_callback(**options: Any) -> Any:
     """A ``lightning.pytorch.Callback``, or one of pytorch_lightning, that projects during ``Trainer.fit``.
 
-    The first call of the LightningModule tells which weights are scale invariant, or its
+    The first call of the LightningModule in training mode tells which weights are scale invariant, or its
     ``example_input_array``, which a module needs whose ``training_step`` does not call ``self(...)``. The state
     is part of the checkpoints. The attribute ``handle`` has the report.
 
@@ -73,6 +75,19 @@ def _refuse_insert(function: str, options: Mapping[str, Any]) -> None:
         )
 
 
+def _begun(
+    model: Any, optimizer: Any, options: Mapping[str, Any], state: Mapping[str, Any] | None
+) -> NormalizeAndProject:
+    """A handle, which goes on from `state` if there is one."""
+    if state is None:
+        return normalize_and_project(model, optimizer, **options)
+    with warnings.catch_warnings():  # between two projections norms are not where they are put to
+        warnings.filterwarnings("ignore", f".*{FAR}", UserWarning)
+        handle = normalize_and_project(model, optimizer, **options)
+    handle.load_state_dict(state)
+    return handle
+
+
 class _HuggingFace:
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__()
@@ -83,15 +98,13 @@ class _HuggingFace:
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
         saved = _saved(args, state.global_step) if state.global_step else None
-        self.handle = normalize_and_project(model, optimizer, **self.options)
-        if saved is not None:
-            self.handle.load_state_dict(saved)
+        self.handle = _begun(model, optimizer, self.options, saved)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.handle is None:
             return
         found = self.handle.state_dict()
-        parts = any(map(is_sharded, found["masters"].values()))
+        parts = any(map(sharded, found["masters"].values()))
         if parts or state.is_world_process_zero:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             folder.mkdir(parents=True, exist_ok=True)
@@ -140,10 +153,8 @@ class _Lightning:
         if options.get("example") is None:
             example = getattr(pl_module, "example_input_array", None)
             options["example"] = _moved(example, pl_module)
-        self.handle = normalize_and_project(pl_module, trainer.optimizers[0], **options)
-        if self._loaded is not None:
-            self.handle.load_state_dict(self._loaded)
-            self._loaded = None
+        self.handle = _begun(pl_module, trainer.optimizers[0], options, self._loaded)
+        self._loaded = None
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.handle is not None:

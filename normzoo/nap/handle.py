@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..conversion import report
-from . import affine, choosing, inserting
-from .projecting import Held, Masters, Projector, is_sharded, local, norms
+from ..conversion.rules import Names
+from . import affine, choosing, inserting, saved
+from .projecting import Held, Masters, Projector, norms
 from .refusals import (
     CALLER,
-    Names,
     check_arguments,
     check_optimizer,
     check_patterns,
@@ -28,7 +26,8 @@ from .refusals import (
     patterns_of,
 )
 from .rehearsing import arguments, unwrapped, user_hooks
-from .reporting import DEAD, INVARIANT, JUMPS, MOVES, PENDING, WITH_BIAS, WITH_WEIGHT, Report, Row, rows_from
+from .reporting import DEAD, INVARIANT, JUMPS, MOVES, PENDING, WITH_BIAS, WITH_WEIGHT, Report, Row
+from .waiting import NOT_CHECKED, FirstCall, refuse_step
 
 
 def normalize_and_project(
@@ -70,8 +69,8 @@ def normalize_and_project(
         insert: put a norm layer in front of every activation module that has none; needs `example`.
         example: inputs to try the model on: a tensor, a tuple of arguments or a dict of keyword arguments. A
             few samples are enough, but not two of them for a batch norm, which makes 1 and -1 of any two; what
-            they do not reach or tell is not projected. Without it the first call of the model, before the
-            first step, does.
+            they do not reach or tell is not projected. Without it the first call of the model in
+            training mode, before the first step, does.
         decay: see `scale_offset`.
 
     Returns:
@@ -83,7 +82,8 @@ def normalize_and_project(
             copied or run on `example`, or is wrapped in FSDP1. Nothing is changed.
 
     Warns:
-        UserWarning: projected weights have weight decay; no weight is projected.
+        UserWarning: projected weights have weight decay; no weight is projected; the first projection will
+            change the scale and offset of a norm.
 
     >>> model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2))
     >>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -144,7 +144,7 @@ class NormalizeAndProject:
             self._prepare(decay, notes)
             if example is not None:
                 args, kwargs = arguments(example)
-                self._settle(args, kwargs)
+                self.settle(args, kwargs)
         except BaseException:
             if undo is not None:
                 undo()
@@ -153,11 +153,19 @@ class NormalizeAndProject:
         self._handles = [self.optimizer.register_step_post_hook(self._after_step)]
         if self.report.pending:
             self._wait(model)
+        if self._far:
+            listed = ", ".join(self._far[:3]) + (", ..." if len(self._far) > 3 else "")
+            warnings.warn(
+                f"{CALLER}: {report.count(len(self._far), 'norm')} ({listed}) {affine.FAR} sqrt(d): the first "
+                "projection puts them there, which changes what the model computes; scale_offset='free' leaves "
+                "them alone",
+                stacklevel=outside(),
+            )
 
     def project(self) -> None:
         """Project now, whatever the number of steps."""
         if self.report.pending:
-            raise RuntimeError(f"{CALLER}: {_NOT_CHECKED}")
+            raise RuntimeError(f"{CALLER}: {NOT_CHECKED}")
         self._project()
 
     def remove(self) -> None:
@@ -171,6 +179,7 @@ class NormalizeAndProject:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, names and, for weights in low precision, their float32 copies."""
         return {
+            **self._options(),
             "steps": self.steps,
             "initial": dict(self._initial),
             "held": [[list(each.names), each.radius, each.shift] for each in self._held],
@@ -182,33 +191,25 @@ class NormalizeAndProject:
         """Take over the choice of weights, their norms and the count of steps.
 
         Raises:
-            ValueError: a key is missing; the optimizer has no parameter of that name and shape. Nothing is
-                changed.
+            ValueError: the state cannot be read; it is of a call with another `every` or `scale_offset`; the
+                optimizer has no parameter of that name and shape; the state does not say which weights to
+                project, as it is from before the model ran, and here that is decided. Nothing is changed.
         """
-        wanted = ("steps", "initial", "held", "rows", "masters")
-        if missing := [key for key in wanted if key not in state]:
+        found = saved.read(state, self._options(), self._parameters, self._initial)
+        if found.pending and not self.report.pending:
             raise ValueError(
-                f"{CALLER}: the state dict has no {', '.join(missing)}; load what state_dict() gave"
+                f"{CALLER}: the state dict is from before the model ran, so that it does not say which weights "
+                "to project, which is decided here already; load it into a handle made without example="
             )
-        rows = rows_from(state["rows"])
-        held = [Held(tuple(names), float(radius), float(shift)) for names, radius, shift in state["held"]]
-        for row in rows:
-            self._check_known(row.name, row.shape)
-        for name in (*state["initial"], *state["masters"], *(name for each in held for name in each.names)):
-            self._check_known(name)
-        for name, t in state["masters"].items():
-            if local(t).shape != local(self._parameters[name]).shape:
-                raise ValueError(
-                    f"{CALLER}: the float32 copy of {name} has shape {tuple(t.shape)}, the parameter has "
-                    f"{tuple(self._parameters[name].shape)}; load the state of this model, on as many ranks"
-                )
-        self.steps, self._initial = int(state["steps"]), dict(state["initial"])
-        self.report.rows, self._held = rows, held
-        if not self.report.pending:
+        self.steps, self._initial = found.steps, found.initial
+        self.report.rows, self._held = found.rows, found.held
+        if not found.pending:
             self._go()
-            for name, t in state["masters"].items():
-                self._masters.keep(name, self._parameters[name])
-                local(self._masters.kept[name]).copy_(local(t))
+            for name, t in found.masters.items():
+                self._masters.load(name, self._parameters[name], t)
+
+    def _options(self) -> dict[str, Any]:
+        return {"every": self.every, "scale_offset": self.scale_offset}
 
     def _prepare(self, decay: float, notes: list[str]) -> None:
         """All that can be known without running the model."""
@@ -248,18 +249,20 @@ class NormalizeAndProject:
 
     def _treat(self, found: Sequence[affine.Affine], decay: float) -> tuple[list[Held], list[Row]]:
         self._decay: Callable[[], None] | None = None
+        self._far: list[str] = []
         if self.scale_offset == "joint":
-            return affine.joint(found, self._parameters)
+            held, rows, self._far = affine.joint(found, self._parameters)
+            return held, rows
         notes = {"free": "free", "off": "frozen", "decay": f"drawn back by lr · {decay:g}"}
         if self.scale_offset == "decay":
             groups = self.optimizer.param_groups
             self._decay = affine.Decay(found, self._parameters, groups, decay, self._masters)
         return [], affine.others(found, self._parameters, notes[self.scale_offset])
 
-    def _settle(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def settle(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Choose the weights by a run of the model on these arguments."""
         weights = {name: self._bias_of.get(name) for name in self._candidates}
-        sharded = [self._parameters[name] for name in self._candidates if is_sharded(self._parameters[name])]
-        groups = self.ranks or choosing.groups_of(sharded)
+        groups = self.ranks or choosing.groups_of([self._parameters[name] for name in self._candidates])
         if hooks := user_hooks(self.model):
             self.report.notes.append(f"the check left out {report.count(hooks, 'hook')} of the model")
         self._adopt(choosing.check(self.model, weights, self._parameters.keys(), args, kwargs, groups))
@@ -330,11 +333,11 @@ class NormalizeAndProject:
                 f"{CALLER}: the model is compiled (by its compile()), so that its first call cannot be looked "
                 "at; pass example="
             )
-        first: Any = _FirstCall(self)
+        first: Any = FirstCall(self)
         self._waiting = [
             # Ahead of FSDP2's own, which gathers the parameters.
             outermost.register_forward_pre_hook(first, prepend=True, with_kwargs=True),
-            self.optimizer.register_step_pre_hook(_refuse_step),
+            self.optimizer.register_step_pre_hook(refuse_step),
         ]
 
     def _freeze(self) -> list[Tensor]:
@@ -346,7 +349,7 @@ class NormalizeAndProject:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.report.pending:
-            raise RuntimeError(f"{CALLER}: after the first step of the optimizer {_NOT_CHECKED}")
+            raise RuntimeError(f"{CALLER}: after the first step of the optimizer {NOT_CHECKED}")
         self.steps += 1
         if self._decay is not None:
             self._decay()
@@ -356,41 +359,3 @@ class NormalizeAndProject:
     def _project(self) -> None:
         if self._projector is not None:
             self._projector()
-
-    def _check_known(self, name: str, shape: tuple[int, ...] | None = None) -> None:
-        known = self._parameters.get(name)
-        if known is None or (shape is not None and tuple(known.shape) != shape):
-            what = "no such parameter" if known is None else f"one of shape {tuple(known.shape)}"
-            raise ValueError(
-                f"{CALLER}: the state dict is about {name}{'' if shape is None else f' {shape}'}; the "
-                f"optimizer has {what}: load the state of this model"
-            )
-
-
-_NOT_CHECKED = (
-    "the model has not run yet, or only inside of a compiled function, so that it is not known which weights "
-    "are scale invariant; pass example= or load a state dict"
-)
-
-
-def _refuse_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if (*args[1:], kwargs.get("closure"))[0] is not None:  # which may run the model, as Lightning's does
-        return
-    raise RuntimeError(f"{CALLER}: before the first step of the optimizer {_NOT_CHECKED}")
-
-
-class _FirstCall:
-    """A hook for the first call of the model; copies of it, as in a copy of the model, do nothing."""
-
-    def __init__(self, handle: NormalizeAndProject | None = None) -> None:
-        self.handle = None if handle is None else weakref.ref(handle)
-
-    def __reduce__(self):
-        return _FirstCall, ()
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():  # where nothing can be tried out
-            return
-        handle = None if self.handle is None else self.handle()
-        if handle is not None and handle.report.pending:
-            handle._settle(args, kwargs)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import dispatch
+from ..radial import local, sharded
 
 _ROW = 1024
 """Entries that one sum in float32 goes over: torch's norm of 2 million entries is off by 4e-5."""
@@ -60,6 +61,12 @@ class Masters:
         # After a NaN, or once new values are loaded over one, the parameter is all there is.
         master.copy_(torch.where(change.isfinite(), master + change, now))
         return master
+
+    def load(self, name: str, p: Tensor, saved: Tensor) -> None:
+        """Go on from a copy that was kept; a parameter in float32 needs none."""
+        self.keep(name, p)
+        if name in self.kept:
+            local(self.kept[name]).copy_(local(saved))
 
     def write(self, name: str, p: Tensor) -> None:
         if p.dtype.itemsize < 4:
@@ -182,20 +189,9 @@ def _flat(t: Tensor) -> Tensor:
     return t.as_strided((t.numel(),), (1,)) if dense(t) else t.reshape(-1)
 
 
-def is_sharded(p: Tensor) -> bool:
-    """Whether it is a DTensor, which may be whole on every rank."""
-    return hasattr(p, "placements")
-
-
-def local(p: Tensor) -> Tensor:
-    """The part of a DTensor that this rank has; any other tensor itself."""
-    with torch.no_grad():
-        return p.to_local() if is_sharded(p) else p  # type: ignore[attr-defined]
-
-
 def groups_over(p: Any) -> tuple[Any, ...]:
     """The process groups over which parts of a parameter lie."""
-    if not is_sharded(p):
+    if not sharded(p):
         return ()
     mesh = p.device_mesh
     spread = [i for i, each in enumerate(p.placements) if not each.is_replicate() and mesh.size(i) > 1]
@@ -236,7 +232,7 @@ def _lay_out(held: list[Held], parameters: Mapping[str, Tensor]) -> _Batch:
     wide = torch.float32 if device.type == "mps" else torch.float64
     batch.radii = torch.tensor([each.radius for each in held], dtype=wide, device=device)
     batch.narrow = batch.radii.float()
-    if all(not is_sharded(parameters[name]) and parameters[name].dtype.itemsize >= 4 for name in batch.names):
+    if all(not sharded(parameters[name]) and parameters[name].dtype.itemsize >= 4 for name in batch.names):
         batch.plain = [parameters[name] for name in batch.names]
     if batch.sets != list(range(len(held))):
         batch.index = torch.tensor(batch.sets, device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,12 +11,11 @@ from torch.optim import Optimizer
 
 from .. import checks
 from ..conversion import report
-from ..conversion.rules import matches
+from ..conversion.rules import Names, matches
+from ..radial import sharded
 from .affine import MODES
-from .projecting import is_sharded
 
 CALLER = "normalize_and_project"
-Names = str | Iterable[str]
 
 
 def check_arguments(
@@ -74,7 +73,7 @@ def check_placement(name: str, p: Tensor) -> None:
     if p.is_meta or nn.parameter.is_lazy(p):
         what = "on the meta device" if p.is_meta else "of a lazy module that has not run"
         raise ValueError(f"{CALLER}: {name} is {what}, so that it has no norm yet; give it values first")
-    if is_sharded(p) and any(placement.is_partial() for placement in p.placements):  # type: ignore[attr-defined]
+    if sharded(p) and any(placement.is_partial() for placement in p.placements):  # type: ignore[attr-defined]
         raise ValueError(
             f"{CALLER}: {name} is a DTensor with a Partial placement, whose norm no rank knows; redistribute "
             "it to Shard or Replicate"

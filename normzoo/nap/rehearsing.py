@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..conversion.proof import fresh
 from ..conversion.trial import bare, noise, undisturbed
 from ..dispatch import backend
+from ..radial import sharded
 from ..side_inputs import entered, inputs
-from .projecting import is_sharded
 
 _LARGEST_EPS = 1e-3
 
@@ -168,13 +168,13 @@ def _gather(model: nn.Module) -> None:
     whole: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is not None and is_sharded(p):
+            if p is not None and sharded(p):
                 if p not in whole:
                     full = p.detach().full_tensor().clone()  # type: ignore[attr-defined]
                     whole[p] = nn.Parameter(full, p.requires_grad)
                 module._parameters[name] = whole[p]
         for name, b in module._buffers.items():
-            if b is not None and is_sharded(b):
+            if b is not None and sharded(b):
                 module._buffers[name] = b.full_tensor()  # type: ignore[attr-defined]
 
 

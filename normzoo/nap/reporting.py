@@ -75,7 +75,7 @@ class Report:
         weights = [row for row in self.rows if row.verdict != OF_NORM and len(row.shape) > 1]
         count = report.count(len(weights), "weight")
         if self.pending:
-            lines = [f"{count}: the check waits for the first forward pass"]
+            lines = [f"{count}: the check waits for the first forward pass in training mode"]
         else:
             lines = [f"{sum(row.projected for row in weights)} of {count} projected"]
         return "\n".join((*lines, *self.notes))
