@@ -2,12 +2,14 @@
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
 import normzoo
+from normzoo.conversion import bake
 
 WS = "weight_standardize"
 
@@ -125,6 +127,27 @@ def test_a_norm_held_in_eval_mode_is_at_rest():
     check(Frozen(nn.Linear(8, 8), norms[0]).eval(), {"0": goes})
     check(nn.Sequential(nn.Linear(8, 8), norms[0].train()), {"0": goes})
     check(Frozen(nn.Linear(8, 8), norms[1]), {"0": goes})
+
+
+def test_parents_that_read_the_raw_weight():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    attention.out_proj = normzoo.WSLinear(8, 8)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder.linear1 = normzoo.WSLinear(8, 16)
+    for model, name in ((attention, "out_proj"), (nn.Sequential(encoder), "0.linear1")):
+        parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        found = normzoo.inspect(model)
+        assert found.to_dict()["raw_weights"] == {name: parent}
+        assert f"{name} standardizes its weight, but {parent} reads the raw one" in str(found)
+        before = copy.deepcopy(model.state_dict())
+        words = f"bake: '{name}' standardizes its weight, but {parent} reads .*; put torch's Linear there"
+        with pytest.raises(ValueError, match=words):
+            bake(model)
+        assert isinstance(model.get_submodule(name), normzoo.WSLinear)
+        assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    encoder.self_attn.batch_first = False  # no fast path
+    assert not normzoo.inspect(encoder).raw_weights
+    assert type(bake(encoder).linear1) is nn.Linear
 
 
 def test_momentum_of_torchs_sgd_goes_on():

@@ -162,7 +162,7 @@ def test_bake():
         (root, ValueError, r"bake: the model has no layer that standardizes its weight \(WSConv1d, "),
         ([root], TypeError, r"bake: model is a list; it must be a torch\.nn\.Module"),
         (compiled, ValueError, "bake: '0' is compiled .* bake the model first, then compile it"),
-        (both, ValueError, "bake: '1' cannot be baked: WSLinear: its weight has a parametrization"),
+        (both, ValueError, "bake: '1' cannot be baked: WSLinear: its weight is computed by a parametrization"),
     ):
         with pytest.raises(kind, match=words):
             bake(given)

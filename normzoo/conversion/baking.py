@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..layers.ws_conv import CARRIERS, Standardized
+from .bypass import raw_weights
 from .luggage import bring_along
 from .report import a
 from .surgery import Swap, refuse_wrapped
@@ -31,7 +32,8 @@ def bake(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: `model` is no module.
         ValueError: it holds no such layer, or is wrapped (DDP, FSDP, torch.compile); the weight of one is
-            computed by a parametrization. The model is left as it was.
+            computed by a parametrization; a parent reads the raw weight of one, as a
+            :class:`torch.nn.MultiheadAttention` does. The model is left as it was.
 
     >>> import normzoo
     >>> bake(nn.Sequential(normzoo.WSConv2d(3, 8, 3), nn.GroupNorm(2, 8)))[0]
@@ -40,6 +42,12 @@ def bake(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"bake: model is {a(type(model).__name__)}; it must be a torch.nn.Module")
     refuse_wrapped(model, "bake", "bake")
+    for name, parent in raw_weights(model).items():
+        plain = model.get_submodule(name).torch_class.__name__
+        raise ValueError(
+            f"bake: {name!r} standardizes its weight, but {parent} reads the raw one itself, so that "
+            f"outputs would change; put torch's {plain} there"
+        )
     baked = {}
     for name, module in model.named_modules():
         if isinstance(module, Standardized):

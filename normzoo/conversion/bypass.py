@@ -1,4 +1,4 @@
-"""Parents that read the tensors of their norm themselves and never call it.
+"""Parents that read the tensors of their norm, or layer, themselves and never call it.
 
 torch.nn.TransformerEncoderLayer does so in eval mode, the fused training paths of Mamba-like models too. A
 replacement there is without effect, or breaks.
@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from ..layers.ws_conv import Standardized
+from .surgery import places
 
 _READ = re.compile(
     r"\bself\.(\w+)\.(weight|bias|eps|variance_epsilon|running_mean|running_var)\b(?!\s*\.\s*(?:dtype|device|shape))"
@@ -70,6 +73,22 @@ def _sources(cls: type[nn.Module]) -> Iterator[str]:
 def fast_path(parent: nn.Module, child: str) -> bool:
     """Whether torch's fused encoder may compute the norm called `child` in its place."""
     return isinstance(parent, nn.TransformerEncoderLayer) and child in ("norm1", "norm2")
+
+
+def raw_weights(model: nn.Module) -> dict[str, str]:
+    """Layers that standardize their weight, by name, and the class of a parent that reads the raw one."""
+    names: dict[nn.Module, str] = {
+        module: name for name, module in model.named_modules() if isinstance(module, Standardized)
+    }
+    return {
+        names[module]: type(parent).__name__
+        for module, held in (places(model) if names else {}).items()
+        for parent, child in held
+        if module in names
+        and "weight" in reads(parent, child)
+        # Of the encoder layer that is its fast path alone.
+        and (not isinstance(parent, nn.TransformerEncoderLayer) or takes_fast_path(parent))
+    }
 
 
 def takes_fast_path(parent: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import nn
@@ -26,6 +26,8 @@ class Inspection:
     sites: list[Site]
     functional: dict[str, tuple[str, ...]]
     """Classes that call a norm as a function, and which."""
+    raw_weights: dict[str, str] = field(default_factory=dict)
+    """Layers that standardize their weight, and the class of a parent that reads the raw one."""
 
     def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Header and rows of the table."""
@@ -46,6 +48,10 @@ class Inspection:
         lines += [
             f"{name} calls {', '.join(functions)} as a function" for name, functions in self.functional.items()
         ]
+        lines += [
+            f"{name} standardizes its weight, but {parent} reads the raw one itself"
+            for name, parent in self.raw_weights.items()
+        ]
         return "\n".join(lines)
 
     def table(self) -> str:
@@ -56,7 +62,8 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"sites": [site.to_dict() for site in self.sites], "functional": self.functional}
+        sites = [site.to_dict() for site in self.sites]
+        return {"sites": sites, "functional": self.functional, "raw_weights": self.raw_weights}
 
     def to_json(self) -> str:
         """Every norm with all that is known about it."""
@@ -72,7 +79,8 @@ def inspect(model: nn.Module) -> Inspection:
     in bfloat16 it shows where it rounds. What agrees with none stays unknown.
 
     Norms that are called as functions, such as ``F.layer_norm`` in a forward, are no modules: they are named
-    by the class that calls them, as far as its source tells.
+    by the class that calls them, as far as its source tells. So are layers that standardize their weight, such
+    as :class:`normzoo.WSLinear`, where a parent reads the raw one.
 
     Args:
         model: any module, on any device, the meta device included. It is not changed.
@@ -88,7 +96,8 @@ def inspect(model: nn.Module) -> Inspection:
     1 norm: 1 layer
     """
     found = examine(model, "inspect")
-    return Inspection(found, bypass.functional_norms(model, [site.module for site in found]))
+    functional = bypass.functional_norms(model, [site.module for site in found])
+    return Inspection(found, functional, bypass.raw_weights(model))
 
 
 def examine(model: nn.Module, caller: str) -> list[Site]:
