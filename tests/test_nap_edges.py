@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_nap import norm, step
 from torch import nn
+from torch.nn.utils import prune
 
 import normzoo
 from normzoo import normalize_and_project
@@ -113,7 +114,7 @@ def test_a_norm_that_is_moved_is_warned_of():
     model, x = mlp(), torch.randn(4, 6)
     with torch.no_grad():
         model[1].weight.mul_(5)
-    match = r"1 norm \(1.weight\) with scales and offsets that are not at the norm sqrt\(d\): .* scale_offset='free'"
+    match = r"1 norm \(1.weight\) with scales and offsets that are not at the norm sqrt\(d\): .*'free'"
     with pytest.warns(UserWarning, match=match) as seen:
         normalize_and_project(model, sgd(model), example=x)
     assert len(seen) == 1 and seen[0].filename == __file__
@@ -166,3 +167,31 @@ def test_states_that_do_not_fit():
     early.load_state_dict(state | {"masters": {"0.weight": torch.zeros(8, 6)}})  # of a run in bfloat16
     early.project()
     assert norm(other[0].weight) == pytest.approx(state["initial"]["0.weight"])
+
+
+def test_weights_that_hooks_compute():
+    """Pruned ones, and the hooks that weight_norm and spectral_norm once were, before and after a run."""
+
+    def hooked(kind):
+        if kind == "prune":
+            return prune.l1_unstructured(nn.Linear(6, 8), "weight", 0.5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return getattr(nn.utils, kind)(nn.Linear(6, 8))
+
+    alone, together = "scale invariant", "scale invariant with its bias"
+    expected = {
+        "prune": {"weight_orig": together},
+        "weight_norm": {"weight_g": together, "weight_v": alone},
+        "spectral_norm": {"weight_orig": alone},
+    }
+    x = torch.randn(4, 6)
+    for kind, verdicts in expected.items():
+        model = nn.Sequential(hooked(kind), nn.LayerNorm(8), nn.Linear(8, 2))
+        for _ in range(2):
+            handle = normalize_and_project(model, sgd(model), example=x)
+            found = {name: handle.report[f"0.{name}"].verdict for name in verdicts}
+            assert found == verdicts, kind
+            assert not handle.report.notes, kind
+            handle.remove()
+            model(x)

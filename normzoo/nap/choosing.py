@@ -173,7 +173,7 @@ def groups_of(parameters: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def biases(model: nn.Module, parameters: Collection[str]) -> dict[str, str]:
-    """Of weights, the bias in the same module; also of torch's RNNs and of parametrized weights."""
+    """Of weights, the bias in the same module; also of torch's RNNs, and of parametrized and pruned weights."""
     pairs = model.named_parameters(remove_duplicate=False)
     all_names = {name for name, p in pairs if not nn.parameter.is_lazy(p) and p.dim() == 1}
     found = {}
@@ -184,8 +184,10 @@ def biases(model: nn.Module, parameters: Collection[str]) -> dict[str, str]:
             bias = owner + tensor.replace("weight", "bias")
         else:
             bias = f"{prefix}.{leaf.replace('weight', 'bias')}".lstrip(".")
-        if bias in all_names and bias != name:
-            found[name] = bias
+        whole = bias.removesuffix("_orig").removesuffix("_v").removesuffix("_g")  # as old hooks call parts
+        for each in (bias, whole):
+            if each in all_names and each != name:
+                found.setdefault(name, each)
     return found
 
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..conversion.proof import fresh
-from ..conversion.trial import bare, noise, undisturbed
+from ..conversion.trial import noise, undisturbed
 from ..dispatch import backend
 from ..radial import sharded
 from ..side_inputs import entered, inputs
@@ -124,10 +124,7 @@ def _copied(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """A copy in `dtype`, without hooks of users, and its parameters by the names that they have in `model`."""
     with _bared(model):
-        try:
-            made = copy.deepcopy(model)
-        except Exception:  # an attribute may be the output of an earlier run, or a process group
-            made = copy.deepcopy(bare(model))
+        made = copy.deepcopy(model)
     names = [name for name, _ in model.named_parameters()]
     _gather(made)
     for parent in list(made.modules()):
@@ -183,7 +180,8 @@ def _bared(model: nn.Module) -> Iterator[None]:
     """Meanwhile a deep copy of `model` is possible, and has what computes alone.
 
     Hooks of torch's own, such as that of weight_norm, stay; others may count, log, or hold what is large.
-    fully_shard forbids copies by a class of its own, and has its state among the attributes.
+    fully_shard forbids copies by a class of its own, and has its state among the attributes. Neither outputs of
+    an earlier run, such as the weight that a hook computes, nor process groups can be copied.
     """
     before = [(module, type(module), dict(vars(module))) for module in model.modules()]
     try:
@@ -193,6 +191,10 @@ def _bared(model: nn.Module) -> Iterator[None]:
                     vars(module)[key] = type(value)((i, hook) for i, hook in value.items() if _is_torchs(hook))
                 elif key.startswith("__composable_api"):
                     del vars(module)[key]
+                elif isinstance(value, Tensor) and value.grad_fn is not None:
+                    vars(module)[key] = value.detach()
+                elif type(value).__name__ == "ProcessGroup":
+                    vars(module)[key] = None
             if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
                 # Not by the module's own __setattr__, which may hand it on to a module inside.
                 object.__setattr__(module, "__class__", cls.__mro__[getattr(cls, "_orig_cls_mro_index", 2)])
@@ -206,7 +208,7 @@ def _bared(model: nn.Module) -> Iterator[None]:
 
 
 def _is_torchs(hook: Any) -> bool:
-    return type(hook).__module__.startswith("torch.nn.utils")
+    return any(cls.__module__.startswith("torch.nn.utils") for cls in type(hook).__mro__)
 
 
 def user_hooks(model: nn.Module) -> int:
