@@ -103,6 +103,7 @@ def test_layers_before_a_norm_convert_and_revert(how, caplog):
     assert json.loads(made.to_json())["steps"][0]["norm"]["family"] == "convolution"
     proof = made.verify(x)
     assert proof.passed and not proof.same and proof.error > 1e-2
+    assert "the last bit of the converted layers explains" in str(proof)
     made.apply(optimizer)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p is dict(model.named_parameters())[name] for name, p in held.items())

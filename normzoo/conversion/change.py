@@ -263,7 +263,8 @@ class Plan:
             swap.undo()
             self._catch_up()
         try:
-            return prove(self.model, swap, Sample(sample, given), sites, exact, old, new)
+            proof = prove(self.model, swap, Sample(sample, given), sites, exact, old, new)
+            return dataclasses.replace(proof, kind=self.kind)
         except MissingInput as error:
             taken = {name for module in takers for name in getattr(module, "side_inputs", ())} - given.keys()
             arguments = ", ".join(f"{name}={name}" for name in (*given, *sorted(taken)))

@@ -103,6 +103,8 @@ class Proof:
     """How many of them were compared in training mode too."""
     untrained: str = ""
     """Why there is no comparison in training mode, where there should be one."""
+    kind: str = "norm"
+    """A word for what was converted."""
 
     @property
     def error(self) -> float:
@@ -136,13 +138,11 @@ class Proof:
         return {key: getattr(self, key) for key in keys} | {"outputs": outputs}
 
     def __str__(self) -> str:
-        if self.same:
-            found = "the model computes the same function"
-        else:
-            found = "the model computes another function"
-            if self.exact:
-                found = f"FAILED: {found}, although every conversion claims to be exact"
-        unseen = f"; {count(self.idle, 'converted norm')} did not run on this sample" if self.idle else ""
+        what = f"converted {self.kind}"
+        found = f"the model computes {'the same' if self.same else 'another'} function"
+        if self.exact and not self.same:
+            found = f"FAILED: {found}, although every conversion claims to be exact"
+        unseen = f"; {count(self.idle, what)} did not run on this sample" if self.idle else ""
         unseen += f"; not compared in training mode ({self.untrained})" if self.untrained else ""
         if self.trained:
             found += f", with {count(self.trained, 'norm')} in training mode too"
@@ -150,7 +150,7 @@ class Proof:
             return f"{found}: outputs are equal to the last bit{unseen}"
         return (
             f"{found}: outputs differ by at most {self.error:.1e} of their largest entry (the last bit of the "
-            f"converted norms explains {self.rounding:.1e}), cosine at least {self.cosine:.6f}{unseen}"
+            f"{what}s explains {self.rounding:.1e}), cosine at least {self.cosine:.6f}{unseen}"
         )
 
 
