@@ -195,3 +195,45 @@ def test_weights_that_hooks_compute():
             assert not handle.report.notes, kind
             handle.remove()
             model(x)
+
+
+def test_a_tied_weight_goes_by_all_of_its_names():
+    model = nn.ModuleDict({"embed": nn.Embedding(6, 8), "head": nn.Linear(8, 6, bias=False)})
+    model["head"].weight = model["embed"].weight
+    model = nn.Sequential(model["embed"], nn.LayerNorm(8), model["head"])
+    tokens = torch.randint(0, 6, (2, 4))
+    handle = normalize_and_project(model, sgd(model), include="2.weight", example=tokens)
+    assert handle.report["0.weight"].projected
+    handle.remove()
+    with pytest.warns(UserWarning, match="none of 1 weight is projected"):
+        handle = normalize_and_project(model, sgd(model), include="0", exclude="2", example=tokens)
+    assert handle.report["0.weight"].why.endswith("excluded")
+
+
+class Snake(nn.Module):
+    def forward(self, x):
+        return x + torch.sin(x) ** 2
+
+
+class Swish(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+class Halved(nn.Module):
+    def forward(self, x):
+        return 0.5 * x + 1
+
+
+def test_norms_go_in_front_of_own_activations_and_beside_vectors():
+    layers = [nn.Linear(6, 8, bias=False), Snake(), nn.Linear(8, 8), Swish(), Halved(), nn.Linear(8, 2)]
+    model, x = nn.Sequential(*layers), torch.randn(4, 6)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": [nn.Parameter(torch.zeros(2))], "lr": 0.5}, {"params": matrices}]
+    groups.append({"params": vectors, "weight_decay": 0.0})
+    optimizer = torch.optim.SGD(groups, lr=0.1, weight_decay=0.0)
+    handle = normalize_and_project(model, optimizer, insert=True, example=x)
+    assert [type(model[i]).__name__ for i in (1, 3, 4)] == ["Sequential", "Sequential", "Halved"]
+    assert handle.report["0.weight"].projected and handle.report["2.weight"].projected
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 3, 2 + 4]

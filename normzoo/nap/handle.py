@@ -217,6 +217,10 @@ class NormalizeAndProject:
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         names = {key: name for key, name in names.items() if key in held}
         self._parameters = {n: p for n, p in self.model.named_parameters() if id(p) in names}
+        self._called: dict[str, list[str]] = {name: [] for name in self._parameters}
+        for alias, p in self.model.named_parameters(remove_duplicate=False):
+            if id(p) in names:
+                self._called[names[id(p)]].append(alias)
         found, left = affine.affines(self.model, names)
         of_norms = {name for each in found for name in each.names} | left.keys()
         self._masters, self._waiting = Masters(), []
@@ -227,7 +231,7 @@ class NormalizeAndProject:
             if nn.parameter.is_lazy(p) or (p.dim() > 1 and p.is_floating_point() and name not in of_norms)
         ]
         for argument, patterns in (("include", self._include), ("exclude", self._exclude)):
-            check_patterns(argument, patterns, self._candidates)
+            check_patterns(argument, patterns, {name: self._called[name] for name in self._candidates})
         for name in self._candidates:
             check_placement(name, self._parameters[name])
         wanted = {*self._candidates, *(b for w, b in self._bias_of.items() if w in self._candidates)}
@@ -274,12 +278,12 @@ class NormalizeAndProject:
             row = Row(name, tuple(self._parameters[name].shape), found.verdict, note=found.note)
             row.moved = found.moved
             rows.append(row)
-            forced = fits(self._include, name) and found.verdict in (MOVES, DEAD, JUMPS)
+            forced = fits(self._include, self._called[name]) and found.verdict in (MOVES, DEAD, JUMPS)
             if not (forced or found.verdict in (INVARIANT, WITH_BIAS)):
                 continue
             names = (name, bias) if bias and found.verdict == WITH_BIAS else (name,)
             radius = math.hypot(*(self._initial[each] for each in names))
-            if fits(self._exclude, name):
+            if fits(self._exclude, self._called[name]):
                 row.note = "excluded"
             elif not (radius and math.isfinite(radius)):
                 row.note = f"its norm was {radius:g} at the start"

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from ..conversion import report
+from ..conversion.following import is_activation
 from ..conversion.recognise import sites
 from ..conversion.surgery import places, references, refuse_wrapped
 from ..conversion.trial import short
@@ -40,6 +41,8 @@ _FUNCTIONS = frozenset(
 _SHORTCUT = "activation_relu_or_gelu"
 """If not 0, torch's TransformerEncoderLayer in eval mode computes the activation itself."""
 _TRANSPARENT = (nn.Identity, _DropoutNd)
+_NORMS = (_NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+"""Whose own calls of functions are none of an activation."""
 
 
 @dataclass
@@ -70,8 +73,8 @@ class _Insertion:
 
     name: str
     norm: nn.Module
-    beside: nn.Parameter
-    """Whose param group it joins."""
+    group: dict[str, Any]
+    """The param group that it joins."""
 
 
 def insert_norms(
@@ -112,7 +115,10 @@ def insert_norms(
 
 
 def _is_activation(module: nn.Module) -> bool:
-    return isinstance(module, _CLASSES) or type(module).__module__ == "transformers.activations"
+    if isinstance(module, (*_TRANSPARENT, *_NONE)):
+        return False
+    known = isinstance(module, _CLASSES) or type(module).__module__ == "transformers.activations"
+    return known or is_activation(module)  # a class of the model's own
 
 
 def _functional(seen: _Seen) -> str:
@@ -155,12 +161,13 @@ def _look(model: nn.Module, activations: dict[str, nn.Module], norms: set[str], 
         def __torch_function__(self, func, types, args=(), kwargs=None):
             name = getattr(func, "__name__", "").rstrip("_")
             inside = seen.running[-1] if seen.running else None
-            if name in _FUNCTIONS and inside is not None and not _is_activation(inside):
-                if not any(isinstance(module, (_NormBase, *_NORMS)) for module in seen.running):
+            if name in _FUNCTIONS and inside is not None and inside not in own:
+                if not any(isinstance(module, _NORMS) for module in seen.running):
                     seen.functions[name, type(inside).__name__] += 1
             return func(*args, **kwargs or {})
 
     rehearsal = Rehearsal(model, *arguments(example))
+    own = {module for name, module in rehearsal.model.named_modules() if name in activations}
     for name, module in rehearsal.model.named_modules():
         module.register_forward_pre_hook(enter(name), with_kwargs=True)
         module.register_forward_hook(leave(name))
@@ -171,9 +178,6 @@ def _look(model: nn.Module, activations: dict[str, nn.Module], norms: set[str], 
             f"{CALLER}: the model does not run on the example ({short(error)}); pass other inputs"
         ) from error
     return seen
-
-
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 def _refusals(model: nn.Module, activations: dict[str, nn.Module], seen: _Seen) -> Iterator[str]:
@@ -199,6 +203,7 @@ def _insertion(model: nn.Module, optimizer: Optimizer, name: str, call: _Call, a
     maker = None if call.maker is None else model.get_submodule(call.maker)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     near = [p for p in maker.parameters() if id(p) in trained] if maker is not None else []
+    group = _group(optimizer, near or [p for p in model.parameters() if id(p) in trained])
     near += [p for p in model.parameters() if id(p) in trained]
     made = {"device": near[0].device, "dtype": near[0].dtype}
     x = call.x
@@ -207,7 +212,20 @@ def _insertion(model: nn.Module, optimizer: Optimizer, name: str, call: _Call, a
         norm = GroupNorm(1, x.shape[1], affine=affine, **made)
     else:
         norm = LayerNorm(x.shape[-1], elementwise_affine=affine, **made)
-    return _Insertion(name, norm, near[0])
+    return _Insertion(name, norm, group)
+
+
+def _group(optimizer: Optimizer, near: list[nn.Parameter]) -> dict[str, Any]:
+    """That of the biases `near`, or of other vectors with the same learning rate, whose weight decay suits norms;
+    else that of what is near."""
+    groups = optimizer.param_groups
+
+    def of(p: nn.Parameter) -> dict[str, Any]:
+        return next(group for group in groups if any(p is each for each in group["params"]))
+
+    home = of(next((p for p in near if p.dim() == 1), near[0]))
+    alike = [home, *(group for group in groups if group.get("lr") == home.get("lr"))]
+    return next((group for group in alike if any(p.dim() == 1 for p in group["params"])), home)
 
 
 def _insert(model: nn.Module, optimizer: Optimizer, wanted: list[_Insertion]) -> Callable[[], None]:
@@ -221,7 +239,7 @@ def _insert(model: nn.Module, optimizer: Optimizer, wanted: list[_Insertion]) ->
         if before := getattr(parent, _SHORTCUT, 0):
             setattr(parent, _SHORTCUT, 0)
             undone.append(lambda parent=parent, before=before: setattr(parent, _SHORTCUT, before))
-        group = next(g for g in optimizer.param_groups if any(p is each.beside for p in g["params"]))
+        group = each.group
         for name, p in each.norm.named_parameters():
             group["params"].append(p)
             if "param_names" in group:

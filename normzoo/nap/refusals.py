@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -90,19 +90,21 @@ def patterns_of(argument: str, value: Names | None) -> tuple[str, ...]:
     return patterns
 
 
-def check_patterns(argument: str, patterns: Sequence[str], candidates: Sequence[str]) -> None:
+def check_patterns(argument: str, patterns: Sequence[str], candidates: Mapping[str, Sequence[str]]) -> None:
+    """`candidates`: by the first name of a weight, all that it has."""
     for pattern in patterns:
-        if not any(fits((pattern,), name) for name in candidates):
-            known = ", ".join(candidates[:20]) + (", ..." if len(candidates) > 20 else "")
+        if not any(fits((pattern,), names) for names in candidates.values()):
+            known = ", ".join([*candidates][:20]) + (", ..." if len(candidates) > 20 else "")
             raise ValueError(
                 f"{CALLER}: {pattern!r} in {argument} matches no weight of two dimensions or more that the "
                 f"optimizer trains; there are {known or 'none'}"
             )
 
 
-def fits(patterns: Sequence[str], name: str) -> bool:
-    """Whether one of them names the parameter or its module."""
-    return any(matches(pattern, (name, name.rpartition(".")[0])) for pattern in patterns)
+def fits(patterns: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether one of them names the parameter, by one of its names, or its module."""
+    every = [each for name in names for each in (name, name.rpartition(".")[0])]
+    return any(matches(pattern, every) for pattern in patterns)
 
 
 def outside() -> int:
