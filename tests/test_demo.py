@@ -1,10 +1,13 @@
 """The demonstration in its quick form: what it finds, prints and writes."""
 
 import builtins
+import copy
 import html.parser
+import io
 import json
 import re
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -22,15 +25,26 @@ def in_a_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def result():
-    return demo.run(quick=True, quiet=True)
+def by_command(tmp_path_factory):
+    """One run for all tests: what it found, printed and wrote, and the state of random numbers around it."""
+    folder, run, found = tmp_path_factory.mktemp("demo"), demo.run, []
+    out, err, state = io.StringIO(), io.StringIO(), torch.get_rng_state()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(demo, "run", lambda **options: found.append(run(**options)) or found[0])
+        assert cli.main(["demo", "--quick", "--json"]) == 0
+    return found[0], out.getvalue(), err.getvalue(), folder, (state, torch.get_rng_state())
 
 
-def test_json(capsys, tmp_path):
-    state = torch.get_rng_state()
-    assert cli.main(["demo", "--quick", "--json"]) == 0
-    out, err = capsys.readouterr()
+@pytest.fixture
+def result(by_command):
+    return copy.deepcopy(by_command[0])
+
+
+def test_json(by_command):
+    result, out, err, folder, (before, after) = by_command
     found = json.loads(out)
+    assert found == json.loads(json.dumps(result))
     assert found["passed"] and "training: 20/20" in err
     assert found["environment"]["torch"] == torch.__version__
     assert [step for step, _ in found["curve"]] == list(range(1, 21))
@@ -45,8 +59,8 @@ def test_json(capsys, tmp_path):
     for row in found["timings"]:
         for key in ("torch_ms", "normzoo_ms", "speedup"):
             assert 0 < row[key]["p20"] <= row[key]["median"] <= row[key]["p80"]
-    assert torch.equal(torch.get_rng_state(), state)
-    assert [path.name for path in tmp_path.iterdir()] == ["normzoo-demo.html"]
+    assert torch.equal(before, after)
+    assert [path.name for path in folder.iterdir()] == ["normzoo-demo.html"]
 
 
 def test_in_words(result, capsys, monkeypatch, tmp_path):
@@ -73,11 +87,13 @@ def test_in_words(result, capsys, monkeypatch, tmp_path):
     assert "is here.html" in words and (tmp_path / "here.html").is_file()
 
 
-def test_it_fails_when_the_function_changes(capsys, monkeypatch, tmp_path):
+def test_it_fails_when_the_function_changes(result, capsys, monkeypatch, tmp_path):
     right = normzoo.LayerNorm.forward
     monkeypatch.setattr(normzoo.conversion.planning, "site_error", lambda *_: (0.0, True))
     monkeypatch.setattr(normzoo.LayerNorm, "forward", lambda self, x: right(self, x) * 1.001)
     monkeypatch.setattr(demo.images, "study", lambda settings: None)
+    monkeypatch.setattr(demo, "train", lambda *_: result["curve"])
+    monkeypatch.setattr(demo, "time_rows", lambda _: result["timings"])
     assert cli.main(["demo", "--quick"]) == 1
     assert "FAILED: the conversion did not" in capsys.readouterr().out
     written = (tmp_path / "normzoo-demo.html").read_text(encoding="utf-8")
