@@ -15,6 +15,7 @@ import torch._dynamo
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import (
+    OF_EACH_KIND,
     batches,
     by_mean_square,
     close,
@@ -289,7 +290,8 @@ def test_an_empty_batch(shape, make):
     layer = make()
     layer(*batches(1))
     before = tensors(layer)
-    calls = [layer, compiled(layer)] if shape == (0, 3, 2, 2) else [layer]
+    graphs = shape == (0, 3, 2, 2) and make in OF_EACH_KIND.values()
+    calls = [layer, compiled(layer)] if graphs else [layer]
     for call in calls:
         x = torch.empty(shape, requires_grad=True)
         y = call(x)

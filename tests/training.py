@@ -70,13 +70,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 IN_BFLOAT16 = ("default", "alpha, skip", "adab2n", "bcn, estimate, skip", "power", "unified")
 """Layers whose compiled form is tried in half precision too: one for each way to keep statistics."""
 REFUSING = _only(_refuses_checkpoints)
-_KEPT = ("average of all", "skip", "instance, skip", "ghost, skip", "alpha, skip", "adab2n", "bcn", "evo b0")
-"""Of these layers one for each way to store statistics."""
+_KINDS = ("average of all", "skip", "instance, skip", "ghost, skip", "alpha, skip", "adab2n", "bcn", "evo b0")
+OF_EACH_KIND = {name: LAYERS[name] for name in _KINDS} | REFUSING
+"""Of the layers one for each way to store statistics."""
 
 per_layer = _per(LAYERS)
 per_drop_in = _per(_only(lambda make: hasattr(nn, make.func.__name__)))
 per_recomputed = _per(_only(lambda make: not _refuses_checkpoints(make)))
-per_kept = _per({name: LAYERS[name] for name in _KEPT})
+per_kept = _per({name: LAYERS[name] for name in _KINDS})
 per_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 per_compiled = pytest.mark.parametrize(
     ("make", "dtype"),
