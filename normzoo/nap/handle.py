@@ -85,6 +85,7 @@ def normalize_and_project(
         UserWarning: projected weights have weight decay; no weight is projected; the first projection will
             change the scale and offset of a norm.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2))
     >>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     >>> handle = normalize_and_project(model, optimizer, example=torch.randn(2, 4))

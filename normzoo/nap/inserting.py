@@ -216,8 +216,8 @@ def _insertion(model: nn.Module, optimizer: Optimizer, name: str, call: _Call, a
 
 
 def _group(optimizer: Optimizer, near: list[nn.Parameter]) -> dict[str, Any]:
-    """That of the biases `near`, or of other vectors with the same learning rate, whose weight decay suits norms;
-    else that of what is near."""
+    """That of the biases `near`, or of other vectors with the same learning rate, whose weight decay suits
+    norms; else that of what is near."""
     groups = optimizer.param_groups
 
     def of(p: nn.Parameter) -> dict[str, Any]:
