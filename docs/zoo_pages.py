@@ -93,7 +93,8 @@ def page(entry: Entry) -> str:
     if entry.approximate:
         rows["gradient in training"] = "an approximation, no derivative"
     facts = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    classes = [f".. autoclass:: normzoo.{cls.__name__}\n   :members:\n" for cls in entry.exported]
+    members = "   :members:\n   :exclude-members: torch_class\n"
+    classes = [f".. autoclass:: normzoo.{cls.__name__}\n{members}" for cls in entry.exported]
     api = "\n".join((*classes, *(f".. autofunction:: normzoo.functional.{f.__name__}" for f in functions)))
     return f"""# {name}
 

@@ -363,6 +363,8 @@ REFUSED = {
 
 
 def test_refusals():
+    with pytest.raises(TypeError, match=r"WSConv2d: there is no argument eps; .* ws_eps"):
+        normzoo.WSConv2d(3, 4, 3, eps=1e-4)
     for name, (call, words) in REFUSED.items():
         with pytest.raises(ValueError, match=words):
             call()

@@ -46,6 +46,8 @@ class Standardized(nn.Module):
         self, *args: Any, variant: str = "ws", ws_eps: float | None = None, gamma: float = 1.0, **kwargs: Any
     ) -> None:
         name = type(self).__name__
+        if "eps" in kwargs:
+            raise TypeError(f"{name}: there is no argument eps; that of the standardization is called ws_eps")
         eps = options(name, variant, ws_eps, gamma, "ws_eps")
         super().__init__(*args, **kwargs)
         self.variant, self.ws_eps, self.gamma = variant, eps, gamma
