@@ -1,8 +1,7 @@
-"""Weight standardization: its denominators, the layers, the weight that is kept in eval mode, and baking."""
+"""Weight standardization: its denominators, the layers and baking."""
 
 import copy
 import inspect
-import pickle
 
 import pytest
 import torch
@@ -10,21 +9,13 @@ import torchvision_ops  # noqa: F401
 from tolerance import assert_as_good
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from weight_layers import MADE, made
 
 import normzoo
 from normzoo.functional import weight_standardize
 from normzoo.layers.weight_standardization import DENOMINATORS
 from normzoo.layers.ws_conv import CARRIERS
 
-MADE = {
-    "WSConv1d": ((4, 6, 3, 2), (2, 4, 9)),
-    "WSConv2d": ((4, 6, 3, 2, 1, 1, 2), (2, 4, 9, 7)),
-    "WSConv3d": ((4, 6, 2), (2, 4, 3, 4, 5)),
-    "WSConvTranspose1d": ((4, 6, 3, 2), (2, 4, 9)),
-    "WSConvTranspose2d": ((4, 6, 3, 2, 1, 1, 2), (2, 4, 5, 7)),
-    "WSConvTranspose3d": ((4, 6, 2), (2, 4, 3, 2, 2)),
-    "WSLinear": ((4, 6), (2, 3, 4)),
-}
 each = pytest.mark.parametrize("cls", CARRIERS, ids=lambda cls: cls.__name__)
 
 
@@ -48,15 +39,6 @@ def units(weight, layer):
     per_group, width = layer.in_channels // layer.groups, layer.out_channels // layer.groups
     blocks = weight.split(per_group, 0)
     return torch.stack([block[:, k].flatten() for block in blocks for k in range(width)])
-
-
-def made(cls, **options):
-    arguments, shape = MADE[cls.__name__]
-    torch.manual_seed(0)
-    layer = cls(*arguments, **options)
-    if layer.gain is not None:
-        nn.init.uniform_(layer.gain, 0.5, 1.5)
-    return layer, torch.randn(shape, dtype=layer.weight.dtype)
 
 
 @pytest.mark.parametrize("variant", DENOMINATORS)
@@ -190,96 +172,6 @@ def test_memory_formats():
     layer, x = made(normzoo.WSConv2d)
     plain = layer(x)
     torch.testing.assert_close(layer.to(memory_format=torch.channels_last)(x), plain)
-
-
-def rewrites(layer):
-    """All the ways in which a weight changes, by name."""
-
-    def sgd():
-        layer.weight.grad = torch.ones_like(layer.weight).cumsum(0)
-        torch.optim.SGD([layer.weight], 0.1).step()
-
-    def inside():
-        with torch.inference_mode():
-            layer.weight.mul_(-1)
-
-    state = {name: 2 - t for name, t in layer.state_dict().items()}
-    return {
-        "optimizer": sgd,
-        "in place": lambda: nn.init.normal_(layer.weight),
-        "load_state_dict": lambda: layer.load_state_dict(state),
-        "another parameter": lambda: setattr(layer, "weight", nn.Parameter(torch.randn_like(layer.weight))),
-        ".data =": lambda: setattr(layer.weight, "data", torch.randn_like(layer.weight)),
-        "in .data": lambda: layer.weight.data.mul_(-1),
-        "target network": lambda: layer.weight.data.copy_(0.99 * layer.weight.data + 0.01),
-        "memory shared with numpy": lambda: layer.weight.detach().numpy().__imul__(-2),
-        "inference mode": inside,
-        "gain": lambda: layer.gain.data.mul_(3),
-        "double": layer.double,
-        "variant": lambda: setattr(layer, "variant", "timm") or setattr(layer, "gain", None),
-        "eps": lambda: setattr(layer, "ws_eps", 0.5),
-    }
-
-
-def test_the_kept_weight_is_never_stale():
-    layer, x = made(normzoo.WSConv2d, variant="scaled")
-    names = list(rewrites(layer))
-    for name in names:
-        layer, x = made(normzoo.WSConv2d, variant="scaled")
-        layer.eval()
-        with torch.no_grad():
-            before = layer(x)
-            assert layer._kept[2] is layer._current(), "nothing is kept"
-        with torch.enable_grad():
-            rewrites(layer)[name]()
-        x = x.to(layer.weight.dtype)
-        with torch.no_grad():
-            after = layer(x)
-        fresh = copy.deepcopy(layer).train()
-        assert torch.equal(after, fresh(x).detach()), name
-        assert not torch.equal(after, before.to(after.dtype)) or name == "double", name
-
-
-def test_a_change_that_keeps_the_sum():
-    layer, x = made(normzoo.WSConv2d)
-    with torch.no_grad():
-        layer.weight.mul_(8).round_()
-        before = layer.eval()(x)
-        layer.weight.data.copy_(layer.weight.flip(0))
-        assert torch.equal(layer(x), layer.bake()(x)) and not torch.equal(layer(x), before)
-        layer.standardized().zero_()  # is the caller's
-        assert torch.equal(layer(x), layer.bake()(x))
-
-
-def test_where_nothing_is_kept():
-    layer, x = made(normzoo.WSConv2d)
-    with torch.no_grad():
-        assert layer._current() is not layer._current()  # training
-    layer.eval()
-    assert layer._current() is not layer._current()  # a graph
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None
-    with torch.no_grad():
-        kept = layer._current()
-        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-            assert other._kept is None and torch.equal(other(x), layer(x))
-        assert layer.train().eval()._current() is not kept
-        assert layer._current() is layer._kept[2] and layer.float()._kept is None
-        assert torch.func.functional_call(layer, {"weight": -layer.weight}, (x,)).sum() != layer(x).sum()
-
-        def call(weight):
-            return torch.func.functional_call(layer, {"weight": weight}, (x,))
-
-        stacked = torch.vmap(call)(torch.stack([layer.weight, -layer.weight]))
-        torch.testing.assert_close(stacked[0], layer(x))
-    layer.train().eval().requires_grad_(False)
-    with torch.inference_mode():
-        layer(x)
-    x.requires_grad_()
-    layer(x).sum().backward()  # what inference mode made cannot be saved for this
-    assert x.grad is not None
-    layer.weight.fill_(float("nan"))
-    assert layer._current() is not layer._current()
 
 
 def test_compiled():
