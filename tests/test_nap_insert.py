@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -102,6 +103,65 @@ def test_insertion_without_affine_and_into_an_encoder_layer():
     model.eval()
     with torch.no_grad():  # torch's fast path would leave the norm out
         torch.testing.assert_close(model(x), model.train()(x))
+
+
+class Scaled(nn.Module):
+    """An actor whose actions are in a range of their own."""
+
+    def __init__(self, actions, scale, act):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+        self.head, self.act, self.tail = (
+            nn.Linear(8, actions),
+            act,
+            nn.Sequential(nn.Dropout(0.1), nn.Flatten()),
+        )
+        self.register_buffer("scale", torch.full((actions,), scale))
+
+    def forward(self, x):
+        y = self.tail(self.act(self.head(self.net(x))))
+        return {"action": (2.0 * y * self.scale + 1).unsqueeze(0), "head": y.sum()}
+
+
+def test_the_activation_that_makes_the_output_gets_no_norm():
+    x = torch.randn(16, 6)
+    for actions in (1, 2, 6):
+        plain = nn.Sequential(*[nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()])
+        plain.extend([nn.Linear(8, actions), nn.Tanh()])
+        for model, act, head, norms in (
+            (plain, "5", "4", {"1.0", "3.0"}),
+            (Scaled(actions, 0.5, nn.Tanh()), "act", "head", {"net.1.0", "net.3.0"}),
+        ):
+            handle = normalize_and_project(model, sgd(model), insert=True, example=x)
+            assert names_of_norms(model).keys() == norms, (actions, act)
+            assert f"{act} (Tanh) makes the output and got no norm" in handle.report.notes, (actions, act)
+            weights = [name for name in handle.report.projected if len(handle.report[name].shape) > 1]
+            assert len(weights) == 2 and f"{head}.weight" not in weights, (actions, act)
+    # What is changed behind, in place or not, is no activation's output; PReLU is one without a refusal.
+    for model in (Net(), Changed()):
+        normalize_and_project(model, sgd(model), insert=True, example=torch.randn(3, 2, 6, 6))
+        assert "act.0" in names_of_norms(model), model
+    model = Scaled(3, 0.5, nn.PReLU())
+    normalize_and_project(model, sgd(model), insert=True, example=x)
+    assert isinstance(model.act, nn.PReLU)
+
+
+class Changed(Net):
+    def forward(self, x):
+        y = self.act(self.conv(x))
+        y += self.conv_2(y)
+        return y
+
+
+def test_no_norm_of_one_or_two_numbers():
+    for width, names in ((1, set()), (2, set()), (3, {"1.0"})):
+        model = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*none of 2 weights", UserWarning)
+            handle = normalize_and_project(model, sgd(model), insert=True, example=torch.randn(8, 6))
+        assert names_of_norms(model).keys() == names, width
+        few = "1 number" if width == 1 else "2 numbers"
+        assert (f"1 (Tanh) got no norm, which would be one of {few}" in handle.report.notes) == (width < 3)
 
 
 class Twice(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from ..conversion import report
 from ..conversion.following import is_activation
@@ -40,6 +41,16 @@ _FUNCTIONS = frozenset(
 )
 _SHORTCUT = "activation_relu_or_gelu"
 """If not 0, torch's TransformerEncoderLayer in eval mode computes the activation itself."""
+_SHAPES = frozenset(
+    "alpha_dropout clone contiguous dropout dropout1d dropout2d dropout3d expand feature_alpha_dropout flatten "
+    "float getitem movedim permute reshape squeeze swapaxes to transpose type_as unflatten unsqueeze view "
+    "view_as".split()
+)
+"""Functions that leave what an activation made what it is."""
+_SCALINGS = frozenset("add div mul radd rmul rsub sub truediv".split())
+"""Likewise, by numbers and buffers, as the range of an action."""
+_NARROW = 2
+"""A norm of so few numbers returns signs, or zero."""
 _TRANSPARENT = (nn.Identity, _DropoutNd)
 _NORMS = (_NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 """Whose own calls of functions are none of an activation."""
@@ -65,6 +76,19 @@ class _Seen:
     made: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
     """By id, every tensor that a module returned, which stays alive, and the name of the module."""
     running: list[nn.Module] = field(default_factory=list)
+    carried: dict[int, tuple[Tensor, str, int]] = field(default_factory=dict)
+    """By id, every tensor that an activation made, the name of the activation, and the tensor's version."""
+    last: set[str] = field(default_factory=set)
+    """Activations that make an output of the model."""
+
+    def carry(self, y: Any, name: str) -> None:
+        if isinstance(y, Tensor):
+            self.carried[id(y)] = y, name, y._version
+
+    def carrier(self, y: Any) -> str | None:
+        """The activation that made `y`, unless it was changed in place since."""
+        _, name, version = self.carried.get(id(y), (None, None, None))
+        return name if name is not None and version == y._version else None
 
 
 @dataclass(frozen=True)
@@ -103,12 +127,22 @@ def insert_norms(
         reached = f"{CALLER}: insert=True reaches activation modules alone{_functional(seen)}"
         warnings.warn(reached, stacklevel=outside())
     wanted = []
-    for name, calls in seen.calls.items():
-        if calls[0].maker not in norms:
-            wanted.append(_insertion(model, optimizer, name, calls[0], affine))
     notes = [
         f"{name} did not run on the example and got no norm" for name in activations if name not in seen.calls
     ]
+    for name, calls in seen.calls.items():
+        if calls[0].maker in norms:
+            continue
+        kind = type(activations[name]).__name__
+        if name in seen.last:
+            notes.append(f"{name} ({kind}) makes the output and got no norm")
+            continue
+        each, width = _insertion(model, optimizer, name, calls[0], affine)
+        if width <= _NARROW:
+            few = report.count(width, "number")
+            notes.append(f"{name} ({kind}) got no norm, which would be one of {few}")
+        else:
+            wanted.append(each)
     for each in wanted:
         notes.append(f"a {type(each.norm).__name__} was inserted in front of {each.name}")
     return _insert(model, optimizer, wanted), notes or ["every activation had a norm in front"]
@@ -144,6 +178,8 @@ def _look(model: nn.Module, activations: dict[str, nn.Module], norms: set[str], 
     def leave(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, y: Any) -> None:
             seen.running.pop()
+            if name in activations:
+                seen.carry(y, name)
             if not isinstance(y, Tensor):
                 return
             maker: str | None = name
@@ -164,20 +200,35 @@ def _look(model: nn.Module, activations: dict[str, nn.Module], norms: set[str], 
             if name in _FUNCTIONS and inside is not None and inside not in own:
                 if not any(isinstance(module, _NORMS) for module in seen.running):
                     seen.functions[name, type(inside).__name__] += 1
-            return func(*args, **kwargs or {})
+            carriers = [seen.carrier(a) for a in args[:2]] if _keeps(name.strip("_"), args, buffers) else []
+            y = func(*args, **kwargs or {})
+            for carrier in filter(None, carriers):
+                seen.carry(y, carrier)
+            return y
 
     rehearsal = Rehearsal(model, *arguments(example))
+    buffers = {id(b) for b in rehearsal.model.buffers()}
     own = {module for name, module in rehearsal.model.named_modules() if name in activations}
     for name, module in rehearsal.model.named_modules():
         module.register_forward_pre_hook(enter(name), with_kwargs=True)
         module.register_forward_hook(leave(name))
     try:
-        rehearsal(Functions())
+        returned = rehearsal(Functions())
     except Exception as error:
         raise Unfit(
             f"{CALLER}: the model does not run on the example ({short(error)}); pass other inputs"
         ) from error
+    leaves = pytree.tree_leaves(returned)
+    leaves += [value for leaf in leaves if hasattr(leaf, "__dict__") for value in vars(leaf).values()]
+    seen.last = {name for leaf in leaves if (name := seen.carrier(leaf)) is not None}
     return seen
+
+
+def _keeps(function: str, args: Sequence[Any], buffers: Collection[int]) -> bool:
+    """Whether what an activation made is still that behind the function, but for its shape and range."""
+    if function in _SCALINGS:
+        return any(isinstance(a, (int, float)) or id(a) in buffers for a in args[:2])
+    return function in _SHAPES
 
 
 def _refusals(model: nn.Module, activations: dict[str, nn.Module], seen: _Seen) -> Iterator[str]:
@@ -193,13 +244,18 @@ def _refusals(model: nn.Module, activations: dict[str, nn.Module], seen: _Seen) 
             yield f"{name} ({kind}) {how}, and each place needs a norm of its own: give each its own {kind}"
         elif module in beside:
             yield f"{name} ({kind}) is held by {beside[module]} too, which would go on without the norm"
+        elif name in seen.last:
+            continue
         elif calls and (any(True for _ in module.parameters()) or any(True for _ in module.buffers())):
             yield f"{name} ({kind}) has tensors of its own, whose keys in the state dict would change"
         elif calls and seen.calls[name][0].x.dim() < 2:
             yield f"{name} ({kind}) gets a tensor of one dimension; make the example a batch"
 
 
-def _insertion(model: nn.Module, optimizer: Optimizer, name: str, call: _Call, affine: bool) -> _Insertion:
+def _insertion(
+    model: nn.Module, optimizer: Optimizer, name: str, call: _Call, affine: bool
+) -> tuple[_Insertion, int]:
+    """The norm, and how many numbers it goes over at least."""
     maker = None if call.maker is None else model.get_submodule(call.maker)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     near = [p for p in maker.parameters() if id(p) in trained] if maker is not None else []
@@ -212,7 +268,7 @@ def _insertion(model: nn.Module, optimizer: Optimizer, name: str, call: _Call, a
         norm = GroupNorm(1, x.shape[1], affine=affine, **made)
     else:
         norm = LayerNorm(x.shape[-1], elementwise_affine=affine, **made)
-    return _Insertion(name, norm, group)
+    return _Insertion(name, norm, group), x[0].numel() if channels else x.shape[-1]
 
 
 def _group(optimizer: Optimizer, near: list[nn.Parameter]) -> dict[str, Any]:
