@@ -26,7 +26,7 @@ def sgd(model, **options) -> torch.optim.Optimizer:
 def verdicts(model, example, **options) -> dict[str, str]:
     """Of the weights; the model stays as it is."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*none of", UserWarning)
+        warnings.filterwarnings("ignore", ".*(none of|do not tell)", UserWarning)
         handle = normalize_and_project(model, sgd(model), example=example, **options)
     handle.remove()
     return {row.name: row.verdict for row in handle.report.rows if len(row.shape) > 1}
@@ -293,7 +293,13 @@ def test_refusals():
         "insert=True has to run the model": {"insert": True},
         "insert is 1; it must be True or False": {"insert": 1},
         "decay is -1": {"decay": -1},
+        "decay=0.1 is for scale_offset='decay'; with 'joint' leave it out": {"decay": 0.1},
         "include holds 3": {"include": [3]},
+        r"'re:\(' in exclude is no regular expression": {"exclude": "re:("},
+        "ModuleList has no forward, so that it cannot be run": {
+            "model": nn.ModuleList([network()]),
+            "example": x,
+        },
         "a copy of the model does not run": {"example": torch.randn(4, 5)},
         "returns something else each time": {"example": x, "model": noisy()},
         "returns no finite": {"example": x * float("nan")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -127,7 +128,9 @@ def test_the_first_call_in_training_mode():
     handle = normalize_and_project(model, optimizer)
     model.eval()(torch.randn(1, 6))  # on which the batch norm cannot train
     assert handle.report.pending
-    with pytest.raises(RuntimeError, match=r"has not run yet in training mode, .* pass example="):
+    with pytest.raises(
+        RuntimeError, match=r"has not run yet in training mode through its forward, .* pass example="
+    ):
         optimizer.step()
     model.train()(torch.randn(4, 6))
     assert handle.report["0.weight"].projected
@@ -208,6 +211,52 @@ def test_a_tied_weight_goes_by_all_of_its_names():
     with pytest.warns(UserWarning, match="none of 1 weight is projected"):
         handle = normalize_and_project(model, sgd(model), include="0", exclude="2", example=tokens)
     assert handle.report["0.weight"].why.endswith("excluded")
+
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = mlp(), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_warnings_of_examples_that_do_not_tell():
+    """One for all that is to be said, also where other weights are projected."""
+    torch.manual_seed(0)
+    narrow = nn.Sequential(nn.Linear(6, 2), nn.LayerNorm(2))
+    half, plain = Unused(), nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    half.used = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), narrow)
+    cases = (
+        (
+            Unused(),
+            {},
+            r": these inputs .* of 1 of 3 weights .* \(1 without influence .*; pass a larger or more",
+        ),
+        (Unused(), {"exclude": "unused"}, None),
+        (narrow, {}, r"none of 1 weight is .* all move the output in jumps only .*; pass a larger or more"),
+        (
+            half,
+            {"exclude": "used.0"},
+            r"none of 3 weights .* 2 of 3 weights .* \(1 without .*, 1 in jumps only\)",
+        ),
+        (plain, {}, r"is scale invariant; insert=True puts .*, include= names weights"),
+        (plain, {"insert": True, "exclude": "0"}, r"is scale invariant; include= names weights"),
+    )
+    for model, options, match in cases:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            handle = normalize_and_project(
+                model, sgd(model), example=torch.randn(16, 6), scale_offset="free", **options
+            )
+        handle.remove()
+        assert len(seen) == (match is not None), match
+        for each in seen:
+            assert each.filename == __file__ and re.search(match, str(each.message)), each.message
+        assert repr(handle) == f"NormalizeAndProject({handle.report.summary()})"
+        with pytest.raises(RuntimeError, match="this handle was removed, and projects no more"):
+            handle.project()
 
 
 class Snake(nn.Module):

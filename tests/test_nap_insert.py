@@ -149,7 +149,8 @@ def test_the_activation_that_makes_the_output_gets_no_norm():
 class Changed(Net):
     def forward(self, x):
         y = self.act(self.conv(x))
-        y += self.conv_2(y)
+        y += self.norm(self.conv_2(y))
+        y *= self.head(self.linear(y.mean((2, 3)))).sum()
         return y
 
 

@@ -16,6 +16,7 @@ from . import affine, choosing, inserting, saved
 from .projecting import Held, Masters, Projector, norms
 from .refusals import (
     CALLER,
+    DECAY,
     check_arguments,
     check_optimizer,
     check_patterns,
@@ -26,7 +27,19 @@ from .refusals import (
     patterns_of,
 )
 from .rehearsing import arguments, unwrapped, user_hooks
-from .reporting import DEAD, INVARIANT, JUMPS, MOVES, PENDING, WITH_BIAS, WITH_WEIGHT, Report, Row
+from .reporting import (
+    DEAD,
+    EXCLUDED,
+    INVARIANT,
+    JUMPS,
+    MOVES,
+    PENDING,
+    WITH_BIAS,
+    WITH_WEIGHT,
+    Report,
+    Row,
+    warnings_of,
+)
 from .waiting import NOT_CHECKED, FirstCall, refuse_step
 
 
@@ -40,7 +53,7 @@ def normalize_and_project(
     insert: bool = False,
     *,
     example: Any = None,
-    decay: float = 0.01,
+    decay: float = DECAY,
 ) -> NormalizeAndProject:
     """Keep the norms of scale-invariant weights where they are, after every step of `optimizer`.
 
@@ -67,14 +80,14 @@ def normalize_and_project(
             ``"free"``: nothing; ``"decay"``: s is drawn to 1 and o to 0, by lr · `decay` at every step;
             ``"off"``: both are frozen as they are.
         insert: put a norm layer in front of every activation module that has none; needs `example`.
-        example: inputs to try the model on: a tensor, a tuple of arguments or a dict of keyword arguments. A
-            few samples are enough, but not two of them for a batch norm, which makes 1 and -1 of any two; what
-            they do not reach or tell is not projected. Without it the first call of the model in
-            training mode, before the first step, does.
-        decay: see `scale_offset`.
+        example: inputs to try the model on: a tensor, a tuple of arguments or a dict of keyword arguments. Best
+            is a batch as in training: a batch norm makes 1 and -1 of any two values, and what the inputs do not
+            reach or tell is not projected. Without it the first call of the model (its forward) in training
+            mode, before the first step, does.
+        decay: see `scale_offset`; for ``"decay"`` alone.
 
     Returns:
-        A handle: :attr:`NormalizeAndProject.report` says what became of each weight, and why.
+        The handle, whose :attr:`NormalizeAndProject.report` says what became of each weight, and why.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind; the optimizer has none of the model's
@@ -88,7 +101,7 @@ def normalize_and_project(
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2))
     >>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    >>> handle = normalize_and_project(model, optimizer, example=torch.randn(2, 4))
+    >>> handle = normalize_and_project(model, optimizer, example=torch.randn(16, 4))
     >>> before = model[0].weight.norm().item()
     >>> model(torch.randn(2, 4)).sum().backward()
     >>> optimizer.step()
@@ -122,7 +135,7 @@ class NormalizeAndProject:
         insert: bool = False,
         *,
         example: Any = None,
-        decay: float = 0.01,
+        decay: float = DECAY,
     ) -> None:
         check_arguments(model, optimizer, every, scale_offset, insert, example, decay)
         self.model, self.ranks = unwrapped(model)
@@ -135,6 +148,7 @@ class NormalizeAndProject:
                 f"{CALLER}: scale_offset='off' freezes parameters, which DistributedDataParallel waits for; "
                 "call it on the model inside, then wrap it"
             )
+        self._inserted = insert
         self._include, self._exclude = patterns_of("include", include), patterns_of("exclude", exclude)
         undo = None
         notes: list[str] = []
@@ -164,7 +178,13 @@ class NormalizeAndProject:
             )
 
     def project(self) -> None:
-        """Project now, whatever the number of steps."""
+        """Project now, whatever the number of steps.
+
+        Raises:
+            RuntimeError: the handle was removed, or waits for the model to run.
+        """
+        if not self._handles:
+            raise RuntimeError(f"{CALLER}: this handle was removed, and projects no more; make another")
         if self.report.pending:
             raise RuntimeError(f"{CALLER}: {NOT_CHECKED}")
         self._project()
@@ -176,6 +196,9 @@ class NormalizeAndProject:
         for p in self._frozen:
             p.requires_grad_(True)
         self._handles, self._waiting, self._frozen = [], [], []
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.report.summary()})"
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, names and, for weights in low precision, their float32 copies."""
@@ -280,12 +303,14 @@ class NormalizeAndProject:
             row.moved = found.moved
             rows.append(row)
             forced = fits(self._include, self._called[name]) and found.verdict in (MOVES, DEAD, JUMPS)
+            excluded = fits(self._exclude, self._called[name])
             if not (forced or found.verdict in (INVARIANT, WITH_BIAS)):
+                row.note = EXCLUDED if excluded and found.verdict != MOVES else row.note
                 continue
             names = (name, bias) if bias and found.verdict == WITH_BIAS else (name,)
             radius = math.hypot(*(self._initial[each] for each in names))
-            if fits(self._exclude, self._called[name]):
-                row.note = "excluded"
+            if excluded:
+                row.note = EXCLUDED
             elif not (radius and math.isfinite(radius)):
                 row.note = f"its norm was {radius:g} at the start"
             else:
@@ -294,13 +319,8 @@ class NormalizeAndProject:
                 held.append(Held(names, radius))
                 for each in names[1:]:
                     rows.append(Row(each, tuple(self._parameters[each].shape), WITH_WEIGHT, True))
-        if not held:
-            warnings.warn(
-                f"{CALLER}: none of {report.count(len(self._candidates), 'weight')} is projected, for none is "
-                "scale invariant; insert=True puts norms in front of activations, include= names weights, and "
-                ".report says why",
-                stacklevel=outside(),
-            )
+        for said in warnings_of(rows, self._inserted):
+            warnings.warn(f"{CALLER}: {said}", stacklevel=outside())
         self._warn_of_decay([name for each in held for name in each.names])
         self.report.rows[:] = [*rows, *self._affine_rows]
         self._held = [*held, *self._affine_held]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from ..radial import sharded
 from .affine import MODES
 
 CALLER = "normalize_and_project"
+DECAY = 0.01
 
 
 def check_arguments(
@@ -32,6 +34,10 @@ def check_arguments(
     checks.not_negative(CALLER, "decay", decay)
     if scale_offset not in MODES:
         raise ValueError(f"{CALLER}: scale_offset is {scale_offset!r}; it must be one of {', '.join(MODES)}")
+    if decay != DECAY and scale_offset != "decay":
+        raise ValueError(
+            f"{CALLER}: decay={decay:g} is for scale_offset='decay'; with {scale_offset!r} leave it out"
+        )
     if insert and example is None:
         raise ValueError(f"{CALLER}: insert=True has to run the model to see what comes in; pass example=")
 
@@ -87,6 +93,10 @@ def patterns_of(argument: str, value: Names | None) -> tuple[str, ...]:
             raise TypeError(
                 f"{CALLER}: {argument} holds {pattern!r}; it must hold names, globs or 're:' expressions"
             )
+        try:
+            re.compile(pattern[3:] if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(f"{CALLER}: {pattern!r} in {argument} is no regular expression: {error}") from None
     return patterns
 
 

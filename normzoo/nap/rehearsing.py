@@ -52,6 +52,11 @@ class Rehearsal:
         moving: Collection[str] = (),
         dtype: torch.dtype | None = None,
     ) -> None:
+        if getattr(model.forward, "__func__", None) is nn.Module.forward:
+            raise Unfit(
+                f"normalize_and_project: {type(model).__name__} has no forward, so that it cannot be run; wrap "
+                "it in a module whose forward calls what is trained"
+            )
         given = (args, dict(kwargs), entered(model))
         with torch.inference_mode(False):
             self.model, self.tensors = _copied(model, moving, dtype)

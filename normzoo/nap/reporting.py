@@ -18,6 +18,7 @@ DEAD = "no influence"
 JUMPS = "moves the output in jumps only"
 PENDING = "not checked yet"
 OF_NORM = "of a norm"
+EXCLUDED = "excluded"
 CAUTIOUS = (DEAD, JUMPS, INVARIANT, WITH_BIAS, MOVES)
 """Verdicts: where ranks disagree, the last one holds."""
 
@@ -102,6 +103,32 @@ class Report:
     def to_json(self) -> str:
         """Every parameter with all that is known about it."""
         return json.dumps(self.to_dict(), indent=2)
+
+
+def warnings_of(rows: Sequence[Row], inserted: bool) -> list[str]:
+    """What is to be warned of, given the rows of all weights."""
+    weights = [row for row in rows if row.verdict != WITH_WEIGHT]
+    untold = [
+        row for row in weights if row.verdict in (DEAD, JUMPS) and not (row.projected or row.note == EXCLUDED)
+    ]
+    of_all = report.count(len(weights), "weight")
+    none = f"none of {of_all} is projected, for "
+    pass_others = "pass a larger or more varied example=, or name what is not in use in exclude="
+    if untold and all(row.verdict == JUMPS for row in weights):
+        return [f"{none}all move the output in jumps only on these inputs, which tell nothing; {pass_others}"]
+    said = []
+    if not any(row.projected for row in weights):
+        norms = "" if inserted else "insert=True puts norms in front of activations, "
+        said.append(f"{none}none is scale invariant; {norms}include= names weights, and .report says why")
+    if untold:
+        dead = sum(row.verdict == DEAD for row in untold)
+        parts = [f"{dead} without influence on the output"] if dead else []
+        parts += [f"{len(untold) - dead} in jumps only"] if len(untold) > dead else []
+        said.append(
+            f"these inputs do not tell of {len(untold)} of {of_all} whether to project, which are left alone "
+            f"({', '.join(parts)}); {pass_others}"
+        )
+    return ["; ".join(said)] if said else []
 
 
 def rows_from(saved: Sequence[dict[str, Any]]) -> list[Row]:

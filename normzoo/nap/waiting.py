@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from .handle import NormalizeAndProject
 
 NOT_CHECKED = (
-    "the model has not run yet in training mode, or only inside of a compiled function, so that it is not "
-    "known which weights are scale invariant; pass example= or load a state dict"
+    "the model has not run yet in training mode through its forward, or only inside of a compiled function "
+    "(calls of other methods are not seen), so that it is not known which weights are scale invariant; pass "
+    "example= or load a state dict"
 )
 
 
