@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from .refusals import CALLER
-
-if TYPE_CHECKING:
-    from .handle import NormalizeAndProject
 
 NOT_CHECKED = (
     "the model has not run yet in training mode through its forward, or only inside of a compiled function "
@@ -34,7 +31,7 @@ class FirstCall:
     Calls in eval mode are passed over: they may be of a single sample, which a batch norm cannot train on.
     """
 
-    def __init__(self, handle: NormalizeAndProject | None = None) -> None:
+    def __init__(self, handle: Any = None) -> None:
         self.handle = None if handle is None else weakref.ref(handle)
 
     def __reduce__(self):
