@@ -76,7 +76,8 @@ class Reference:
             return self.function(*args)
 
 
-def _plain(x: Tensor | None) -> bool:
+def plain(x: Tensor | None) -> bool:
+    """Whether x is no subclass of a tensor, such as a DTensor; None is plain."""
     return x is None or type(x) is Tensor or type(x) is torch.nn.Parameter
 
 
@@ -117,7 +118,7 @@ def use_kernel(
         RuntimeError: ``backend("triton")`` was asked for and the inputs cannot run there.
     """
     name = _state.names[-1]
-    if name == "reference" or not all(map(_plain, (x, residual, *parameters))) or transformed():
+    if name == "reference" or not all(map(plain, (x, residual, *parameters))) or transformed():
         return False
     if name == "triton":
         _insist(x)

@@ -125,8 +125,7 @@ def _check(name: str, weight: Tensor, variant: str, gain: Tensor | None, transpo
         )
     if weight.shape[0] % groups:
         raise ValueError(f"{name}: groups is {groups}, which does not divide weight {tuple(weight.shape)}")
-    outputs = weight.shape[1] * groups if transposed else weight.shape[0]
-    check_fan_in(name, weight.numel() // max(outputs, 1), tuple(weight.shape))
+    outputs = outputs_of(name, weight, transposed, groups)
     if gain is None:
         return
     if variant != "scaled":
@@ -134,13 +133,15 @@ def _check(name: str, weight: Tensor, variant: str, gain: Tensor | None, transpo
     checks.beside(name, "gain", gain.flatten(), weight, (outputs,))
 
 
-def check_fan_in(name: str, n: int, shape: tuple[int, ...]) -> None:
-    """Refuses units of one weight."""
-    if n == 1:
+def outputs_of(name: str, weight: Tensor, transposed: bool, groups: int) -> int:
+    """The number of units; `groups` are those of a transposed convolution. Refuses units of one weight."""
+    outputs = weight.shape[1] * groups if transposed else weight.shape[0]
+    if weight.numel() // max(outputs, 1) == 1:
         raise ValueError(
-            f"{name}: a weight of shape {shape} has one entry for each output, and the standardized value of "
-            "a single number is 0 / 0; keep this layer as it is"
+            f"{name}: a weight of shape {tuple(weight.shape)} has one entry for each output, and the "
+            "standardized value of a single number is 0 / 0; keep this layer as it is"
         )
+    return outputs
 
 
 def _standardize(rows: Tensor, variant: str, eps: float, gain: Tensor | None, gamma: float) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..dispatch import transformed
-from .weight_standardization import check_fan_in, options, weight_standardize
+from normzoo_kernels._op import needs_grad
+
+from ..dispatch import plain, transformed
+from .weight_standardization import options, outputs_of, weight_standardize
 
 _ARGUMENTS = """
 
@@ -51,18 +53,16 @@ class Standardized(nn.Module):
         eps = options(name, variant, ws_eps, gamma, "ws_eps")
         super().__init__(*args, **kwargs)
         self.variant, self.ws_eps, self.gamma = variant, eps, gamma
-        weight = self.weight
-        outputs = weight.shape[1] * self.groups if self.transposed else weight.shape[0]
-        check_fan_in(name, weight.numel() // max(outputs, 1), tuple(weight.shape))
-        gain = weight.new_ones(outputs, *(1,) * (weight.dim() - 1)) if variant == "scaled" else None
+        outputs = outputs_of(name, self.weight, self.transposed, self.groups)
+        size = outputs, *(1,) * (self.weight.dim() - 1)
+        gain = self.weight.new_ones(size) if variant == "scaled" else None
         self.register_parameter("gain", None if gain is None else nn.Parameter(gain))
         self._kept: tuple[tuple, list[Tensor], Tensor] | None = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if len(cls.__bases__) == 1 or hasattr(
-            cls, "torch_class"
-        ):  # what the layers share, and what users derive
+        # What the layers share has one base; what is derived from a layer has its torch_class.
+        if len(cls.__bases__) == 1 or hasattr(cls, "torch_class"):
             return
         cls.torch_class = cls.__bases__[1]
         cls.__doc__ = f"{cls.__doc__}{_ARGUMENTS}"
@@ -93,7 +93,7 @@ class Standardized(nn.Module):
         The raw weight is kept beside it and compared: writing through ``.data`` leaves no other trace.
         """
         raw = [self.weight] if self.gain is None else [self.weight, self.gain]
-        if self.training or torch.compiler.is_compiling() or transformed() or not all(map(_plain, raw)):
+        if self.training or torch.compiler.is_compiling() or transformed() or not all(map(_can_be_kept, raw)):
             return self.standardized()
         how = torch.is_inference_mode_enabled(), self.variant, self.ws_eps, self.gamma
         how += tuple((t.dtype, t.stride()) for t in raw)
@@ -131,10 +131,10 @@ class Standardized(nn.Module):
                 layer is not that of its class.
         """
         own = next(cls for cls in type(self).__mro__ if "torch_class" in vars(cls))
-        replaced = {"forward", "_conv_forward"} & vars(self).keys()
-        if replaced or any(
-            _of(type(self), name) is not _of(own, name) for name in ("forward", "_conv_forward")
-        ):
+        theirs, ours = (
+            [getattr(cls, name, None) for name in ("forward", "_conv_forward")] for cls in (type(self), own)
+        )
+        if theirs != ours or {"forward", "_conv_forward"} & vars(self).keys():
             raise ValueError(
                 f"{self._name()}: its forward is not that of {own.__name__} and would be lost; make the "
                 "plain layer by hand, with the weight that standardized() gives"
@@ -145,12 +145,12 @@ class Standardized(nn.Module):
         names = inspect.signature(cls.__init__).parameters.keys() & vars(self).keys()
         how = {name: getattr(self, name) for name in names if name not in ("bias", "weight")}
         with torch.device("meta"):
-            plain = cls(**how, bias=self.bias is not None)
+            baked = cls(**how, bias=self.bias is not None)
         with torch.no_grad():
             weight = self.standardized().clone()
-        plain.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
-        plain.register_parameter("bias", self.bias)
-        return plain.train(self.training)
+        baked.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        baked.register_parameter("bias", self.bias)
+        return baked.train(self.training)
 
     def train(self, mode: bool = True):
         self._kept = None
@@ -168,14 +168,9 @@ class Standardized(nn.Module):
         return text + (f", gamma={self.gamma}" if self.variant == "scaled" else "")
 
 
-def _plain(t: Tensor) -> bool:
+def _can_be_kept(t: Tensor) -> bool:
     """Whether t needs no gradient and can be read without waiting for a GPU, whose graphs would keep a copy."""
-    graph = torch.is_grad_enabled() and t.requires_grad
-    return type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and not graph
-
-
-def _of(cls: type, name: str) -> Any:
-    return getattr(cls, name, None)
+    return plain(t) and t.device.type == "cpu" and not needs_grad(t)
 
 
 class _Convolution(Standardized):
