@@ -1,5 +1,6 @@
 """Conversions to norms that take more than x: what they compute, what they keep, and how they are told it."""
 
+import copy
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 import normzoo
 from normzoo import cli
-from normzoo.conversion import Exactness
+from normzoo.conversion import Exactness, Norm
 
 
 def images(*shape):
@@ -170,7 +171,7 @@ def test_batch_norm_by_regions_that_the_layer_finds():
         (
             nn.RMSNorm(8),
             "adaptive_rms_norm",
-            "adaptive_rms_norm takes scale with every call, .* put the layer there",
+            r"takes scale with every call, .* by hand, and call it as norm\(x, scale, shift\)",
         ),
         (
             nn.LayerNorm((2, 8)),
@@ -238,6 +239,71 @@ def test_the_layers_themselves(layer, family, change):
     } - change.keys()
     assert all(getattr(new, name) == getattr(layer, name) for name in others)
     assert all(getattr(new, name) == value for name, value in change.items())
+
+
+class Modulating(nn.Module):
+    """A norm as models with conditions write it."""
+
+    def __init__(self, one=1.0):
+        super().__init__()
+        self.one = one
+
+    def forward(self, x, scale, shift):
+        return F.layer_norm(x, (8,), eps=1e-3) * (self.one + scale)[:, None] + shift[:, None]
+
+
+class Swapped(Modulating):
+    def forward(self, x, shift, scale):
+        return super().forward(x, scale, shift)
+
+
+class Weighing(Modulating):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+
+class Conditioned(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.condition, self.first, self.second = nn.Linear(3, 16), norm, copy.deepcopy(norm)
+
+    def forward(self, x, c):
+        scale, shift = self.condition(c).chunk(2, -1)
+        return x + self.second(x + self.first(x, scale, shift), shift, scale)
+
+
+def test_norms_whose_caller_gives_scale_and_shift():
+    """Told by an adapter, they become the adaptive layers; from one of these to the other there is a rule."""
+
+    def told(family="adaptive_layer", **how):
+        return Norm(family, (8,), 1e-3, arguments=("scale", "shift"), **how)
+
+    x, c = images(4, 5, 8), images(4, 3)
+    with normzoo.register_adapter(Modulating, lambda module: told()):
+        model = Conditioned(Modulating())
+        made = normzoo.plan(model)
+        assert [step.exactness for step in made.steps] == [Exactness.EXACT] * 2
+        assert made.verify((x, c)).same
+        new = made.apply().first
+        assert type(new) is normzoo.AdaptiveLayerNorm and (new.dim, new.eps) == (8, 1e-3)
+        rms = normzoo.plan(model, "adaptive_rms_norm")
+        assert [step.exactness for step in rms.steps] == [Exactness.APPROXIMATE] * 2
+        proof = rms.verify((x, c))
+        assert proof.passed and not proof.same
+        assert type(rms.apply().second) is normzoo.AdaptiveRMSNorm and model.second.eps == 1e-3
+        (step,) = normzoo.plan(nn.Sequential(Modulating(0.0))).steps
+        assert step.exactness is Exactness.APPROXIMATE and "a test run shows another function" in step.reason
+    for cls, how, words in (
+        (Swapped, {}, r"its callers may pass shift, scale, and the layer takes scale, shift, in this order"),
+        (Weighing, {"weight": "weight"}, "it has a weight or a bias of its own"),
+        (nn.Identity, {}, "its callers may pass the input alone"),
+    ):
+        with (
+            normzoo.register_adapter(cls, lambda module, how=how: told(**how)),
+            pytest.raises(ValueError, match=words),
+        ):
+            normzoo.convert(nn.Sequential(cls()), "adaptive_layer_norm")
 
 
 def test_offsets_are_dropped_where_they_are_not_asked_for():

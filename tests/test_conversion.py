@@ -382,7 +382,7 @@ def test_bad_targets():
         normzoo.convert(model, "layer-norm")
     with pytest.raises(
         ValueError,
-        match=r"no rule takes a layer norm to crms_norm, only to layer_norm, rms_norm, time_dep",
+        match=r"crms_norm takes rows without their last entry.* with the norm: call normzoo\.to_pre_crms_norm",
     ):
         normzoo.convert(model, "crms_norm")
     with pytest.raises(ValueError, match=r"BatchNorm1d is not a layer of normzoo; .*a function of a site"):

@@ -240,6 +240,7 @@ def test_claims_hold_in_every_dtype(dtype):
 SOURCES = {
     "layer": [nn.LayerNorm(12), nn.LayerNorm(12, bias=False), nn.LayerNorm((3, 4)), OnePlusNorm(12)],
     "rms": [nn.RMSNorm(12), nn.RMSNorm((3, 4), eps=1e-3), nn.RMSNorm(12, elementwise_affine=False)],
+    "crms": [normzoo.CRMSNorm(12), normzoo.CRMSNorm((3, 4), 1e-2, elementwise_affine=True)],
     "batch": [nn.BatchNorm2d(12), nn.BatchNorm1d(12, eps=1e-2, momentum=None), nn.SyncBatchNorm(12)],
     "frozen_batch": [normzoo.FrozenBatchNorm(12), normzoo.FrozenBatchNorm(12, eps=1e-2)],
     "ghost_batch": [normzoo.GhostBatchNorm(12, 2), normzoo.GhostBatchNorm(12, 2, affine=False)],

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.modulated import AdaptiveLayerNorm, AdaptiveRMSNorm
 from ..layers.region import RegionNormB
 from ..layers.region_learned import RegionNormL
 from ..layers.time_dependent import TimeDependentLayerNorm, TimeDependentRMSNorm
+from .adapted import bare_class
 from .channels import OF_STATISTICS, running
 from .norm import Norm, tensor
 from .rows import of_rows
@@ -19,6 +19,8 @@ from .transfer import Carried, Exactness, Refused, transfer
 
 _OF_BATCH = (*OF_STATISTICS, "affine")
 _OF_ROWS = ("normalized_shape", "elementwise_affine", "offset", "cast")
+
+_BY_CALL = ["scale", "shift"]
 
 _BY_MASK = "normzoo.inputs gives the mask"
 _BY_TIME = "normzoo.inputs gives t"
@@ -131,10 +133,31 @@ def _again(norm: Norm, module: nn.Module) -> Carried:
 _LAYERS: dict[str, tuple[str, type[nn.Module]]] = {
     "region_b": ("region_norm_b", RegionNormB),
     "region_l": ("region_norm_l", RegionNormL),
-    "adaptive_layer": ("adaptive_layer_norm", AdaptiveLayerNorm),
-    "adaptive_rms": ("adaptive_rms_norm", AdaptiveRMSNorm),
     "time_layer": ("time_dependent_layer_norm", TimeDependentLayerNorm),
     "time_rms": ("time_dependent_rms_norm", TimeDependentRMSNorm),
 }
 for _family, (_target, _cls) in _LAYERS.items():
     transfer(_family, _target, Exactness.EXACT, same=True)(_again)
+
+
+def _adaptive(norm: Norm, module: nn.Module) -> Carried:
+    """A norm that its caller gives scale and shift."""
+    if norm.weight or norm.bias:
+        raise Refused("it has a weight or a bias of its own, and the layer what comes with a call alone")
+    if norm.shape is None or len(norm.shape) != 1:
+        raise Refused(f"it normalises {norm.shape} together, and the layer the last dimension")
+    _, _, *taken = inspect.signature(bare_class(type(module)).forward).parameters
+    if not taken or taken != _BY_CALL[: len(taken)]:
+        raise Refused(
+            f"its callers may pass {', '.join(taken) or 'the input alone'}, and the layer takes "
+            f"{', '.join(_BY_CALL)}, in this order"
+        )
+    return Carried({"dim": norm.shape[0], "eps": norm.eps}, over_channels=norm.axis == 1)
+
+
+transfer("adaptive_layer", "adaptive_layer_norm", Exactness.EXACT, same=True)(_adaptive)
+transfer("adaptive_rms", "adaptive_rms_norm", Exactness.EXACT, same=True)(_adaptive)
+transfer("adaptive_layer", "adaptive_rms_norm", Exactness.APPROXIMATE, "the mean is no longer taken away")(
+    _adaptive
+)
+transfer("adaptive_rms", "adaptive_layer_norm", Exactness.APPROXIMATE, "the mean is taken away")(_adaptive)

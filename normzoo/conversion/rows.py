@@ -62,6 +62,15 @@ def _(norm: Norm, module: nn.Module) -> Carried:
     return carried
 
 
+@transfer("crms", "crms_norm", Exactness.EXACT, same=True)
+def _(norm: Norm, module: nn.Module) -> Carried:
+    if norm.bias:
+        raise Refused("it has a bias, and a CRMSNorm has none")
+    carried = of_rows(norm, module)
+    del carried.arguments["bias"]
+    return carried
+
+
 @transfer("layer", "rms_norm", Exactness.APPROXIMATE, "the mean is no longer taken away")
 def _(norm: Norm, module: nn.Module) -> Carried:
     carried = of_rows(norm, module)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.rms import CRMSNorm
 from ..zoo import Entry
 from .adapted import adapted
 from .luggage import bring_along, hooks, obstacle
@@ -189,12 +190,10 @@ def replacement(site: Site, choice: Choice | nn.Module) -> Replacement:
         known = [target for family, target in TRANSFERS if family == norm.family]
         several = f"{', '.join(known[:-1])} and {known[-1]}" if known[1:] else "".join(known)
         only = f", only to {several}" if known else ""
-        if needed := _of_every_call(choice.entry.cls):
-            raise Refused(
-                f"{choice.entry.name} takes {needed} with every call, from the code of the model, and no "
-                "conversion writes that: put the layer there by hand"
-            )
-        raise Refused(f"no rule takes {a(norm.family)} norm to {choice.entry.name}{only}")
+        raise Refused(
+            _elsewhere(norm, choice.entry)
+            or f"no rule takes {a(norm.family)} norm to {choice.entry.name}{only}"
+        )
     told = (choice.options,) if rule.by_options else ()
     carried = rule.carry(norm, old, *told, *((site,) if rule.by_site else ()))
     sources = {**carried.kept, **{name: source for name, (source, _) in carried.converted.items()}}
@@ -265,10 +264,22 @@ def _renamed(names: Mapping[str, list[str]]) -> str:
     )
 
 
-def _of_every_call(cls: type[nn.Module]) -> str:
-    """What a layer needs beside the input that :class:`normzoo.inputs` does not give."""
-    parameters = list(inspect.signature(cls.forward).parameters.values())[2:]
-    return " and ".join(p.name for p in parameters if p.default is p.empty)
+def _elsewhere(norm: Norm, entry: Entry) -> str:
+    """Why a norm alone cannot become a layer, and what does that instead; or nothing."""
+    if entry.cls is CRMSNorm and norm.family in ("layer", "rms"):
+        return (
+            f"{entry.name} takes rows without their last entry, so that all that writes and reads them has to "
+            "change with the norm: call normzoo.to_pre_crms_norm"
+        )
+    _, *parameters = inspect.signature(entry.cls.forward).parameters.values()
+    # What normzoo.inputs gives has a default.
+    if needed := [p.name for p in parameters[1:] if p.default is p.empty]:
+        return (
+            f"{entry.name} takes {' and '.join(needed)} with every call, from the code of the model, and no "
+            f"conversion writes that: put the layer there by hand, and call it as "
+            f"norm({', '.join(p.name for p in parameters)})"
+        )
+    return ""
 
 
 def _said(options: Mapping[str, Any], names: Collection[str]) -> str:
