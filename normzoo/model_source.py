@@ -286,6 +286,16 @@ def _from_config(transformers: Any, config: Any, note: str) -> Source:
     return Source(model, _hugging_face_sample(model), note)
 
 
+def sample_for(model: nn.Module) -> Any:
+    """An input for a model of Hugging Face or timm, random but the same each time; None for others."""
+    if hasattr(model, "main_input_name") and hasattr(model, "config"):
+        return _hugging_face_sample(model)
+    size = getattr(model, "pretrained_cfg", {}).get("input_size")
+    if size is None:
+        return None
+    return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+
+
 def _hugging_face_sample(model: Any) -> dict[str, Tensor] | None:
     """An input of the kind that the model names as its main one; None where that is not enough."""
     config, chance = model.config, torch.Generator().manual_seed(0)

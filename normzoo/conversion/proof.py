@@ -297,7 +297,7 @@ def outputs(model: nn.Module, sample: Sample, trained: Sequence[Trained] = ()) -
 
 def tensors_in(returned: Any) -> Outputs:
     """Copies of the floating-point tensors that a model returned, by their place in it."""
-    leaves, _ = pytree.tree_flatten_with_path(pytree.tree_map(_fields, returned))
+    leaves, _ = pytree.tree_flatten_with_path(pytree.tree_map(opened, returned))
     tensors = {
         pytree.keystr(path) or "output": _numbers(leaf) for path, leaf in leaves if isinstance(leaf, Tensor)
     }
@@ -323,11 +323,12 @@ def _numbers(t: Tensor) -> Tensor:
     return torch.view_as_real(t) if t.is_complex() else t
 
 
-def _fields(leaf: Any) -> Any:
+def opened(leaf: Any) -> Any:
+    """A dataclass as a mapping, which pytree can look into."""
     if not dataclasses.is_dataclass(leaf):
         return leaf
     return {
-        field.name: pytree.tree_map(_fields, getattr(leaf, field.name)) for field in dataclasses.fields(leaf)
+        field.name: pytree.tree_map(opened, getattr(leaf, field.name)) for field in dataclasses.fields(leaf)
     }
 
 

@@ -59,7 +59,7 @@ class ZeroMeanOutput:
 
 @functools.cache
 def with_zero_mean(cls: type[nn.Module], dim: int, when: str = "always") -> type[nn.Module]:
-    """A subclass of `cls` whose output, a tensor, has mean zero along `dim`; to be set as the class of a module."""
+    """A subclass of `cls` whose output, a tensor, has mean zero along `dim`: the new class of a module."""
     about = {"zero_mean_dim": dim, "zero_mean_when": when}
     return type(f"ZeroMean{cls.__name__}", (ZeroMeanOutput, cls), about)
 

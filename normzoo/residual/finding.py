@@ -1,0 +1,121 @@
+"""Which norms of a model can go without the mean, and what that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from .recording import Recording, Value
+from .stream import Stream, Writer, streams, way_out
+
+
+@dataclass
+class Found:
+    """What makes the norms of a model see rows of mean zero."""
+
+    norms: set[str] = field(default_factory=set)
+    writers: set[Writer] = field(default_factory=set)
+    cuts: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Modules whose output has its mean taken away: along which axis, counted from the last, and whether
+    ``always`` or in ``training`` alone."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Norms that cannot, and why."""
+    members: set[Value] = field(default_factory=set)
+    """All values of these streams."""
+
+    def both(self, other: Found) -> Found:
+        """What holds in two runs."""
+        return Found(
+            self.norms & other.norms,
+            self.writers | other.writers,
+            other.cuts | self.cuts,
+            other.left | self.left,
+            self.members,
+        )
+
+
+def find(
+    model: nn.Module,
+    recording: Recording,
+    norms: Mapping[str, int],
+    *,
+    baked: bool,
+    ready: Collection[str] = (),
+) -> Found:
+    """What can be done about the streams that `norms` read.
+
+    Args:
+        norms: names, and the axis that each normalizes.
+        baked: weights are changed once, so that what multiplies them can be folded into them.
+        ready: modules whose output has mean zero already.
+    """
+    fleeting = _fleeting(model)
+    cuts = dict.fromkeys(ready, "always")
+    refused: dict[str, str] = {}
+    while True:
+        found = streams(recording, norms, cuts, fleeting)
+        ways = [_ways(model, stream, norms) for stream in found if stream.obstacles]
+        new = {name: when for way in ways for name, when in way.items() if name not in cuts}
+        if not new:
+            break
+        cuts |= new
+    result = Found()
+    for stream in found:
+        why = _broken(stream, baked)
+        if why:
+            refused |= dict.fromkeys(stream.norms, why)
+            continue
+        result.norms |= stream.norms
+        result.writers |= {*stream.writers}
+        result.members |= {*stream.members}
+    result.norms -= refused.keys()  # it may read several streams
+    for stream in found:
+        for value, (axis, _) in stream.members.items():
+            for name in cuts.keys() & {*value.returned_by} if value in result.members else ():
+                result.cuts[name] = axis - len(value.shape), cuts[name]
+    for name in norms:
+        if name not in result.norms:
+            result.left[name] = refused.get(name, "it did not run on the sample")
+    return result
+
+
+def _ways(model: nn.Module, stream: Stream, norms: Mapping[str, int]) -> dict[str, str]:
+    """Modules to be cut off so that nothing is in the way of `stream`; none where that is no gain.
+
+    A mean that is taken away costs what a norm saves.
+    """
+    cuts: dict[str, str] = {}
+    for obstacle in stream.obstacles:
+        way = way_out(stream, obstacle)
+        if not way:
+            return {}
+        for name in way:
+            cuts[name] = "training" if isinstance(model.get_submodule(name), _DropoutNd) else "always"
+    always = sum(when == "always" for when in cuts.values())
+    return cuts if 2 * always <= len(stream.norms) else {}
+
+
+def _broken(stream: Stream, baked: bool) -> str:
+    """Why the norms of a stream stay; empty where they need not."""
+    if stream.obstacles:
+        return stream.obstacles[0].why
+    scales = sorted({name for writer in stream.writers for name in writer.scale})
+    if scales and not baked:
+        return (
+            f"{scales[0]} multiplies every entry on its way into the stream, which only baked weights can take "
+            'up; pass zero_mean_writers="bake"'
+        )
+    unlike = [w.name for w in stream.writers if sum(v.name == w.name for v in stream.writers) > 1]
+    return f"{unlike[0]} writes along several of its dimensions" if unlike else ""
+
+
+def _fleeting(model: nn.Module) -> set[str]:
+    """Buffers that are in no state dict."""
+    return {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }

@@ -1,0 +1,247 @@
+"""``to_pre_rms_norm``: which norms, writers and outputs of a model a rewrite is about."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .. import checks
+from ..conversion import report
+from ..conversion.examine import examine
+from ..conversion.proof import Sample, fresh
+from ..conversion.recognise import Site
+from ..conversion.rules import Names, selector
+from ..conversion.surgery import refuse_wrapped
+from ..conversion.trial import short, undisturbed
+from ..model_source import sample_for
+from .editing import Edit, untie
+from .finding import Found, find
+from .probing import Probe
+from .recording import Recording, narrowed, record
+from .rewriting import Rewrite
+
+logger = logging.getLogger("normzoo")
+
+WRITERS = ("bake", "parametrize")
+TIED = ("activation", "untie")
+
+
+def to_pre_rms_norm(
+    model: nn.Module,
+    sample: Any = None,
+    *,
+    zero_mean_writers: str = "bake",
+    tied: str = "activation",
+    include: Names = "*",
+    exclude: Names = (),
+    inplace: bool = True,
+) -> nn.Module:
+    """Turn the LayerNorms of a Pre-LN transformer into RMSNorms without changing its function.
+
+    A LayerNorm that only sees rows of mean zero is an RMSNorm. In a Pre-LN transformer nothing but LayerNorms
+    reads the residual stream, so that the mean of its rows does not matter, and what writes it (embeddings, the
+    last linear map of every attention and MLP) can be made to write rows of mean zero. The model is run once
+    on `sample`, and its streams are followed operator by operator; norms whose stream is read or written by
+    anything else stay as they are. Three probes in float64 have to show that the function is the same.
+
+    Args:
+        model: is changed in place. In eval mode or not; not wrapped, not on the meta device.
+        sample: an input of the model; a tuple is taken as positional, a mapping as keyword arguments. Or a
+            function that calls the model it is given. None makes one for models of Hugging Face and timm.
+        zero_mean_writers: ``"bake"`` takes the means out of the weights once, which costs nothing and is for
+            inference: training goes another way from there. ``"parametrize"`` keeps the weights and takes their
+            mean away in every forward: training is that of the Pre-LN model, at a pass over these weights a
+            step. Dropout in the stream gets its mean taken away then, in training mode.
+        tied: where an embedding shares its weight with the head, ``"activation"`` keeps it and takes the mean
+            of what the embedding returns away; ``"untie"`` gives the embedding a weight of its own.
+        include, exclude: names, globs or ``"re:..."`` of the norms that are meant.
+        inplace: False rewrites a deep copy.
+
+    Returns:
+        `model`. The logger ``normzoo`` has the account.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the model does not run on `sample`, or is wrapped;
+            more of the norms that are meant have to stay than can go, with the reasons; a probe failed. The
+            model is left as it was.
+
+    Source: arXiv:2305.14858.
+    """
+    _check_module(model, "to_pre_rms_norm")
+    if not inplace:
+        model = copy.deepcopy(model)
+    rewrite = plan_rewrite(
+        model,
+        sample,
+        zero_mean_writers=zero_mean_writers,
+        tied=tied,
+        include=include,
+        exclude=exclude,
+        caller="to_pre_rms_norm",
+    )
+    proof = rewrite.verify()
+    if not proof.passed:
+        raise ValueError(f"to_pre_rms_norm: {proof}; the model is left as it was")
+    rewrite.apply()
+    tell(rewrite, str(proof))
+    return model
+
+
+def tell(rewrite: Rewrite, proof: str) -> None:
+    """Tells the log what was done, as a warning where it is not all that a user may take it for."""
+    logger.info("%s: %s\n%s", rewrite.target, rewrite.summary(), proof)
+    if rewrite.left:
+        logger.warning("%s: norms that stay:%s", rewrite.target, reasons(rewrite.left))
+    if rewrite.model.training and not rewrite.edit.parametrized:
+        logger.warning(
+            "%s: the model is in training mode, and its weights were centered once: training goes another way "
+            'than that of the LayerNorms; zero_mean_writers="parametrize" keeps it',
+            rewrite.target,
+        )
+
+
+def plan_rewrite(
+    model: nn.Module,
+    sample: Any = None,
+    *,
+    zero_mean_writers: str = "bake",
+    tied: str = "activation",
+    include: Names = "*",
+    exclude: Names = (),
+    caller: str = "plan_rewrite",
+) -> Rewrite:
+    """What :func:`normzoo.to_pre_rms_norm` would do; the model is not touched.
+
+    Args:
+        model, sample, zero_mean_writers, tied, include, exclude: as there.
+        caller: begins the errors.
+
+    Raises:
+        TypeError, ValueError: as there, but for the probes, which are run by ``verify()`` of the result.
+    """
+    _check_module(model, caller)
+    checks.choice(caller, "zero_mean_writers", zero_mean_writers, WRITERS)
+    checks.choice(caller, "tied", tied, TIED)
+    refuse_wrapped(model, caller, "rewrite")
+    baked = zero_mean_writers == "bake"
+    sites = _meant(model, include, exclude, caller)
+    probe = Probe(model, _sample(model, sample, caller))
+    twin = probe.twin()
+    untied: list[str] = []
+    recording, found = _search(twin, probe, sites, baked, caller)
+    if tied == "untie":
+        untied = [name for name in found.cuts if _shares(twin, name)]
+        for name in untied:
+            untie(twin, name)
+        recording, found = _search(twin, probe, sites, baked, caller) if untied else (recording, found)
+    probe.narrow = narrowed(recording, found.members)
+    if not baked:
+        _, trained = _search(twin.train(), probe, sites, baked, caller)
+        found = found.both(trained)
+    if len(found.norms) < len(found.left) or not found.norms:
+        raise ValueError(
+            f"{caller}: {len(found.left)} of {len(sites)} LayerNorms that are meant cannot go without the "
+            f"mean, and the model is left as it was:{reasons(found.left)}"
+        )
+    edit = Edit([site for site in sites if site.name in found.norms], found, not baked, untied)
+    return Rewrite(model, "rms_norm", edit, found.left, probe)
+
+
+def _check_module(model: nn.Module, caller: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model is {report.a(type(model).__name__)}; it must be a torch.nn.Module")
+
+
+def _meant(model: nn.Module, include: Names, exclude: Names, caller: str) -> list[Site]:
+    """The norms of rows or channels that take a mean away."""
+    found = examine(model, caller)
+    include = (include,) if isinstance(include, str) else tuple(include)
+    chosen = selector(include, exclude, ("layer",) if _has_layer(found) else None, None, found)
+    sites = [
+        site
+        for site in found
+        if site.norm and site.family == "layer" and len(site.norm.shape or ()) == 1 and chosen(site)
+    ]
+    if sites:
+        return sites
+    rms = sum(site.family in ("rms", "crms") for site in found)
+    why = (
+        "it has RMSNorms, which do not take the mean away: centering its weights would change what it computes"
+        if rms
+        else "it has none that is recognised"
+    )
+    raise ValueError(f"{caller}: the model has no LayerNorm over one dimension to be rewritten; {why}")
+
+
+def _has_layer(found: list[Site]) -> bool:
+    return any(site.family == "layer" for site in found)
+
+
+def _sample(model: nn.Module, sample: Any, caller: str) -> Sample:
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            f"{caller}: the model is on the meta device, where nothing can be shown; load it first"
+        )
+    if sample is None:
+        sample = sample_for(model)
+    if sample is None:
+        raise ValueError(
+            f"{caller}: sample is None, and no input for {report.a(type(model).__name__)} is known; pass one, "
+            "so that the model can be run"
+        )
+    return Sample(sample)
+
+
+def _search(
+    twin: nn.Module, probe: Probe, sites: list[Site], baked: bool, caller: str
+) -> tuple[Recording, Found]:
+    """One run of a copy, and what it shows."""
+    norms: dict[str, int] = {site.name: site.norm.axis for site in sites if site.norm}
+    sample = Sample(pytree.tree_map(fresh, probe.sample.input))
+    given = [t for t in pytree.tree_leaves(sample.input) if isinstance(t, Tensor)]
+    buffers = [(b, b.clone()) for b in twin.buffers()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with undisturbed():
+            recording = record(twin, lambda: sample.run(twin), given, norms)
+    except Exception as error:  # it is code that nobody here has seen
+        raise ValueError(
+            f"{caller}: the model does not run on the sample, in float64 and "
+            f"{'training' if twin.training else 'eval'} mode: {short(error)}"
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        with torch.no_grad():
+            for b, value in buffers:
+                b.copy_(value)
+    return recording, find(twin, recording, norms, baked=baked)
+
+
+def _shares(model: nn.Module, name: str) -> bool:
+    """Whether the weight of a module is that of another, too."""
+    weight = model.get_submodule(name)._parameters.get("weight")
+    held = [
+        module
+        for module in model.modules()
+        if weight is not None and module._parameters.get("weight") is weight
+    ]
+    return len(held) > 1
+
+
+def reasons(left: Mapping[str, str]) -> str:
+    """A line a reason, with some of the norms that it holds for."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in left.items():
+        by_reason.setdefault(why, []).append(name or "the model itself")
+    lines = []
+    for why, names in by_reason.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"\n  {', '.join(names[:3])}{more}: {why}")
+    return "".join(lines)

@@ -1,0 +1,215 @@
+"""Three probes that show on a sample whether a rewrite is exact: shift, mean, and output.
+
+The first alone would pass a post-LN model, whose norms write into the stream; the last alone says nothing of
+other inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..conversion.proof import Outputs, Sample, outputs
+from ..conversion.trial import chance, distance, noise
+from .editing import Edit
+from .finding import Found
+from .stream import Writer
+
+_EXACT = 1e-9
+"""What float64 is held to: a thousand times the rounding of a transformer, and far below any error."""
+_NARROW = 1e-4
+"""The same where numbers go through float32 on their way."""
+
+
+@dataclass(frozen=True)
+class StreamProof:
+    """What the probes of a rewrite found; ``str()`` of it is a sentence or two."""
+
+    shift: float
+    """How far outputs move, of their largest entry, when every writer of the stream is shifted at random."""
+    mean: float
+    """Largest mean at the input of a rewritten norm, of the root mean square there."""
+    output: float
+    """How far outputs are from those before, of their largest entry, in float64."""
+    rounding: float
+    """How far outputs of the rewritten model are from those of the original in float64, in its own dtype."""
+    rounding_before: float
+    """The same of the original model."""
+    tolerance: float
+    """What shift and output must not exceed: the rounding of float64, or of float32 where that is on the way."""
+    culprit: str = ""
+    """The writer or the norm that fails."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the rewrite computes the same."""
+        exact = self.mean <= _EXACT and max(self.shift, self.output) <= self.tolerance
+        return exact and self.rounding <= 10 * self.rounding_before + 4 * torch.finfo(torch.float64).eps
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "passed": self.passed}
+
+    def __str__(self) -> str:
+        said = "the model computes the same function" if self.passed else "FAILED: another function"
+        at = f" (at {self.culprit})" if self.culprit else ""
+        return (
+            f"{said}. In float64, of the largest entry: outputs move by {self.shift:.1e} when all that writes "
+            f"the stream is shifted, the mean that the norms see is {self.mean:.1e}, outputs differ by "
+            f"{self.output:.1e} (at most {self.tolerance:.0e} is rounding){at}. In its own dtype the model is "
+            f"{self.rounding:.1e} from that, and was {self.rounding_before:.1e}"
+        )
+
+
+class Probe:
+    """A model, and a sample that its outputs are looked at with."""
+
+    def __init__(self, model: nn.Module, sample: Sample) -> None:
+        self.model = model
+        self.sample = sample
+        self.narrow = False
+        """Whether what the norms make goes through less than float64 in a model of float64."""
+
+    def twin(self) -> nn.Module:
+        """A copy in float64 and eval mode that takes inputs of any floating dtype."""
+        twin = copy.deepcopy(self.model).double().eval()
+        twin.register_forward_pre_hook(_widen, with_kwargs=True, prepend=True)
+        return twin
+
+    def prove(self, edit: Edit) -> StreamProof:
+        """Runs the three probes on copies of the model.
+
+        Raises:
+            ValueError: every output is zero on the sample.
+        """
+        tolerance = _NARROW if self.narrow else _EXACT
+        twin = self.twin()
+        _stir(twin)
+        before = outputs(twin, self.sample)
+        if not any(t.any() for t in before.values()):
+            raise ValueError("every output of the model is zero on this sample, which shows nothing")
+        shift, culprit = _shift(twin, self.sample, edit.found, before, tolerance)
+        edit.apply(twin)
+        with _means(twin, [site.name for site in edit.sites]) as means:
+            output = apart(outputs(twin, self.sample), before)
+        mean = max(means.values(), default=math.inf)
+        if not culprit and mean > _EXACT:
+            culprit = max(means, key=lambda name: means[name])
+        return StreamProof(shift, mean, output, *self._rounding(edit), tolerance, culprit)
+
+    def _rounding(self, edit: Edit) -> tuple[float, float]:
+        """How far the model is from itself in float64, after and before."""
+        exact = outputs(self.twin(), self.sample)
+        before = apart(outputs(self.model, self.sample), exact)
+        changed = copy.deepcopy(self.model)
+        edit.apply(changed)
+        return apart(outputs(changed, self.sample), exact), before
+
+
+def _widen(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return pytree.tree_map(
+        lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
+        (args, kwargs),
+    )
+
+
+@torch.no_grad()
+def _stir(twin: nn.Module) -> None:
+    """Gives other values to parameters that have one throughout: a gate of zero shows nothing."""
+    numbers = chance()
+    for p in twin.parameters():
+        if p.numel() > 1 and bool((p == p.flatten()[0]).all()):
+            p.add_(0.1 * noise(p.shape, numbers).to(p))
+
+
+def apart(ours: Outputs, theirs: Outputs) -> float:
+    """The largest difference of any output, of its largest entry."""
+    if not theirs or ours.keys() != theirs.keys():
+        return math.inf
+    return max(distance(ours[name].double(), t.double(), ()) for name, t in theirs.items())
+
+
+def _shift(
+    twin: nn.Module, sample: Sample, found: Found, before: Outputs, tolerance: float
+) -> tuple[float, str]:
+    """How far outputs move when each row of each writer is shifted by a number of its own; whose fault."""
+    writers = sorted(found.writers, key=lambda w: w.name)
+    with _shifted(twin, writers, found.cuts):
+        moved = apart(outputs(twin, sample), before)
+    if moved <= tolerance:
+        return moved, ""
+    for writer in writers:
+        with _shifted(twin, [writer], {}):
+            if apart(outputs(twin, sample), before) > tolerance:
+                return moved, writer.name
+    return moved, next(iter(found.cuts), "")
+
+
+@contextlib.contextmanager
+def _shifted(twin: nn.Module, writers: Sequence[Writer], cuts: Mapping[str, tuple[int, str]]) -> Iterator[None]:
+    numbers = chance()
+    tensors: dict[str, Tensor] = dict((*twin.named_parameters(), *twin.named_buffers()))
+    kept = {writer.name: tensors[writer.name].detach().clone() for writer in writers}
+
+    def shift(tensor: Tensor, axis: int) -> Tensor:
+        shape = [1 if d == axis % tensor.dim() else size for d, size in enumerate(tensor.shape)]
+        return noise(shape, numbers).to(tensor) * tensor.square().mean().sqrt().clamp_min(0.01)
+
+    def shifts(axis: int) -> Callable[..., Tensor]:
+        return lambda module, args, y: y + shift(y, axis)
+
+    handles = [
+        twin.get_submodule(name).register_forward_hook(shifts(axis))
+        for name, (axis, when) in cuts.items()
+        if when == "always"
+    ]
+    try:
+        with torch.no_grad():
+            for writer in writers:
+                tensor = tensors[writer.name]
+                by = shift(tensor, writer.axis)
+                for name in writer.scale:
+                    gain = tensors[name].reshape(-1, *(1 for _ in range(tensor.dim() - writer.axis - 1)))
+                    by = by * gain.abs().mean() / gain
+                if by.isfinite().all():  # what is multiplied by zero has no shift
+                    tensor.add_(by)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        with torch.no_grad():
+            for name, value in kept.items():
+                tensors[name].copy_(value)
+
+
+@contextlib.contextmanager
+def _means(model: nn.Module, norms: Sequence[str]) -> Iterator[dict[str, float]]:
+    """While it lasts, collects the largest mean of a row, of the root mean square, that each norm takes."""
+    found: dict[str, float] = {}
+
+    def hook_of(name: str, axis: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            (x, *_) = (*args, *kwargs.values())
+            size = x.square().mean(axis).sqrt().clamp_min(1e-30)
+            found[name] = max(found.get(name, 0.0), (x.mean(axis).abs() / size).max().item())
+
+        return hook
+
+    handles = []
+    for name in norms:
+        norm: Any = model.get_submodule(name)
+        axis = 1 if getattr(norm, "over_channels", False) else -1
+        handles.append(norm.register_forward_pre_hook(hook_of(name, axis), with_kwargs=True))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

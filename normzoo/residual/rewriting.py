@@ -1,0 +1,144 @@
+"""A rewrite of Pre-LN transformers, to be looked at, verified, applied and reverted.
+
+Jiang, Gu, Zhu and Pan, *Pre-RMSNorm and Pre-CRMSNorm Transformers: Equivalent and Efficient Pre-LN
+Transformers*, 2023, arXiv:2305.14858; code ZixuanJiang/pre-rmsnorm-transformer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..conversion import report
+from ..terminal import plain
+from .editing import Edit
+from .probing import Probe, StreamProof
+
+logger = logging.getLogger("normzoo")
+
+
+class Rewrite:
+    """What :func:`plan_rewrite` found. Nothing happens before :meth:`apply`; ``print()`` shows it."""
+
+    def __init__(
+        self, model: nn.Module, target: str, edit: Edit, left: Mapping[str, str], probe: Probe
+    ) -> None:
+        self.model = model
+        self.target = target
+        """The layer that the norms become."""
+        self.edit = edit
+        self.left = left
+        """Norms that stay, and why."""
+        self._probe = probe
+        self._undo: Callable[[], None] | None = None
+
+    @property
+    def norms(self) -> list[str]:
+        """The norms that go without the mean."""
+        return [site.name for site in self.edit.sites]
+
+    def verify(self) -> StreamProof:
+        """Run the three probes on copies of the model; the model is not touched.
+
+        Raises:
+            ValueError: the rewrite was applied already.
+        """
+        self._check("verify")
+        return self._probe.prove(self.edit)
+
+    def apply(self) -> nn.Module:
+        """Rewrite the model in place, all of it or nothing.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: it was done before.
+        """
+        self._check("apply")
+        self._undo = self.edit.apply(self.model)
+        return self.model
+
+    def revert(self) -> nn.Module:
+        """Put norms and weights back as they were when :meth:`apply` was called; training in between is lost.
+
+        Raises:
+            ValueError: the rewrite is not applied.
+        """
+        if self._undo is None:
+            raise ValueError("Rewrite.revert: it is not applied; there is nothing to take back")
+        self._undo()
+        self._undo = None
+        return self.model
+
+    def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Header and rows of the table."""
+        found = self.edit.found
+        kept = "the weight is stored as it is, and centered in every forward"
+        how = kept if self.edit.parametrized else "centered once"
+        items = [
+            *((name, ("norm", f"{self.target}: exact", "")) for name in self.norms),
+            *((w.name, ("writer", how, _times(w.scale))) for w in sorted(found.writers, key=lambda w: w.name)),
+            *(
+                (name, ("output", "its mean is taken away", _WHEN[when]))
+                for name, (_, when) in found.cuts.items()
+            ),
+            *((name, ("norm", "stays", why)) for name, why in self.left.items()),
+        ]
+        rows = [row[:-1] for row in report.grouped([(name, cells, None) for name, cells in items])]
+        return ("name", "what", "becomes", "notes"), rows
+
+    def summary(self) -> str:
+        """What is rewritten, in a line or two."""
+        found = self.edit.found
+        always = sum(when == "always" for _, when in found.cuts.values())
+        lines = [
+            f"{report.count(len(self.norms) + len(self.left), 'LayerNorm')}: {len(self.norms)} rewritten, "
+            f"{len(self.left)} kept",
+            f"{report.count(len(found.writers), 'tensor')} centered, the mean of "
+            f"{report.count(always, 'output')} taken away in every forward",
+        ]
+        if not self.edit.parametrized:
+            lines.append(
+                'for inference: further training goes another way (zero_mean_writers="parametrize" does not)'
+            )
+        return "\n".join(lines)
+
+    def table(self) -> str:
+        """The rewrite as text; names that differ in a number share a row."""
+        return f"{plain(*self.rows())}\n\n{self.summary()}"
+
+    __str__ = table
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        found = self.edit.found
+        writers = sorted(found.writers, key=lambda w: w.name)
+        return {
+            "target": self.target,
+            "norms": self.norms,
+            "writers": [vars(writer) for writer in writers],
+            "outputs": {name: {"axis": axis, "when": when} for name, (axis, when) in found.cuts.items()},
+            "zero_mean_writers": "parametrize" if self.edit.parametrized else "bake",
+            "untied": [*self.edit.untied],
+            "left": dict(self.left),
+        }
+
+    def to_json(self) -> str:
+        """All of it."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def _check(self, method: str) -> None:
+        if self._undo is not None:
+            raise ValueError(f"Rewrite.{method}: it was applied already; revert() it or make a new one")
+
+
+_WHEN = {"always": "", "training": "in training alone, where dropout makes one"}
+
+
+def _times(scale: tuple[str, ...]) -> str:
+    return f"times {' and '.join(scale)}, which becomes one" if scale else ""
