@@ -44,7 +44,7 @@ class StreamProof:
     rounding_before: float
     """The same of the original model."""
     tolerance: float
-    """What shift and output must not exceed: the rounding of float64, or of float32 where that is on the way."""
+    """What shift and output must not exceed: the rounding of float64, or of float32 where there is some."""
     culprit: str = ""
     """The writer or the norm that fails."""
 
