@@ -228,9 +228,12 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _mean(row: dict, name: str, form: str) -> str:
+def _mean(row: dict, name: str, places: int = 2) -> str:
     found = row["values"].get(name)
-    return "" if found is None else f"{statistics.mean(found):{form}}".replace("-", "−")
+    if found is None:
+        return ""
+    mean, least = statistics.mean(found), 10.0**-places
+    return f"< {least}" if 0 <= mean < least / 2 else f"{mean:.{places}f}".replace("-", "−")
 
 
 def _rows(document: dict) -> list[dict]:
@@ -242,11 +245,11 @@ def _table(document: dict) -> Table:
     cells = []
     for row in _rows(document):
         shown = [row["norm"], f"`{row['becomes']}`", row["class"]]
-        shown += [_mean(row, "first block", ".2f"), _mean(row, "output", ".2f"), _mean(row, "cosine", ".4f")]
+        shown += [_mean(row, "first block"), _mean(row, "output"), _mean(row, "cosine", 4)]
         for name in ("before", "after", "recalibrated"):
             numbers = row["values"].get(name)
             shown.append("" if numbers is None else spread(numbers))
-        cells.append((*shown, _mean(row, "output, recalibrated", ".2f")))
+        cells.append((*shown, _mean(row, "output, recalibrated")))
     header = (
         *("norm", "becomes", "transfer class", "first block", "output", "cosine"),
         *("before", "after", "recalibrated", "output then"),
