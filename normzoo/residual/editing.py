@@ -16,7 +16,7 @@ from ..conversion.recognise import Site
 from ..conversion.surgery import Swap
 from ..conversion.transfer import Choice, replacement
 from ..zoo import find
-from .centering import ZeroMean, with_zero_mean
+from ..centering import ZeroMean, with_zero_mean
 from .finding import Found
 from .stream import Writer
 
