@@ -6,12 +6,15 @@ from . import engine as engine
 from . import functional as functional
 from . import moments as moments
 from . import nap as nap
+from .conversion import apply_recipe as apply_recipe
 from .conversion import convert as convert
+from .conversion import fold as fold
 from .conversion import freeze_batch_norm as freeze_batch_norm
 from .conversion import inspect as inspect
 from .conversion import plan as plan
 from .conversion import recalibrate as recalibrate
 from .conversion import register_adapter as register_adapter
+from .conversion import save_recipe as save_recipe
 from .conversion import unfreeze_batch_norm as unfreeze_batch_norm
 from .dispatch import backend as backend
 from .layers.alpha import AlphaBatchNorm as AlphaBatchNorm

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from torch import nn
+import copy
+from collections.abc import Callable
+from typing import Any
 
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..layers.weight_standardization import WeightStandardization
 from ..layers.ws_conv import CARRIERS, Standardized
 from .bypass import raw_weights
 from .luggage import bring_along
+from .norm import Weighted
+from .recognise import Site
+from .recognise_weights import BESIDES, LAYERS, base_of, settings
 from .report import a
 from .surgery import Swap, refuse_wrapped
+from .trial import bare
 
 _LEFT = ("weight", "bias", "gain", "variant", "ws_eps", "gamma", "_kept")
 
@@ -63,3 +73,47 @@ def bake(model: nn.Module) -> nn.Module:
     swap = Swap(model, baked)
     swap.do()
     return swap.root
+
+
+def baker(site: Site) -> Callable[[], nn.Module] | None:
+    """Makes the plain layer in place of one that standardizes its weight; None where `site` does not.
+
+    Those of timm and the like too, and :class:`normzoo.WeightStandardization` as a parametrization. What it
+    returns raises ValueError where that cannot be.
+    """
+    module: Any = site.module
+    if parametrize.is_parametrized(module, "weight"):
+        chain = module.parametrizations["weight"]
+        if any(isinstance(each, WeightStandardization) for each in chain):
+            return lambda: _unparametrized(module)
+    if site.family != "standardized":
+        return None
+    if isinstance(module, Standardized):
+        return lambda: _along(module, module.bake())
+    norm = site.norm
+    return None if not isinstance(norm, Weighted) else lambda: _along(module, _ours(module, norm).bake())
+
+
+def _along(old: nn.Module, new: nn.Module) -> nn.Module:
+    bring_along(old, new, (*_LEFT, *BESIDES))
+    return new
+
+
+def _ours(module: Any, norm: Weighted) -> Standardized:
+    """The layer of this library that computes what one of another library does, with its tensors."""
+    how = {"variant": norm.variant, "ws_eps": norm.eps, "gamma": norm.gamma, "device": "meta"}
+    made = LAYERS[base_of(module)](**settings(module), **how)
+    made._parameters.update(module._parameters)
+    return made.train(module.training)
+
+
+def _unparametrized(module: Any) -> nn.Module:
+    """A copy whose weight is the standardized one, stored."""
+    if {*module.parametrizations} != {"weight"} or len(module.parametrizations["weight"]) != 1:
+        raise ValueError("it has other parametrizations too; remove them first")
+    made: Any = copy.deepcopy(bare(module))
+    parametrize.remove_parametrizations(made, "weight")
+    made.weight.requires_grad_(module.parametrizations["weight"].original.requires_grad)
+    made._parameters["bias"] = module._parameters.get("bias")
+    bring_along(module, made, ("parametrizations",))
+    return made

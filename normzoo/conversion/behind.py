@@ -83,7 +83,7 @@ class NormsBehind(Surroundings):
                 nodes = [node for graph in self._traced(owner) for node in graph.nodes if node.op == "get_attr"]
             except Unclear:
                 nodes = []
-            names = {str(node.target) for node in nodes if not all(map(_looks, node.users))}
+            names = {str(node.target) for node in nodes if not all(map(looks, node.users))}
             self._taken[owner] = {p for name, p in owner.named_parameters() if name in names}
         return self._taken[owner]
 
@@ -100,7 +100,7 @@ class NormsBehind(Surroundings):
     def _beyond(self, owner: nn.Module, call: fx.Node) -> Iterator[Site | str]:
         """The norms that take what `call` makes, or what says which function does."""
         name = type(owner).__name__
-        users = [user for user in call.users if not _looks(user)]
+        users = [user for user in call.users if not looks(user)]
         if len(users) != 1:
             raise Unclear(f"{name} uses its output {len(users)} times", sure=True)
         (user,) = users
@@ -109,9 +109,9 @@ class NormsBehind(Surroundings):
                 raise Unclear(f"{name} returns its output among others", sure=True)
             yield from self._next(owner)
             return
-        follower, function = called_by(owner, user), _function(user)
+        follower, function = called_by(owner, user), function_of(user)
         once = sum(argument is call for argument in (*user.args, *user.kwargs.values())) == 1
-        first = once and _first(follower, user) is call
+        first = once and first_argument(follower, user) is call
         norm = self._norms.get(follower) if follower is not None else None
         if first and norm is not None:
             self._check(norm, name)
@@ -155,7 +155,7 @@ class NormsBehind(Surroundings):
                     raise Unclear(f"the {type(module).__name__} has {kind}, and what those do is not clear")
 
 
-def _first(follower: nn.Module | None, user: fx.Node) -> Any:
+def first_argument(follower: nn.Module | None, user: fx.Node) -> Any:
     """What a call takes first, in the order of the signature."""
     if user.args:
         return user.args[0]
@@ -180,13 +180,14 @@ def _passes(module: nn.Module) -> bool:
     return type(module) in _PASSED and not hooks(module)
 
 
-def _function(user: fx.Node) -> str:
+def function_of(user: fx.Node) -> str:
     """The function or method that `user` calls."""
     if user.op == "call_method":
         return str(user.target)
     return str(getattr(user.target, "__name__", "")) if user.op == "call_function" else ""
 
 
-def _looks(user: fx.Node) -> bool:
-    function: Any = _function(user)
+def looks(user: fx.Node) -> bool:
+    """Whether `user` asks for a shape, a dtype or the like."""
+    function: Any = function_of(user)
     return (user.args[1] if function == "getattr" else function) in _LOOKS

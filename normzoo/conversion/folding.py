@@ -25,7 +25,10 @@ _STORED = ("frozen_batch", "alpha_batch")
 
 _STORED_IN_EVAL = ("batch", "ghost_batch", "adab2n", "instance", "power", "unified")
 
-_LAYERS = (
+STORED = (*_STORED, *_STORED_IN_EVAL)
+"""Families that may be such a map."""
+
+LAYERS = (
     *(nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
@@ -50,7 +53,8 @@ def affine_map(norm: nn.Module) -> tuple[Tensor, Tensor]:
     >>> affine_map(nn.BatchNorm1d(2, eps=3.0).eval())
     (tensor([0.5000, 0.5000], dtype=torch.float64), tensor([0., 0.], dtype=torch.float64))
     """
-    return _read(norm, "affine_map")[1:]
+    _, scale, shift = _read(norm, "affine_map")
+    return scale, torch.zeros_like(scale) if shift is None else shift
 
 
 def into_next(norm: nn.Module, layer: nn.Module) -> nn.Module:
@@ -64,7 +68,8 @@ def into_next(norm: nn.Module, layer: nn.Module) -> nn.Module:
             sees one input.
 
     Returns:
-        A new layer, with a bias if `layer` has one or needs one. All but weight and bias is shared.
+        A new layer, with a bias if `layer` has one, or the norm is of a kind that shifts and `layer` can take
+        that up. All but weight and bias is shared.
 
     Raises:
         Unfoldable: `norm` is no such map, or `layer` cannot take it up exactly.
@@ -82,11 +87,10 @@ def into_next(norm: nn.Module, layer: nn.Module) -> nn.Module:
     _check_number("into_next", scale, old, number)
     bias = None if old.bias is None else old.bias.detach().double()
     axis = 0 if isinstance(old, _ConvTransposeNd) else 1
-    if shift.any():
-        if isinstance(old, _ConvNd) and (why := _uneven(old)):
-            raise Unfoldable(
-                f"into_next: {why}, and this norm shifts; fold it into the layer before it instead"
-            )
+    why = _uneven(old) if isinstance(old, _ConvNd) else ""
+    if why and shift is not None and shift.any():
+        raise Unfoldable(f"into_next: {why}, and this norm shifts; fold it into the layer before it instead")
+    if shift is not None and not why:
         each = weight.sum(-1) * _spread(shift, old, axis)
         groups = getattr(old, "groups", 1)
         added = each.sum(1) if axis == 1 else each.view(groups, -1, each.shape[1]).sum(1).flatten()
@@ -94,7 +98,7 @@ def into_next(norm: nn.Module, layer: nn.Module) -> nn.Module:
     return _remade("into_next", old, weight * _spread(scale, old, axis).unsqueeze(-1), bias)
 
 
-def into_previous(layer: nn.Module, norm: nn.Module) -> nn.Module:
+def into_previous(layer: nn.Module, norm: nn.Module, *, activated: bool = False) -> nn.Module:
     """A layer that computes ``norm(layer(x))`` from x. Nothing else may read what `layer` returns.
 
     Args:
@@ -102,9 +106,12 @@ def into_previous(layer: nn.Module, norm: nn.Module) -> nn.Module:
         norm: as in :func:`affine_map`. Its channels must be those that `layer` makes; with a linear layer or
             an embedding the last dimension, which dimension 1 of a batch norm or of channel_dim=1 is in (N, C)
             alone.
+        activated: whether `norm` may go on with an activation, as timm's BatchNormAct2d does, which is then
+            left to be applied to what the new layer returns.
 
     Returns:
-        A new layer, with a bias if `layer` has one or needs one. All but weight and bias is shared.
+        A new layer, with a bias if `layer` has one or the norm is of a kind that shifts. All but weight and
+        bias is shared.
 
     Raises:
         Unfoldable: `norm` is no such map, or `layer` cannot take it up exactly.
@@ -113,7 +120,7 @@ def into_previous(layer: nn.Module, norm: nn.Module) -> nn.Module:
     >>> torch.testing.assert_close(into_previous(conv, norm)(x), norm(conv(x)))
     """
     _check_order("into_previous", norm, layer, "(layer, norm)")
-    known, scale, shift = _read(norm, "into_previous")
+    known, scale, shift = _read(norm, "into_previous", activated)
     old, weight = _checked("into_previous", known, layer)
     _check_hooks("into_previous", norm, layer, "_forward_hooks")
     if isinstance(old, nn.Embedding):
@@ -122,19 +129,20 @@ def into_previous(layer: nn.Module, norm: nn.Module) -> nn.Module:
             raise Unfoldable(
                 f"into_previous: with max_norm={old.max_norm} the Embedding changes rows that it reads"
             )
-        return _remade("into_previous", old, weight * scale[:, None] + shift[:, None], None)
+        rows = weight * scale[:, None]
+        return _remade("into_previous", old, rows if shift is None else rows + shift[:, None], None)
     _check_number(
         "into_previous", scale, old, old.out_features if isinstance(old, nn.Linear) else old.out_channels
     )
     bias = None if old.bias is None else old.bias.detach().double() * scale
-    if shift.any():
+    if shift is not None:
         bias = shift if bias is None else bias + shift
     axis = 1 if isinstance(old, _ConvTransposeNd) else 0
     return _remade("into_previous", old, weight * _spread(scale, old, axis).unsqueeze(-1), bias)
 
 
 def _check_order(caller: str, norm: nn.Module, layer: nn.Module, order: str) -> None:
-    if isinstance(norm, _LAYERS) and not isinstance(layer, _LAYERS):
+    if isinstance(norm, LAYERS) and not isinstance(layer, LAYERS):
         raise Unfoldable(
             f"{caller}: the arguments are {order}, and {type(norm).__name__} came for the norm, "
             f"{type(layer).__name__} for the layer; swap them"
@@ -152,8 +160,17 @@ def _check_hooks(caller: str, norm: nn.Module, layer: nn.Module, between: str) -
             )
 
 
-def _read(module: nn.Module, caller: str) -> tuple[Norm, Tensor, Tensor]:
-    """What a norm computes, and its map."""
+def foldable(norm: nn.Module, caller: str) -> Norm:
+    """What a norm computes, its activation aside.
+
+    Raises:
+        Unfoldable: it is no map as in :func:`affine_map`.
+    """
+    return _read(norm, caller, activated=True)[0]
+
+
+def _read(module: nn.Module, caller: str, activated: bool = False) -> tuple[Norm, Tensor, Tensor | None]:
+    """What a norm computes, and its map; without a shift where such a norm has none, whatever its values."""
     ((known, _, why),) = recognise([module])
     name = type(module).__name__
     if known is None:
@@ -162,7 +179,7 @@ def _read(module: nn.Module, caller: str) -> tuple[Norm, Tensor, Tensor]:
         raise Unfoldable(
             f"{caller}: {name} takes statistics of its input in eval mode too, unless source_weight is 1"
         )
-    if known.family not in (*_STORED, *_STORED_IN_EVAL):
+    if known.family not in STORED:
         raise Unfoldable(f"{caller}: {a(known.family)} norm takes statistics of its input in eval mode too")
     if known.family == "power" and known.groups:
         raise Unfoldable(
@@ -174,7 +191,7 @@ def _read(module: nn.Module, caller: str) -> tuple[Norm, Tensor, Tensor]:
         raise Unfoldable(f"{caller}: {name} has no running statistics and goes by those of its input")
     if module.training and known.family in _STORED_IN_EVAL:
         raise Unfoldable(f"{caller}: {name} is in training mode, where it goes by the batch; call eval() first")
-    if known.after:
+    if known.after and not activated:
         raise Unfoldable(f"{caller}: {name} goes on with {', '.join(known.after)}, which would be lost")
     held = [tensor(module, name) for name in (*known.statistics[:2], known.weight, known.bias) if name]
     if any(t is None or t.is_meta for t in held):
@@ -184,17 +201,19 @@ def _read(module: nn.Module, caller: str) -> tuple[Norm, Tensor, Tensor]:
     weight, bias = (tensor(module, name) for name in (known.weight, known.bias))
     if weight is not None:
         scale = scale * (weight.detach().double() + known.offset)
-    shift = torch.zeros_like(scale) if bias is None else bias.detach().double()
-    return known, scale, shift - scale * mean[0] if mean else shift
+    shift = None if bias is None else bias.detach().double()
+    if mean:
+        shift = -scale * mean[0] if shift is None else shift - scale * mean[0]
+    return known, scale, shift
 
 
 def _checked(caller: str, norm: Norm, layer: nn.Module) -> tuple[Any, Tensor]:
     """The layer, and its weight in float64: (rows, columns, kernel), a kernel of 1 where it has none."""
     cls = parametrize.type_before_parametrizations(layer)
     name = cls.__name__
-    base = next((base for base in _LAYERS if issubclass(cls, base)), None)
+    base = next((base for base in LAYERS if issubclass(cls, base)), None)
     if base is None:
-        known = ", ".join(each.__name__ for each in _LAYERS)
+        known = ", ".join(each.__name__ for each in LAYERS)
         raise Unfoldable(f"{caller}: the layer is {a(name)}; it must be one of {known}")
     overridden = [
         f for f in ("forward", "_conv_forward") if getattr(cls, f, None) is not getattr(base, f, None)
@@ -212,6 +231,12 @@ def _checked(caller: str, norm: Norm, layer: nn.Module) -> tuple[Any, Tensor]:
     if is_lazy(weight) or weight.is_meta:
         raise Unfoldable(
             f"{caller}: the weight of {name} has no numbers yet; it is lazy, or on the meta device"
+        )
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+        what = weight.dtype if type(weight) in (nn.Parameter, Tensor) else a(type(weight).__name__)
+        raise Unfoldable(
+            f"{caller}: the weight of {name} is {what}, not a plain tensor of real floating-point numbers; "
+            "fold before the model is quantized or distributed"
         )
     if issubclass(base, _ConvNd):
         if norm.axis != 1:

@@ -10,7 +10,7 @@ import copy
 import functools
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class Surroundings:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._known: dict[nn.Module, Following] = {}
-        self._graphs: dict[nn.Module, tuple[fx.Graph, fx.Graph] | Unclear] = {}
+        self._graphs: dict[nn.Module, tuple[fx.Graph, ...] | Unclear] = {}
         self._reached: set[nn.Module] = set()
 
     @functools.cached_property
@@ -150,7 +150,7 @@ class Surroundings:
 
     def _check_arguments(self, owner: nn.Module) -> None:
         """Raises Unclear where a call of `owner` sets what its forward was traced with the default of."""
-        signature, usual = inspect.signature(type(owner).forward), _defaults(type(owner).forward)
+        signature, usual = inspect.signature(type(owner).forward), defaults(type(owner).forward)
         for above, call in self._calls(owner):
             name, called = type(above).__name__, type(owner).__name__
             try:
@@ -213,16 +213,19 @@ class Surroundings:
                 if len(calls) > 1:
                     yield before
 
-    def _traced(self, owner: nn.Module) -> tuple[fx.Graph, fx.Graph]:
+    def _traced(self, owner: nn.Module) -> tuple[fx.Graph, ...]:
         if owner not in self._graphs:
             try:
-                self._graphs[owner] = _graph(owner, False), _graph(owner, True)
+                self._graphs[owner] = self._trace(owner)
             except Unclear as reason:
                 self._graphs[owner] = reason
         found = self._graphs[owner]
         if isinstance(found, Unclear):
             raise found
         return found
+
+    def _trace(self, owner: nn.Module) -> tuple[fx.Graph, ...]:
+        return graph_of(owner, False), graph_of(owner, True)
 
 
 def called_by(owner: nn.Module, node: Any) -> nn.Module | None:
@@ -239,8 +242,12 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def _graph(owner: nn.Module, training: bool) -> fx.Graph:
-    """What the forward of `owner` calls."""
+def graph_of(owner: nn.Module, training: bool, given: Mapping[str, Any] | None = None) -> fx.Graph:
+    """What the forward of `owner` calls; raises Unclear where it cannot be traced.
+
+    Args:
+        given: arguments that are constants; None means those with a default, which they have.
+    """
     name = type(owner).__name__
     if "forward" in vars(owner):
         raise Unclear(f"{name} has a forward of its own, set on the instance")
@@ -251,7 +258,7 @@ def _graph(owner: nn.Module, training: bool) -> fx.Graph:
     vars(twin)["training"] = training
     try:
         with undisturbed():
-            graph = _Tracer().trace(twin, _defaults(type(owner).forward))
+            graph = _Tracer().trace(twin, dict(defaults(type(owner).forward) if given is None else given))
     except Exception as error:  # it is code that nobody here has seen
         raise Unclear(f"the forward of {name} cannot be traced ({type(error).__name__})") from error
     with graph.inserting_before(graph.output_node()):
@@ -270,7 +277,8 @@ def _proxies(value: Any, depth: int = 4) -> Iterator[fx.Proxy]:
             yield from _proxies(inner, depth - 1)
 
 
-def _defaults(forward: Callable[..., Any]) -> dict[str, Any]:
+def defaults(forward: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments that `forward` has defaults for."""
     parameters = inspect.signature(forward).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 

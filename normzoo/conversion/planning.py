@@ -187,15 +187,7 @@ def tell(made: Plan) -> None:
 
 
 def _reasons(steps: Sequence[Step]) -> str:
-    """A line a reason, with some of the norms that it holds for."""
-    reasons: dict[str, list[str]] = {}
-    for step in steps:
-        reasons.setdefault(step.reason or step.site.note, []).append(step.site.name or "the model itself")
-    lines = []
-    for why, names in reasons.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        lines.append(f"\n  {', '.join(names[:3])}{more}: {why}")
-    return "".join(lines)
+    return report.reasons((step.site.name, step.reason or step.site.note) for step in steps)
 
 
 def _step(site: Site, choose: Chooser) -> Step:

@@ -53,3 +53,15 @@ def a(word: str) -> str:
 def tally(kinds: Iterable[str]) -> str:
     """How many there are of each kind, in a phrase."""
     return ", ".join(f"{number} {kind}" for kind, number in Counter(kinds).items())
+
+
+def reasons(found: Iterable[tuple[str, str]]) -> str:
+    """A line a reason, with some of the names that it holds for; `found` has names and reasons."""
+    names: dict[str, list[str]] = {}
+    for name, why in found:
+        names.setdefault(why, []).append(name or "the model itself")
+    lines = []
+    for why, those in names.items():
+        more = f" and {len(those) - 3} more" if len(those) > 3 else ""
+        lines.append(f"\n  {', '.join(those[:3])}{more}: {why}")
+    return "".join(lines)

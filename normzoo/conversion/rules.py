@@ -177,8 +177,9 @@ def selector(
     types: Kinds | None,
     where: Callable[[str, nn.Module], bool] | None,
     found: Sequence[Site],
+    caller: str = "convert",
 ) -> Callable[[Site], bool]:
-    """Whether a site passes all of the filters.
+    """Whether a site passes all of the filters; errors name `caller`.
 
     Raises:
         TypeError: one of them is of another kind.
@@ -186,23 +187,23 @@ def selector(
     """
     what = kind_of(found)
     includes, excludes = (
-        _several(name, value, (str,)) for name, value in (("include", include), ("exclude", exclude))
+        _several(caller, name, value, (str,)) for name, value in (("include", include), ("exclude", exclude))
     )
     for pattern in (*includes, *excludes):
         if pattern != "*" and not any(matches(pattern, site.names) for site in found):
             argument = "include" if pattern in includes else "exclude"
-            raise ValueError(f"convert: {pattern!r} in {argument} matches no {what}; {seen(found)}")
-    wanted = None if types is None else _several("types", types, (str, type))
+            raise ValueError(f"{caller}: {pattern!r} in {argument} matches no {what}; {seen(found)}")
+    wanted = None if types is None else _several(caller, "types", types, (str, type))
     families = (*(WEIGHT_FAMILIES if what == LAYER else ()), *FAMILIES)
     for kind in wanted or ():
         if isinstance(kind, str) and kind not in families and not any(_is_kind(site, kind) for site in found):
             raise ValueError(
-                f"convert: {kind!r} in types is no family ({', '.join(families)}) and no class of a {what}; "
+                f"{caller}: {kind!r} in types is no family ({', '.join(families)}) and no class of a {what}; "
                 f"{seen(found)}"
             )
     if where is not None and not callable(where):
         raise TypeError(
-            f"convert: where is {report.a(type(where).__name__)}; it must be a function of name and module"
+            f"{caller}: where is {report.a(type(where).__name__)}; it must be a function of name and module"
         )
 
     def selected(site: Site) -> bool:
@@ -216,14 +217,14 @@ def selector(
     return selected
 
 
-def _several(argument: str, value: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]:
+def _several(caller: str, argument: str, value: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]:
     values = (value,) if isinstance(value, kinds) else tuple(value)
     for one in values:
         if not isinstance(one, kinds):
             what = (
                 "names, globs or 're:' expressions" if kinds == (str,) else "families, class names or classes"
             )
-            raise TypeError(f"convert: {argument} holds {one!r}; it must hold {what}")
+            raise TypeError(f"{caller}: {argument} holds {one!r}; it must hold {what}")
     return values
 
 
