@@ -75,6 +75,7 @@ class _Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
         self.stack = [""]
         self.boxes = 0
+        self.narrowed = False  # in a box
         self._values: dict[int, Value] = {}
         self._alive: list[Tensor] = []  # an id is that of one tensor only as long as this lives
         self._sharing: dict[int, list[Tensor]] = defaultdict(list)
@@ -115,14 +116,20 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.boxes:
-            return func(*args, **kwargs)
+            outputs = func(*args, **kwargs)
+            self.narrowed |= _narrows(args, outputs)
+            return outputs
         taken, named = self.symbols((args, kwargs))
         call = Call(func.overloadpacket.__name__, taken, named, self.stack[-1])
         outputs = func(*args, **kwargs)
-        call.narrows = torch.float64 in _floats(args) and _floats(outputs) not in ([], [torch.float64])
+        call.narrows = _narrows(args, outputs)
         writes = bool(func._schema.arguments) and func._schema.arguments[0].is_write
         self.add(call, outputs, args[0] if writes and isinstance(args[0], Tensor) else None)
         return outputs
+
+
+def _narrows(args: Any, outputs: Any) -> bool:
+    return torch.float64 in _floats(args) and _floats(outputs) not in ([], [torch.float64])
 
 
 def _floats(tree: Any) -> list[torch.dtype]:
@@ -150,7 +157,9 @@ def _watched(
                 recorder.boxes -= 1
                 if not recorder.boxes:
                     taken, named = recorder.symbols((args, kwargs))
-                    recorder.add(Call(NORM, (*taken, *named.values()), {}, name), output)
+                    call = Call(NORM, (*taken, *named.values()), {}, name, narrows=recorder.narrowed)
+                    recorder.add(call, output)
+                    recorder.narrowed = False
             single = isinstance(output, Tensor) and not recorder.boxes
             outputs_of[name].append(recorder.value(output) if single else None)
             if single:
