@@ -92,7 +92,7 @@ def described(module: Any, names: tuple[str, ...]) -> Layer:
                 f", with {name} of shape {(*own[name],)}, not {(*shape,)}" for name, shape in other.items()
             )
         )
-    children = tuple(n for n in module._modules.keys() - again._modules.keys() if n != "parametrizations")
+    made = {*again._modules, "parametrizations"}
     attributes = vars(module).keys() - vars(again).keys() - {FROZEN_FROM}
     resting = getattr(again, "track_running_stats", False) and not module.track_running_stats
     old = vars(module).get(FROZEN_FROM)
@@ -101,7 +101,7 @@ def described(module: Any, names: tuple[str, ...]) -> Layer:
         cls.__name__,
         arguments,
         how,
-        tuple(sorted(children)),
+        tuple(child for child in module._modules if child not in made),
         tuple(sorted(attributes)),
         resting,
         None if old is None else _thawed(*old),

@@ -18,12 +18,14 @@ from .adapted import adapted, bare_class, manner
 from .folds import Folded
 from .report import a
 
+PARAMETRIZATIONS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (ZeroMean, WeightStandardization)}
+
 LAYERS: dict[str, type[nn.Module]] = {
-    cls.__name__: cls for cls in (*(cls for entry in ZOO for cls in entry.exported), Folded)
+    cls.__name__: cls
+    for cls in (*(cls for entry in ZOO for cls in entry.exported), Folded)
+    if cls.__name__ not in PARAMETRIZATIONS
 }
 """What may stand in a model. Names in a recipe are looked up here, and nowhere else."""
-
-PARAMETRIZATIONS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (ZeroMean, WeightStandardization)}
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
@@ -171,7 +173,8 @@ def _fits(value: Value, annotation: str) -> bool:
     """Whether a value may be of the type that the constructor names; coarse, for it has checks of its own."""
     if isinstance(value, list):
         several = any(word in annotation for word in ("Sequence", "tuple", "Tuple"))
-        return several and all(type(each) is (str if "str" in annotation else int) for each in value)
+        kind = str if "[str]" in annotation else int
+        return several and all(type(each) is kind for each in value)
     if isinstance(value, float) and not math.isfinite(value):
         return False
     words = {bool: ("bool",), int: ("int", "float"), float: ("float",), str: ("str", "Literal")}
