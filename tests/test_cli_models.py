@@ -373,6 +373,9 @@ def test_the_file_holds_the_converted_model(run, here, factory, to):
     assert not torch.equal(other(x), original(x))
     load_model(other, "new.safetensors")
     assert torch.equal(other(x), original(x))
+    anew = normzoo.apply_recipe(getattr(sys.modules["own"], factory)()[0], "new.safetensors")
+    load_model(anew, "new.safetensors")
+    assert torch.equal(anew(x), original(x)) and repr(anew) == repr(original)
     with safetensors.safe_open("new.safetensors", "pt") as file:
         plan = json.loads(file.metadata()["normzoo"])
     assert plan["steps"] == json.loads(out)["steps"] and len(plan["steps"]) == 2

@@ -23,6 +23,8 @@ from .change import PARAMETERS_CHANGE, Plan
 from .examine import inspect
 from .planning import plan
 from .proof import Proof
+from .recipe_files import KEY, text_of
+from .recipes import recipe_of
 
 _WRAP = ("computes", "notes")
 
@@ -276,10 +278,13 @@ def _write(made: Plan, out: Path) -> None:
 
     try:
         with whole(out) as part:  # half a file must not pass for a checkpoint
-            save_model(made.apply(), str(part), metadata={"normzoo": made.to_json()})
+            root = made.apply()
+            about = {"normzoo": made.to_json(), KEY: text_of(recipe_of(root))}
+            save_model(root, str(part), metadata=about)
     except Exception as error:  # safetensors has a class of its own for what the system says
         raise SourceError(f"--out is {str(out)!r}, and writing it failed ({said(error)})") from error
     print(
-        f"wrote {out}; safetensors.torch.load_model puts it into the same model after the same normzoo.convert",
+        f"wrote {out}; after normzoo.apply_recipe(model, {str(out)!r}) safetensors.torch.load_model puts it "
+        "into the same model, made anew",
         file=sys.stderr,
     )
