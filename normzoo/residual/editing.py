@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..centering import ZeroMean, with_zero_mean
 from ..conversion import bypass
 from ..conversion.recognise import Site
 from ..conversion.surgery import Swap
 from ..conversion.transfer import Choice, replacement
 from ..zoo import find
-from ..centering import ZeroMean, with_zero_mean
 from .finding import Found
 from .stream import Writer
+
+Undo = Callable[[], None]
 
 
 @dataclass
@@ -31,58 +33,87 @@ class Edit:
     untied: Collection[str] = ()
     """Modules that get a weight of their own."""
 
-    def apply(self, model: nn.Module) -> Callable[[], None]:
+    target: ClassVar[str] = "rms_norm"
+
+    @property
+    def plain(self) -> Edit:
+        """What of it takes means away and leaves all else."""
+        return self
+
+    def rows(self) -> list[tuple[str, tuple[str, str, str]]]:
+        """A line for all that changes: name, what it is, what becomes of it, and what else to know."""
+        kept = "the weight is stored as it is, and centered in every forward"
+        how = kept if self.parametrized else "centered once"
+        writers = sorted(self.found.writers, key=lambda w: w.name)
+        return [
+            *((site.name, ("norm", f"{self.target}: exact", "")) for site in self.sites),
+            *((w.name, ("writer", how, _times(w.scale))) for w in writers),
+            *(
+                (name, ("output", "its mean is taken away", _WHEN[when]))
+                for name, (_, when) in self.found.cuts.items()
+            ),
+            *((f"{name}.weight", ("tied weight", "gets a weight of its own", "")) for name in self.untied),
+        ]
+
+    def apply(self, model: nn.Module) -> Undo:
         """Changes `model` in place; returns what undoes it."""
-        undone: list[Callable[[], None]] = []
-        try:
-            for step in (self._untie, self._zero_weights, self._exchange, self._zero_outputs):
-                undone += step(model)
-        except BaseException:
-            _undo(undone)
-            raise
-        return lambda: _undo(undone)
+        return carry_out(
+            step(model) for step in (self._untie, self._zero_weights, self._exchange, self._zero_outputs)
+        )
 
-    def _untie(self, model: nn.Module) -> list[Callable[[], None]]:
-        return [untie(model, name) for name in self.untied]
+    def _untie(self, model: nn.Module) -> Iterator[Undo]:
+        for name in self.untied:
+            yield untie(model, name)
 
-    def _zero_weights(self, model: nn.Module) -> list[Callable[[], None]]:
-        undone: list[Callable[[], None]] = []
+    def _zero_weights(self, model: nn.Module) -> Iterator[Undo]:
         tensors = dict((*model.named_parameters(), *model.named_buffers()))
         for writer in sorted(self.found.writers, key=lambda w: w.name):
             held = tensors[writer.name]
             if self.parametrized and isinstance(held, nn.Parameter):
                 prefix, _, name = writer.name.rpartition(".")
                 owner = model.get_submodule(prefix)
-                undone.append(_parametrize(owner, name, writer.axis))
+                yield _parametrize(owner, name, writer.axis)
             else:
-                undone.append(_write(held, zero_mean(held, writer, tensors)))
+                yield _write(held, zero_mean(held, writer, tensors))
         for name in sorted({name for writer in self.found.writers for name in writer.scale}):
-            undone.append(_write(tensors[name], torch.ones_like(tensors[name])))
-        return undone
+            yield _write(tensors[name], torch.ones_like(tensors[name]))
 
-    def _exchange(self, model: nn.Module) -> list[Callable[[], None]]:
+    def _exchange(self, model: nn.Module) -> Iterator[Undo]:
         made = {}
         for site in self.sites:
             here = dataclasses.replace(site, module=model.get_submodule(site.name))
             made[here.module] = replacement(here, Choice(find("rms_norm"))).module
-        slowed = {
-            module
-            for module in model.modules()
-            for child in ("norm1", "norm2")
-            if bypass.fast_path(module, child) and getattr(module, child) in made
-        }
-        swap = Swap(model, made, bypass.without_fast_path(model, slowed))
+        swap = Swap(model, made, without_fast_path(model, made))
         swap.do()
-        return [swap.undo]
+        yield swap.undo
 
-    def _zero_outputs(self, model: nn.Module) -> list[Callable[[], None]]:
-        undone: list[Callable[[], None]] = []
+    def _zero_outputs(self, model: nn.Module) -> Iterator[Undo]:
         for name, (axis, when) in sorted(self.found.cuts.items()):
-            module = model.get_submodule(name)
-            before = type(module)
-            module.__class__ = with_zero_mean(before, axis, when)
-            undone.append(lambda module=module, before=before: setattr(module, "__class__", before))
-        return undone
+            yield _zero_output(model.get_submodule(name), axis, when)
+
+
+_WHEN = {"always": "", "training": "in training alone, where dropout makes one"}
+
+
+def _times(scale: tuple[str, ...]) -> str:
+    return f"times {' and '.join(scale)}, which becomes one" if scale else ""
+
+
+def _zero_output(module: nn.Module, axis: int, when: str) -> Undo:
+    before = type(module)
+    module.__class__ = with_zero_mean(before, axis, when)
+    return lambda: setattr(module, "__class__", before)
+
+
+def without_fast_path(model: nn.Module, made: Collection[nn.Module]) -> list[tuple[nn.Module, str, Any]]:
+    """Settings under which torch's encoder layers call the norms `made`, and compute none themselves."""
+    slowed = {
+        module
+        for module in model.modules()
+        for child in ("norm1", "norm2")
+        if bypass.fast_path(module, child) and getattr(module, child) in made
+    }
+    return bypass.without_fast_path(model, slowed)
 
 
 def zero_mean(tensor: Tensor, writer: Writer, tensors: dict[str, Any]) -> Tensor:
@@ -94,7 +125,7 @@ def zero_mean(tensor: Tensor, writer: Writer, tensors: dict[str, Any]) -> Tensor
     return wide - wide.mean(writer.axis, keepdim=True)
 
 
-def untie(model: nn.Module, name: str) -> Callable[[], None]:
+def untie(model: nn.Module, name: str) -> Undo:
     """Gives a module a weight of its own, with the numbers that the shared one has; returns what undoes it."""
     module: Any = model.get_submodule(name)
     shared = module.weight
@@ -113,7 +144,7 @@ def untie(model: nn.Module, name: str) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def _write(tensor: Tensor, value: Tensor) -> Callable[[], None]:
+def _write(tensor: Tensor, value: Tensor) -> Undo:
     before = tensor.detach().clone()
     tensor.copy_(value)
 
@@ -124,7 +155,7 @@ def _write(tensor: Tensor, value: Tensor) -> Callable[[], None]:
     return undo
 
 
-def _parametrize(owner: nn.Module, name: str, axis: int) -> Callable[[], None]:
+def _parametrize(owner: nn.Module, name: str, axis: int) -> Undo:
     order = list(owner._parameters)
     parametrize.register_parametrization(owner, name, ZeroMean(axis))
 
@@ -136,6 +167,18 @@ def _parametrize(owner: nn.Module, name: str, axis: int) -> Callable[[], None]:
     return undo
 
 
-def _undo(steps: list[Callable[[], None]]) -> None:
-    for step in reversed(steps):
-        step()
+def carry_out(steps: Iterable[Iterable[Undo]]) -> Undo:
+    """Takes all steps, or none where one fails; returns what takes them back."""
+    undone: list[Undo] = []
+
+    def undo() -> None:
+        for each in reversed(undone):
+            each()
+
+    try:
+        for step in steps:
+            undone.extend(step)
+    except BaseException:
+        undo()
+        raise
+    return undo

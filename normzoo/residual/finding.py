@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -37,23 +37,15 @@ class Found:
         )
 
 
-def find(
-    model: nn.Module,
-    recording: Recording,
-    norms: Mapping[str, int],
-    *,
-    baked: bool,
-    ready: Collection[str] = (),
-) -> Found:
+def search(model: nn.Module, recording: Recording, norms: Mapping[str, int], *, baked: bool) -> Found:
     """What can be done about the streams that `norms` read.
 
     Args:
         norms: names, and the axis that each normalizes.
         baked: weights are changed once, so that what multiplies them can be folded into them.
-        ready: modules whose output has mean zero already.
     """
     fleeting = _fleeting(model)
-    cuts = dict.fromkeys(ready, "always")
+    cuts: dict[str, str] = {}
     refused: dict[str, str] = {}
     while True:
         found = streams(recording, norms, cuts, fleeting)

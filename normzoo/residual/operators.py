@@ -59,6 +59,11 @@ def passes_to(call: Call, value: Value, axis: int) -> list[Operand]:
     return found
 
 
+def source(call: Call) -> Value | None:
+    """What the output of `call` is a rearrangement of, or a part of its rows; None where it is none."""
+    return call.args[0] if call.operator in _REARRANGING else None
+
+
 def _get(call: Call, place: int, name: str, default: Any = None) -> Any:
     return call.args[place] if len(call.args) > place else call.kwargs.get(name, default)
 
@@ -66,6 +71,15 @@ def _get(call: Call, place: int, name: str, default: Any = None) -> Any:
 def _axis(number: int, dims: int) -> int:
     return number + dims if number < 0 else number
 
+
+_REARRANGING = frozenset(
+    (
+        *("alias", "clone", "contiguous", "detach", "_to_copy", "view", "_unsafe_view", "reshape", "unsqueeze"),
+        *("squeeze", "expand", "t", "transpose", "permute", "slice", "split", "split_with_sizes", "select"),
+        *("unbind", "index", "index_select", "mean", "sum", "_reshape_alias"),
+    )
+)
+"""Operators of one value that go by rows, whatever the basis of these."""
 
 _ALIKE = ("split", "split_with_sizes", "unbind")
 """Operators whose outputs are all of a kind."""
@@ -288,6 +302,8 @@ def _added_product(call: Call, axis: int) -> list[Operand]:
 def _convolved(call: Call, axis: int) -> list[Operand]:
     weight, bias = call.args[1:3]
     transposed, groups = call.args[6], call.args[8]
-    if axis != 1 or (transposed and groups != 1):
+    if (
+        axis != 1 or groups != 1
+    ):  # groups read other channels each, so that no mean of weights is that of outputs
         raise Broken("a convolution mixes it")
     return [(weight, 1 if transposed else 0), *([] if bias is None else [(bias, 0)])]

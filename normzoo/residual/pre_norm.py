@@ -18,10 +18,15 @@ from ..conversion.proof import Sample, fresh
 from ..conversion.recognise import Site
 from ..conversion.rules import Names, selector
 from ..conversion.surgery import refuse_wrapped
+from ..conversion.transfer import Choice, Refused, replacement
 from ..conversion.trial import short, undisturbed
 from ..model_source import sample_for
+from ..zoo import find
+from .compressing import BASES, CompressedEdit
+from .consuming import Unread, consumers
 from .editing import Edit, untie
-from .finding import Found, find
+from .finding import Found, search
+from .mapping import ModuleMap, mapped
 from .probing import Probe
 from .recording import Recording, narrowed, record
 from .rewriting import Rewrite
@@ -29,6 +34,7 @@ from .rewriting import Rewrite
 logger = logging.getLogger("normzoo")
 
 WRITERS = ("bake", "parametrize")
+TARGETS = ("pre_rms_norm", "pre_crms_norm")
 TIED = ("activation", "untie")
 
 
@@ -40,6 +46,7 @@ def to_pre_rms_norm(
     tied: str = "activation",
     include: Names = "*",
     exclude: Names = (),
+    module_map: ModuleMap | None = None,
     inplace: bool = True,
 ) -> nn.Module:
     """Turn the LayerNorms of a Pre-LN transformer into RMSNorms without changing its function.
@@ -61,6 +68,9 @@ def to_pre_rms_norm(
         tied: where an embedding shares its weight with the head, ``"activation"`` keeps it and takes the mean
             of what the embedding returns away; ``"untie"`` gives the embedding a weight of its own.
         include, exclude: names, globs or ``"re:..."`` of the norms that are meant.
+        module_map: what a run does not show, such as the stream through an operator of your own, by names,
+            globs or ``"re:..."``: ``norms``; ``writers``, modules or parameters; and ``outputs``, modules whose
+            output has its mean taken away. It goes in place of the search; the probes have to hold as well.
         inplace: False rewrites a deep copy.
 
     Returns:
@@ -83,12 +93,70 @@ def to_pre_rms_norm(
         tied=tied,
         include=include,
         exclude=exclude,
+        module_map=module_map,
         caller="to_pre_rms_norm",
     )
-    proof = rewrite.verify()
+    return _carried_out(rewrite, "to_pre_rms_norm")
+
+
+def to_pre_crms_norm(
+    model: nn.Module,
+    sample: Any = None,
+    *,
+    basis: str = "truncate",
+    include: Names = "*",
+    exclude: Names = (),
+    inplace: bool = True,
+) -> nn.Module:
+    """Turn the LayerNorms of a Pre-LN transformer into CRMSNorms: the residual stream has one entry less.
+
+    As :func:`normzoo.to_pre_rms_norm`, for inference. A row of mean zero is known by all of its entries but
+    one, so that everything that writes the stream makes one less, and everything that reads a norm takes one
+    less. Weight and bias of the norms go into the weights that read them; a linear map without bias may get
+    one. An embedding that shares its weight with the head gets one of its own.
+
+    Rows of an odd number of entries are slow on most hardware; where speed is the aim, take
+    :func:`normzoo.to_pre_rms_norm`.
+
+    Args:
+        model, sample, include, exclude, inplace: as in :func:`normzoo.to_pre_rms_norm`.
+        basis: ``"truncate"``, as in the paper: the last entry is left out, and norms become
+            :class:`normzoo.CRMSNorm`. ``"orthonormal"``: rows are turned, lengths stay, norms become
+            :class:`normzoo.RMSNorm`, and numbers round less.
+
+    Returns:
+        `model`. Its parameters are the same objects with other shapes: make optimizers anew.
+
+    Raises:
+        TypeError, ValueError: as in :func:`normzoo.to_pre_rms_norm`; and where something but a linear map reads
+            a norm, or the mean of an output would have to be taken away in every forward.
+
+    Source: arXiv:2305.14858.
+    """
+    _check_module(model, "to_pre_crms_norm")
+    if not inplace:
+        model = copy.deepcopy(model)
+    rewrite = plan_rewrite(
+        model,
+        sample,
+        to="pre_crms_norm",
+        tied="untie",
+        basis=basis,
+        include=include,
+        exclude=exclude,
+        caller="to_pre_crms_norm",
+    )
+    return _carried_out(rewrite, "to_pre_crms_norm")
+
+
+def _carried_out(rewrite: Rewrite, caller: str) -> nn.Module:
+    try:
+        proof = rewrite.verify()
+    except Exception as error:  # a model that goes by the number of its features
+        raise ValueError(f"{caller}: the rewritten model does not run: {short(error)}") from error
     if not proof.passed:
-        raise ValueError(f"to_pre_rms_norm: {proof}; the model is left as it was")
-    rewrite.apply()
+        raise ValueError(f"{caller}: {proof}; the model is left as it was")
+    model = rewrite.apply()
     tell(rewrite, str(proof))
     return model
 
@@ -110,16 +178,20 @@ def plan_rewrite(
     model: nn.Module,
     sample: Any = None,
     *,
+    to: str = "pre_rms_norm",
     zero_mean_writers: str = "bake",
     tied: str = "activation",
+    basis: str = "truncate",
     include: Names = "*",
     exclude: Names = (),
+    module_map: ModuleMap | None = None,
     caller: str = "plan_rewrite",
 ) -> Rewrite:
-    """What :func:`normzoo.to_pre_rms_norm` would do; the model is not touched.
+    """What :func:`normzoo.to_pre_rms_norm`, or the other, would do; the model is not touched.
 
     Args:
-        model, sample, zero_mean_writers, tied, include, exclude: as there.
+        to: ``"pre_rms_norm"`` or ``"pre_crms_norm"``.
+        model, sample, zero_mean_writers, tied, basis, include, exclude, module_map: as there.
         caller: begins the errors.
 
     Raises:
@@ -128,9 +200,11 @@ def plan_rewrite(
     _check_module(model, caller)
     checks.choice(caller, "zero_mean_writers", zero_mean_writers, WRITERS)
     checks.choice(caller, "tied", tied, TIED)
+    checks.choice(caller, "to", to, TARGETS)
+    checks.choice(caller, "basis", basis, BASES)
     refuse_wrapped(model, caller, "rewrite")
     baked = zero_mean_writers == "bake"
-    sites = _meant(model, include, exclude, caller)
+    sites, refused = _meant(model, include, exclude, caller)
     probe = Probe(model, _sample(model, sample, caller))
     twin = probe.twin()
     untied: list[str] = []
@@ -141,16 +215,39 @@ def plan_rewrite(
             untie(twin, name)
         recording, found = _search(twin, probe, sites, baked, caller) if untied else (recording, found)
     probe.narrow = narrowed(recording, found.members)
-    if not baked:
+    if module_map is not None:
+        found = mapped(model, module_map, [site.name for site in sites], caller)
+        probe.narrow = any(call.narrows for call in recording.calls)
+    elif not baked:
         _, trained = _search(twin.train(), probe, sites, baked, caller)
         found = found.both(trained)
+    found.left |= refused
     if len(found.norms) < len(found.left) or not found.norms:
         raise ValueError(
-            f"{caller}: {len(found.left)} of {len(sites)} LayerNorms that are meant cannot go without the "
-            f"mean, and the model is left as it was:{reasons(found.left)}"
+            f"{caller}: {len(found.left)} of {len(found.norms) + len(found.left)} LayerNorms that are meant "
+            f"cannot go without the mean, and the model is left as it was:{reasons(found.left)}"
         )
-    edit = Edit([site for site in sites if site.name in found.norms], found, not baked, untied)
-    return Rewrite(model, "rms_norm", edit, found.left, probe)
+    going = [site for site in sites if site.name in found.norms]
+    edit = Edit(going, found, not baked, untied)
+    if to == "pre_crms_norm":
+        edit = _compressed(edit, recording, basis, caller)
+    return Rewrite(model, edit, found.left, probe)
+
+
+def _compressed(edit: Edit, recording: Recording, basis: str, caller: str) -> CompressedEdit:
+    """The same where the stream has one entry less."""
+    always = [name for name, (_, when) in edit.found.cuts.items() if when == "always"]
+    if always:
+        raise ValueError(
+            f"{caller}: the mean of what {always[0]} returns has to be taken away in every forward, so that it "
+            "cannot have one entry less; use to_pre_rms_norm"
+        )
+    try:
+        return CompressedEdit(
+            edit.sites, edit.found, False, edit.untied, consumers(recording, edit.found, edit.sites), basis
+        )
+    except Unread as reason:
+        raise ValueError(f"{caller}: {reason}; use to_pre_rms_norm, which leaves the readers alone") from reason
 
 
 def _check_module(model: nn.Module, caller: str) -> None:
@@ -158,8 +255,8 @@ def _check_module(model: nn.Module, caller: str) -> None:
         raise TypeError(f"{caller}: model is {report.a(type(model).__name__)}; it must be a torch.nn.Module")
 
 
-def _meant(model: nn.Module, include: Names, exclude: Names, caller: str) -> list[Site]:
-    """The norms of rows or channels that take a mean away."""
+def _meant(model: nn.Module, include: Names, exclude: Names, caller: str) -> tuple[list[Site], dict[str, str]]:
+    """The norms of rows or channels that take a mean away, and why others of them have to stay."""
     found = examine(model, caller)
     include = (include,) if isinstance(include, str) else tuple(include)
     chosen = selector(include, exclude, ("layer",) if _has_layer(found) else None, None, found)
@@ -169,7 +266,8 @@ def _meant(model: nn.Module, include: Names, exclude: Names, caller: str) -> lis
         if site.norm and site.family == "layer" and len(site.norm.shape or ()) == 1 and chosen(site)
     ]
     if sites:
-        return sites
+        refused = {site.name: why for site in sites if (why := _refusal(site))}
+        return [site for site in sites if site.name not in refused], refused
     rms = sum(site.family in ("rms", "crms") for site in found)
     why = (
         "it has RMSNorms, which do not take the mean away: centering its weights would change what it computes"
@@ -177,6 +275,15 @@ def _meant(model: nn.Module, include: Names, exclude: Names, caller: str) -> lis
         else "it has none that is recognised"
     )
     raise ValueError(f"{caller}: the model has no LayerNorm over one dimension to be rewritten; {why}")
+
+
+def _refusal(site: Site) -> str:
+    """Why a norm cannot be replaced; empty where it can."""
+    try:
+        replacement(site, Choice(find("rms_norm")))
+    except Refused as reason:
+        return str(reason)
+    return f"{site.outside} holds it too, outside of the module tree" if site.outside else ""
 
 
 def _has_layer(found: list[Site]) -> bool:
@@ -221,7 +328,7 @@ def _search(
         with torch.no_grad():
             for b, value in buffers:
                 b.copy_(value)
-    return recording, find(twin, recording, norms, baked=baked)
+    return recording, search(twin, recording, norms, baked=baked)
 
 
 def _shares(model: nn.Module, name: str) -> bool:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..conversion.proof import Outputs, Sample, outputs
 from ..conversion.trial import chance, distance, noise
-from .editing import Edit
+from .editing import Edit, untie
 from .finding import Found
 from .stream import Writer
 
@@ -96,10 +96,16 @@ class Probe:
         before = outputs(twin, self.sample)
         if not any(t.any() for t in before.values()):
             raise ValueError("every output of the model is zero on this sample, which shows nothing")
+        for name in edit.untied:
+            untie(twin, name)
         shift, culprit = _shift(twin, self.sample, edit.found, before, tolerance)
-        edit.apply(twin)
+        undo = edit.plain.apply(twin)
         with _means(twin, [site.name for site in edit.sites]) as means:
             output = apart(outputs(twin, self.sample), before)
+        if edit.plain is not edit:
+            undo()
+            edit.apply(twin)
+            output = max(output, apart(outputs(twin, self.sample), before))
         mean = max(means.values(), default=math.inf)
         if not culprit and mean > _EXACT:
             culprit = max(means, key=lambda name: means[name])

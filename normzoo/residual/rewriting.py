@@ -24,17 +24,18 @@ logger = logging.getLogger("normzoo")
 class Rewrite:
     """What :func:`plan_rewrite` found. Nothing happens before :meth:`apply`; ``print()`` shows it."""
 
-    def __init__(
-        self, model: nn.Module, target: str, edit: Edit, left: Mapping[str, str], probe: Probe
-    ) -> None:
+    def __init__(self, model: nn.Module, edit: Edit, left: Mapping[str, str], probe: Probe) -> None:
         self.model = model
-        self.target = target
-        """The layer that the norms become."""
         self.edit = edit
         self.left = left
         """Norms that stay, and why."""
         self._probe = probe
         self._undo: Callable[[], None] | None = None
+
+    @property
+    def target(self) -> str:
+        """The layer that the norms become."""
+        return self.edit.target
 
     @property
     def norms(self) -> list[str]:
@@ -77,18 +78,7 @@ class Rewrite:
 
     def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Header and rows of the table."""
-        found = self.edit.found
-        kept = "the weight is stored as it is, and centered in every forward"
-        how = kept if self.edit.parametrized else "centered once"
-        items = [
-            *((name, ("norm", f"{self.target}: exact", "")) for name in self.norms),
-            *((w.name, ("writer", how, _times(w.scale))) for w in sorted(found.writers, key=lambda w: w.name)),
-            *(
-                (name, ("output", "its mean is taken away", _WHEN[when]))
-                for name, (_, when) in found.cuts.items()
-            ),
-            *((name, ("norm", "stays", why)) for name, why in self.left.items()),
-        ]
+        items = [*self.edit.rows(), *((name, ("norm", "stays", why)) for name, why in self.left.items())]
         rows = [row[:-1] for row in report.grouped([(name, cells, None) for name, cells in items])]
         return ("name", "what", "becomes", "notes"), rows
 
@@ -119,7 +109,7 @@ class Rewrite:
         found = self.edit.found
         writers = sorted(found.writers, key=lambda w: w.name)
         return {
-            "target": self.target,
+            "target": self.edit.target,
             "norms": self.norms,
             "writers": [vars(writer) for writer in writers],
             "outputs": {name: {"axis": axis, "when": when} for name, (axis, when) in found.cuts.items()},
@@ -135,10 +125,3 @@ class Rewrite:
     def _check(self, method: str) -> None:
         if self._undo is not None:
             raise ValueError(f"Rewrite.{method}: it was applied already; revert() it or make a new one")
-
-
-_WHEN = {"always": "", "training": "in training alone, where dropout makes one"}
-
-
-def _times(scale: tuple[str, ...]) -> str:
-    return f"times {' and '.join(scale)}, which becomes one" if scale else ""
