@@ -57,6 +57,7 @@ from .layers.ws_conv import WSLinear as WSLinear
 from .nap import normalize_and_project as normalize_and_project
 from .optim import SGDP as SGDP
 from .optim import AdamP as AdamP
+from .residual import to_pre_crms_norm as to_pre_crms_norm
 from .residual import to_pre_rms_norm as to_pre_rms_norm
 from .side_inputs import inputs as inputs
 from .zoo import ZOO as ZOO
