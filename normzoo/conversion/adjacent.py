@@ -34,6 +34,7 @@ class Neighbours(Surroundings):
         """Modules that have come to pass on what they take."""
         self._unsure: dict[nn.Module, tuple[str, ...]] = {}
         self._calls_in: dict[nn.Module, dict[nn.Module, list[fx.Node]]] = {}
+        self._running: dict[nn.Module, bool] = {}
 
     def sources(self, module: nn.Module) -> dict[nn.Module, None]:
         """The modules whose outputs `module` takes, and nothing else.
@@ -122,21 +123,45 @@ class Neighbours(Surroundings):
 
     def _uses(self, module: nn.Module) -> list[tuple[nn.Module, fx.Node]]:
         """All calls of `module`, each with whose forward has it."""
-        owners = list(dict.fromkeys(self._owner(module)))
-        if not owners:
-            raise Unclear("nothing in the model calls it")
-        for owner in owners:
-            self._check_reached(owner)
-            self._surely(owner)
-        found = list(self._calls(module))
-        for owner in owners:
-            if not any(above is owner for above, _ in found):
-                raise Unclear(f"the forward of {type(owner).__name__} does not call it")
-        for above, _ in found:
-            if above not in owners:
-                past = type(owners[0]).__name__
-                raise Unclear(f"{type(above).__name__} calls it too, past the forward of {past}")
+        owners = list(self._owner(module))
+        found = [(above, call) for above, call in self._calls(module) if self._runs(above)]
+        for above in dict.fromkeys(self._above(module)):
+            if not self._runs(above) or not isinstance(why := self._graphs.get(above), Unclear):
+                continue
+            if above in owners:
+                raise why
+            if self._may_call(above, module):
+                past = "past the forwards between"
+                raise Unclear(f"{type(above).__name__}, which cannot be traced, may call it {past}")
+        for above in dict.fromkeys(above for above, _ in found):
+            self._surely(above)
+        if not found:
+            raise Unclear("no forward in the model calls it")
         return found
+
+    def _runs(self, module: nn.Module) -> bool:
+        """Whether the forward of `module` runs, as far as is known."""
+        if module not in self._running:
+            calls = list(self._calls(module))
+            unknown = (above for above in self._above(module) if isinstance(self._graphs[above], Unclear))
+            self._running[module] = (
+                module is self.model
+                or any(self._runs(above) for above, _ in calls)
+                or any(self._runs(above) for above in unknown)
+            )
+        return self._running[module]
+
+    def _may_call(self, above: nn.Module, module: nn.Module) -> bool:
+        """Whether the source of `above` names `module` by what a parent further down calls it."""
+        for parent, name in self._places[module]:
+            if parent is above or type(above).forward is nn.Module.forward:
+                continue
+            held = [called for _, called in self._places.get(parent, ())] if name.isdigit() else []
+            patterns = [rf"\b{each}\[|\bin\b.*\b{each}\b" for each in held]
+            patterns += [] if name.isdigit() else [rf"(?<!self)\.{name}\b"]
+            if any(bypass.mentions(type(above), pattern) for pattern in patterns):
+                return True
+        return False
 
     def _forth(self, owner: nn.Module, node: fx.Node) -> Iterator[nn.Module]:
         """The modules that take what `node` makes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,6 @@ from .recognise import Site
 from .recognise_weights import BESIDES, LAYERS, base_of, settings
 from .report import a
 from .surgery import Swap, refuse_wrapped
-from .trial import bare
 
 _LEFT = ("weight", "bias", "gain", "variant", "ws_eps", "gamma", "_kept")
 
@@ -111,9 +109,11 @@ def _unparametrized(module: Any) -> nn.Module:
     """A copy whose weight is the standardized one, stored."""
     if {*module.parametrizations} != {"weight"} or len(module.parametrizations["weight"]) != 1:
         raise ValueError("it has other parametrizations too; remove them first")
-    made: Any = copy.deepcopy(bare(module))
-    parametrize.remove_parametrizations(made, "weight")
-    made.weight.requires_grad_(module.parametrizations["weight"].original.requires_grad)
-    made._parameters["bias"] = module._parameters.get("bias")
-    bring_along(module, made, ("parametrizations",))
+    cls: Any = parametrize.type_before_parametrizations(module)
+    made = cls.__new__(cls)
+    vars(made).update(vars(module))
+    trains = module.parametrizations["weight"].original.requires_grad
+    weight = nn.Parameter(module.weight.detach().clone(), requires_grad=trains)
+    vars(made)["_parameters"] = {"weight": weight, **module._parameters}
+    vars(made)["_modules"] = {n: child for n, child in module._modules.items() if n != "parametrizations"}
     return made

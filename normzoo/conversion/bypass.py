@@ -58,6 +58,12 @@ def _scan(cls: type[nn.Module]) -> tuple[dict[str, tuple[str, ...]], tuple[str, 
     return {child: tuple(sorted(names)) for child, names in found.items()}, tuple(sorted(functions))
 
 
+@functools.cache
+def mentions(cls: type[nn.Module], pattern: str) -> bool:
+    """Whether the source of a method of `cls` has the regular expression `pattern` in it."""
+    return any(re.search(pattern, source) for source in _sources(cls))
+
+
 def _sources(cls: type[nn.Module]) -> Iterator[str]:
     seen: set[str] = set()
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:

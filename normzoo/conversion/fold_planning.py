@@ -61,7 +61,7 @@ def plan_fold(
         steps = plan.all([(site, selected(site)) for site in found])
     if not plan.order:
         raise ValueError(f"fold: nothing can be folded; {seen(found)}{_reasons(steps)}")
-    functional = bypass.functional_norms(model, [site.module for site in norms])
+    functional = bypass.functional_norms(model, [site.module for site in found])
     made = FoldPlan(model, steps, plan.order, functional)
     if strict and made.left:
         raise ValueError(f"fold: strict=True, and some norms cannot be folded{_reasons(made.left)}")

@@ -45,7 +45,7 @@ class Folded(nn.Identity):
 
     def forward(self, input: Tensor, *beside: Any, **named: Any) -> Tensor:
         if self.dims is not None:
-            check_dims(input, self.dims, self.into)
+            input = check_dims(input, self.dims, self.into)
         for name in self.then:
             input = getattr(self, name)(input)
         return input
@@ -54,14 +54,15 @@ class Folded(nn.Identity):
         return f"into {', '.join(self.into)}"
 
 
-def check_dims(input: Tensor, dims: int, into: tuple[str, ...]) -> None:
-    """Raises ValueError where the channels of a norm that was folded are elsewhere than it was folded for."""
+def check_dims(input: Tensor, dims: int, into: tuple[str, ...]) -> Tensor:
+    """`input`; raises ValueError where its channels are elsewhere than those that a norm was folded for."""
     if input.dim() != dims:
         raise ValueError(
             f"Folded: the input has shape {tuple(input.shape)}, and the norm that was here was folded into "
             f"{', '.join(into)} for inputs of {dims} dimensions, whose channels are in the same place; "
             "fold with a sample of the inputs that there will be"
         )
+    return input
 
 
 fx.wrap("check_dims")  # or a model with such modules could not be traced any more

@@ -133,7 +133,8 @@ def bare(module: nn.Module) -> nn.Module:
 
     A hook may be a method of something large, which deepcopy would follow.
     """
-    made = copy.copy(module)
+    made = type(module).__new__(type(module))  # copy.copy refuses parametrized modules
+    vars(made).update(vars(module))
     for key, value in vars(made).items():
         if key.endswith("_hooks"):
             vars(made)[key] = type(value)()
