@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..conversion.norm import tensor
 from ..conversion.recognise import Site
+from ..conversion.report import a
 from .finding import Found
+from .mapping import output_axis
 from .operators import passes_to, source
 from .recording import NORM, Call, Recording, Value
 
@@ -58,6 +64,17 @@ def consumers(recording: Recording, found: Found, sites: Sequence[Site]) -> set[
         own = {user for user, read in products.items() if read is leaf}
         _check_alone(leaf, axes[leaf], own, site.name)
     return {Consumer(leaf.name, axes[leaf], site.name) for leaf, site in weights.items()}
+
+
+def check_owner(model: nn.Module, consumer: Consumer) -> None:
+    """Raises Unread where the module of a weight cannot take another size, or the bias of a norm."""
+    prefix, _, leaf = consumer.name.rpartition(".")
+    owner: Any = model.get_submodule(prefix)
+    kind = type(owner).__name__
+    if leaf != "weight" or output_axis(owner) is None:
+        raise Unread(f"{consumer.name} reads {consumer.norm}, and {a(kind)} cannot take another size")
+    if isinstance(owner, _ConvNd) and (isinstance(owner.padding, str) or any(owner.padding)):
+        raise Unread(f"{prefix} reads {consumer.norm}, and pads with zeros, which its bias would not reach")
 
 
 def _check_reader(call: Call, sites: Mapping[str, Site]) -> None:

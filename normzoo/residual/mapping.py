@@ -59,16 +59,9 @@ def _matching(pattern: str, names: Any, what: str, caller: str) -> set[str]:
 
 
 def _writers(name: str, module: nn.Module, caller: str) -> Iterator[Writer]:
-    """Weight and bias of a module, along the dimension of what it returns: by its type, never by its shape."""
-    if isinstance(module, nn.Embedding):
-        axis = 1
-    elif isinstance(module, (nn.Linear, _ConvNd)):
-        axis = 1 if isinstance(module, _ConvTransposeNd) else 0
-    elif any(
-        cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__
-    ):
-        axis = 1
-    else:
+    """Weight and bias of a module, along the dimension of what it returns."""
+    axis = output_axis(module)
+    if axis is None:
         raise ValueError(
             f"{caller}: {name!r} in module_map is {a(type(module).__name__)}, and it is not known along which "
             "dimension that writes; name its parameters whose last dimension is that of the stream"
@@ -76,3 +69,13 @@ def _writers(name: str, module: nn.Module, caller: str) -> Iterator[Writer]:
     yield Writer(f"{name}.weight", axis)
     if getattr(module, "bias", None) is not None:
         yield Writer(f"{name}.bias", 0)
+
+
+def output_axis(module: nn.Module) -> int | None:
+    """The dimension of its weight that is that of what a module returns: by its type, never by its shape."""
+    if isinstance(module, (nn.Linear, _ConvNd)):
+        return 1 if isinstance(module, _ConvTransposeNd) else 0
+    hugging_face = ("Conv1D", "transformers.pytorch_utils")
+    if any((cls.__name__, cls.__module__) == hugging_face for cls in type(module).__mro__):
+        return 1
+    return 1 if isinstance(module, nn.Embedding) else None

@@ -23,7 +23,7 @@ from ..conversion.trial import short, undisturbed
 from ..model_source import sample_for
 from ..zoo import find
 from .compressing import BASES, CompressedEdit
-from .consuming import Unread, consumers
+from .consuming import Unread, check_owner, consumers
 from .editing import Edit, untie
 from .finding import Found, search
 from .mapping import ModuleMap, mapped
@@ -230,11 +230,11 @@ def plan_rewrite(
     going = [site for site in sites if site.name in found.norms]
     edit = Edit(going, found, not baked, untied)
     if to == "pre_crms_norm":
-        edit = _compressed(edit, recording, basis, caller)
+        edit = _compressed(model, edit, recording, basis, caller)
     return Rewrite(model, edit, found.left, probe)
 
 
-def _compressed(edit: Edit, recording: Recording, basis: str, caller: str) -> CompressedEdit:
+def _compressed(model: nn.Module, edit: Edit, recording: Recording, basis: str, caller: str) -> CompressedEdit:
     """The same where the stream has one entry less."""
     always = [name for name, (_, when) in edit.found.cuts.items() if when == "always"]
     if always:
@@ -243,9 +243,10 @@ def _compressed(edit: Edit, recording: Recording, basis: str, caller: str) -> Co
             "cannot have one entry less; use to_pre_rms_norm"
         )
     try:
-        return CompressedEdit(
-            edit.sites, edit.found, False, edit.untied, consumers(recording, edit.found, edit.sites), basis
-        )
+        found = consumers(recording, edit.found, edit.sites)
+        for consumer in found:
+            check_owner(model, consumer)
+        return CompressedEdit(edit.sites, edit.found, False, edit.untied, found, basis)
     except Unread as reason:
         raise ValueError(f"{caller}: {reason}; use to_pre_rms_norm, which leaves the readers alone") from reason
 
