@@ -82,6 +82,8 @@ def described(module: Any, names: tuple[str, ...]) -> Layer:
         again: Any = build(LAYERS, cls.__name__, arguments, how, device="meta")
     except (AttributeError, ValueError) as error:
         raise ValueError(f"{called!r} cannot be made again: {error}") from error
+    if resting := bool(getattr(again, "track_running_stats", False) and not module.track_running_stats):
+        again.track_running_stats = False
     own = {name: t.shape for name, t in tensors(again).items()}
     other = {name: t.shape for name, t in tensors(module).items() if own.get(name, t.shape) != t.shape}
     if again.extra_repr() != module.extra_repr() or other:
@@ -94,7 +96,6 @@ def described(module: Any, names: tuple[str, ...]) -> Layer:
         )
     made = {*again._modules, "parametrizations"}
     attributes = vars(module).keys() - vars(again).keys() - {FROZEN_FROM}
-    resting = getattr(again, "track_running_stats", False) and not module.track_running_stats
     old = vars(module).get(FROZEN_FROM)
     return Layer(
         names,

@@ -177,5 +177,11 @@ def _fits(value: Value, annotation: str) -> bool:
         return several and all(type(each) is kind for each in value)
     if isinstance(value, float) and not math.isfinite(value):
         return False
-    words = {bool: ("bool",), int: ("int", "float"), float: ("float",), str: ("str", "Literal")}
-    return any(word in annotation for word in words.get(type(value), ("None", "Optional")))
+    words = {
+        type(None): ("None", "Optional"),
+        bool: ("bool",),
+        int: ("int", "float"),
+        float: ("float",),
+        str: ("str", "Literal"),
+    }
+    return any(word in annotation for word in words.get(type(value), ()))

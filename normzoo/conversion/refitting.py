@@ -37,7 +37,7 @@ class Refit:
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.root, self.recipe = model, recipe
-        self._before = [(module, type(module), _tables(module)) for module in model.modules()]
+        self._before = [(module, type(module), *_state(module)) for module in model.modules()]
         self._first = held(model)
         inside = tuple(f"{name}." if name else "" for layer in recipe.layers for name in layer.names)
         both = [
@@ -79,11 +79,14 @@ class Refit:
 
     def undo(self) -> None:
         """The model as it was."""
-        for module, cls, tables in self._before:
+        for module, cls, attributes, tables in self._before:
             if type(module) is not cls:
                 module.__class__ = cls
             vars(module).clear()
-            vars(module).update(tables)
+            vars(module).update(attributes)
+            for name, table in tables.items():
+                vars(module)[name].clear()
+                vars(module)[name].update(table)
 
     def _at(self, name: str, what: str) -> nn.Module:
         """The module called `name`; names in a file reach nothing but what is in the tables of modules."""
@@ -115,6 +118,8 @@ class Refit:
             )
 
     def _layer(self, layer: Layer) -> None:
+        if layer.layer not in LAYERS:
+            raise ValueError(f"{layer.names[0]!r}: there is no {layer.layer!r}; there are {', '.join(LAYERS)}")
         first, *others = [self._at(name, a(layer.layer)) for name in layer.names]
         if all(other is first for other in others) and self._is(first, layer):
             return
@@ -227,8 +232,10 @@ class Refit:
         module = self._at(each.names[0], f"a module with a parametrized {each.tensor}")
         if parametrize.is_parametrized(module, each.tensor):
             there = len(module.parametrizations[each.tensor])  # type: ignore[operator, arg-type, index]
-        else:
+        elif each.tensor in module._parameters or each.tensor in module._buffers:
             there = 0
+        else:
+            raise ValueError(f"{each.names[0]!r} has no {each.tensor!r}, which is parametrized in the recipe")
         left = each.chain[there:]
         where = self._where({}, tensors(module), False)
         for link in left:
@@ -279,10 +286,10 @@ class Refit:
                     raise ValueError(f"the {what} differ: the {whose} has {min(only)}, and {rest} does not")
 
 
-def _tables(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module, with copies of what a refit writes to."""
-    names = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    return {name: copy.copy(value) if name in names else value for name, value in vars(module).items()}
+def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The attributes of a module, and what is in those that a refit writes to."""
+    tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    return dict(vars(module)), {name: copy.copy(vars(module)[name]) for name in tables}
 
 
 def _then(arguments: Mapping[str, Any]) -> Iterable[Any]:
