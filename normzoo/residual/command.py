@@ -92,8 +92,8 @@ def _rewrite(arguments: argparse.Namespace, target: str) -> int:
                 sample = commands.random_sample(arguments.input, source.model)
             elif sample is None and source.has_weights:
                 raise SourceError(
-                    f"--to {target} has to run the model, and no input is known for it; give one with --input, or "
-                    "name a factory that returns (model, sample)"
+                    f"--to {target} has to run the model, and no input is known for it; give one with --input, "
+                    "or name a factory that returns (model, sample)"
                 )
             made = plan_rewrite(
                 source.model, sample, to=target, caller="convert", **_options(arguments, target)

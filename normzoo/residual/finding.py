@@ -11,6 +11,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from .recording import Recording, Value
 from .stream import Stream, Writer, streams, way_out
 
+IDLE = "it did not run on the sample"
+"""Why nothing is known of a norm."""
+
 
 @dataclass
 class Found:
@@ -70,7 +73,7 @@ def search(model: nn.Module, recording: Recording, norms: Mapping[str, int], *, 
                 result.cuts[name] = axis - len(value.shape), cuts[name]
     for name in norms:
         if name not in result.norms:
-            result.left[name] = refused.get(name, "it did not run on the sample")
+            result.left[name] = refused.get(name, IDLE)
     return result
 
 

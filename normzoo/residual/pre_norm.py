@@ -25,7 +25,7 @@ from ..zoo import find
 from .compressing import BASES, CompressedEdit
 from .consuming import Unread, check_owner, consumers
 from .editing import Edit, untie
-from .finding import Found, search
+from .finding import IDLE, Found, search
 from .mapping import ModuleMap, mapped
 from .probing import Probe
 from .recording import Recording, narrowed, record
@@ -222,9 +222,10 @@ def plan_rewrite(
         _, trained = _search(twin.train(), probe, sites, baked, caller)
         found = found.both(trained)
     found.left |= refused
-    if len(found.norms) < len(found.left) or not found.norms:
+    stay = sum(why != IDLE for why in found.left.values())
+    if len(found.norms) < stay or not found.norms:
         raise ValueError(
-            f"{caller}: {len(found.left)} of {len(found.norms) + len(found.left)} LayerNorms that are meant "
+            f"{caller}: {stay} of {len(found.norms) + len(found.left)} LayerNorms that are meant "
             f"cannot go without the mean, and the model is left as it was:{reasons(found.left)}"
         )
     going = [site for site in sites if site.name in found.norms]
