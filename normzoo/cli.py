@@ -21,6 +21,7 @@ from normzoo_bench import commands as measuring
 
 from . import __version__
 from .conversion import commands as conversion
+from .residual import command as rewriting
 from .terminal import say, table
 from .zoo import ZOO, Entry, find
 
@@ -85,12 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     conversion.inspect_arguments(inspecting)
     converting = command(
         "convert",
-        conversion.run_convert,
+        rewriting.run_convert,
         "replace the norms of a model",
         "Shows what a conversion of a model's norms, or of the layers before them, keeps and changes, proves "
         "it on a sample input, and writes the converted weights.",
     )
-    conversion.convert_arguments(converting)
+    rewriting.convert_arguments(converting)
     measuring.bench_arguments(
         command("bench", measuring.bench, "measure the layers", "Times the layers here against their peers.")
     )

@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,25 +19,25 @@ from ..files import whole
 from ..model_source import Source, SourceError, load, pairs, said
 from ..side_inputs import MissingInput
 from ..terminal import say, table
-from .change import PARAMETERS_CHANGE, Plan
+from .change import PARAMETERS_CHANGE
 from .examine import inspect
 from .planning import plan
 from .proof import Proof
 from .recipe_files import KEY, text_of
 from .recipes import recipe_of
 
-_WRAP = ("computes", "notes")
+WRAP = ("computes", "notes")
 
 
 def inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``normzoo inspect``."""
-    _model_arguments(parser)
+    model_arguments(parser)
     parser.epilog = "Exit codes: 0 fine, 2 wrong usage, 130 interrupted."
 
 
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``normzoo convert``."""
-    _model_arguments(parser)
+    model_arguments(parser)
     parser.epilog = (
         "Exit codes: 0 fine, 1 the proof failed and nothing is written, 2 wrong usage, 130 interrupted. "
         "For example: normzoo convert hf:gpt2 --to 'h.*.ln_1=rms_norm' --to _default=same --dry-run"
@@ -69,6 +69,11 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="a constructor argument of the new layers; VALUE as for --arg; may be repeated",
     )
     parser.add_argument("--strict", action="store_true", help="a norm that cannot be converted is an error")
+    result_arguments(parser)
+
+
+def result_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of commands that change a model: what it is tried on, and where the result goes."""
     parser.add_argument(
         "--input", metavar="SIZES", help="sizes of a random input to try the model on, such as 2,3,224,224"
     )
@@ -81,7 +86,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
+def model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -102,19 +107,19 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 def run_inspect(arguments: argparse.Namespace) -> int:
     """Shows the norms of a model."""
     try:
-        with _aside():
+        with aside():
             source = load(arguments.model, pairs("--arg", arguments.arg))
             found = inspect(source.model)
     except SourceError as error:
-        return _usage("inspect", error)
+        return usage("inspect", error)
     if arguments.json:
-        _dump(arguments, source, found.to_dict())
+        dump(arguments, source, found.to_dict())
         return 0
-    title = _title(arguments.model, source)
+    about = title(arguments.model, source)
     if found.sites:
-        table(title, *found.rows(), wrap=_WRAP)
+        table(about, *found.rows(), wrap=WRAP)
     else:
-        say(title)
+        say(about)
     say(found.summary())
     return 0
 
@@ -122,29 +127,29 @@ def run_inspect(arguments: argparse.Namespace) -> int:
 def run_convert(arguments: argparse.Namespace) -> int:
     """Shows what a conversion does to a model, and writes the result."""
     try:
-        _check_out(arguments)
-        with _aside():
+        check_out(arguments)
+        with aside():
             source = load(arguments.model, pairs("--arg", arguments.arg))
             if arguments.out is not None:
-                _check_weights(source)
+                check_weights(source)
             options = pairs("--option", arguments.option)
             made = plan(source.model, _target(arguments.to), **_filters(arguments), **options)
-            given = None if arguments.input is None else _sample(arguments.input, source.model)
+            given = None if arguments.input is None else random_sample(arguments.input, source.model)
     except re.error as error:
-        return _usage("convert", f"{error.pattern!r} after re: is no regular expression: {error}")
+        return usage("convert", f"{error.pattern!r} after re: is no regular expression: {error}")
     except (ValueError, TypeError) as error:
-        return _usage("convert", error)
+        return usage("convert", error)
     if not arguments.json:
         header, rows = made.rows()
-        table(_title(arguments.model, source), header, [tuple(map(_spelt, row)) for row in rows], wrap=_WRAP)
+        table(title(arguments.model, source), header, [tuple(map(_spelt, row)) for row in rows], wrap=WRAP)
         say("\n".join(line for line in made.summary().splitlines() if line != PARAMETERS_CHANGE))
     try:
-        with _aside():
-            proof, why_not = _prove(made, source, given)
+        with aside():
+            proof, why_not = prove(made, source, given)
     except SourceError as error:
-        return _usage("convert", error)
+        return usage("convert", error)
     if arguments.json:
-        _dump(
+        dump(
             arguments,
             source,
             made.to_dict() | {"proof": proof and proof.to_dict(), "no_proof": why_not or None},
@@ -155,18 +160,33 @@ def run_convert(arguments: argparse.Namespace) -> int:
         return 1
     if arguments.out is not None:
         try:
-            _write(made, arguments.out)
+            write(made, arguments.out)
         except SourceError as error:
-            return _usage("convert", error)
+            return usage("convert", error)
     return 0
 
 
-def _aside() -> contextlib.redirect_stdout:
+class Provable(Protocol):
+    """What can be tried on a sample: a plan."""
+
+    def verify(self, sample: Any) -> Proof: ...
+
+
+class Change(Protocol):
+    """What is written once it is applied: a plan, or a rewrite."""
+
+    def apply(self) -> nn.Module: ...
+
+    def to_json(self) -> str: ...
+
+
+def aside() -> contextlib.redirect_stdout:
     """What a model prints is no result."""
     return contextlib.redirect_stdout(sys.stderr)
 
 
-def _usage(command: str, error: Exception | str) -> int:
+def usage(command: str, error: Exception | str) -> int:
+    """Says what is wrong; the exit code."""
     print(f"normzoo {command}: {_spelt(str(error).removeprefix('convert: '))}", file=sys.stderr)
     return 2
 
@@ -176,11 +196,13 @@ def _spelt(text: str) -> str:
     return re.sub(r"\bpass (\w+)=(?!\w)", r"pass --option \1=N", text)
 
 
-def _title(name: str, source: Source) -> str:
+def title(name: str, source: Source) -> str:
+    """Of a table about a model."""
     return f"{name} ({source.note})"
 
 
-def _dump(arguments: argparse.Namespace, source: Source, found: dict[str, Any]) -> None:
+def dump(arguments: argparse.Namespace, source: Source, found: dict[str, Any]) -> None:
+    """Prints what was found as JSON."""
     print(json.dumps(_finite({"model": arguments.model, "note": source.note} | found), indent=2))
 
 
@@ -211,7 +233,7 @@ def _filters(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in filters.items() if value is not None}
 
 
-def _sample(sizes: str, model: nn.Module) -> torch.Tensor:
+def random_sample(sizes: str, model: nn.Module) -> torch.Tensor:
     """Random numbers of these sizes, where the model is and in its dtype."""
     try:
         shape = [int(size) for size in sizes.split(",")]
@@ -226,7 +248,7 @@ def _sample(sizes: str, model: nn.Module) -> torch.Tensor:
         raise SourceError(f"--input is {sizes!r}, which is too large: {said(error)}") from error
 
 
-def _prove(made: Plan, source: Source, given: torch.Tensor | None) -> tuple[Proof | None, str]:
+def prove(made: Provable, source: Source, given: torch.Tensor | None) -> tuple[Proof | None, str]:
     """The proof on the whole model, or why there is none.
 
     Raises:
@@ -252,7 +274,8 @@ def _prove(made: Plan, source: Source, given: torch.Tensor | None) -> tuple[Proo
         ) from error
 
 
-def _check_out(arguments: argparse.Namespace) -> None:
+def check_out(arguments: argparse.Namespace) -> None:
+    """Raises SourceError unless there is one of ``--dry-run`` and ``--out``, and that names a new file."""
     out = arguments.out
     if arguments.dry_run == (out is not None):
         raise SourceError("say --dry-run to see the plan, or --out FILE to write the converted weights")
@@ -266,14 +289,20 @@ def _check_out(arguments: argparse.Namespace) -> None:
         raise SourceError("--out needs safetensors; pip install safetensors")
 
 
-def _check_weights(source: Source) -> None:
+def check_weights(source: Source) -> None:
+    """Raises SourceError where a model has no weights to be written."""
     if not source.has_weights:
         raise SourceError("--out: the model has no weights to write")
     if source.unread:
         raise SourceError(f"--out: there are no weights to write: {source.unread}")
 
 
-def _write(made: Plan, out: Path) -> None:
+def write(made: Change, out: Path) -> None:
+    """Applies a change and writes weights and recipe, as safetensors.
+
+    Raises:
+        SourceError: that failed, and `out` is not there.
+    """
     from safetensors.torch import save_model
 
     try:

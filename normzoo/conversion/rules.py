@@ -30,6 +30,8 @@ NORM, LAYER = Site.kind, WeightSite.kind
 SAME = "same"
 """Stands for the layer with the mathematics of each norm."""
 
+_REWRITES = {"prermsnorm": "pre_rms_norm", "precrmsnorm": "pre_crms_norm"}
+
 
 def chooser(to: Target, options: Mapping[str, Any], found: Sequence[Site]) -> Chooser:
     """A function that says what a site is to become, None where it is to stay; it may raise Refused.
@@ -160,6 +162,11 @@ def _choice(to: str | type[nn.Module], options: Mapping[str, Any]) -> Choice:
 
 def _entry(to: str | type[nn.Module]) -> Entry:
     if isinstance(to, str):
+        if rewrite := _REWRITES.get(to.replace("_", "").lower()):
+            raise ValueError(
+                f"convert: {to!r} is no layer but a rewrite of a whole model, which keeps its function; call "
+                f"normzoo.to_{rewrite}(model, sample)"
+            )
         return find(to, "convert", f", or {SAME!r}")
     entry = next((entry for entry in ZOO if to in entry.exported), None)
     if entry is not None:
