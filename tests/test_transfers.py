@@ -81,7 +81,9 @@ def test_every_rule_is_tried():
 def test_exact_rules():
     """In eval mode and in three steps of training: outputs, gradients by name, and all tensors afterwards."""
     for case in of(Exactness.EXACT):
-        before, norms, model, _ = converted(case)
+        before, norms, model, steps = converted(case)
+        lost = {name for step in steps for name in step.tensors["lost"] if not name.endswith("skipped")}
+        assert not lost and not any(step.parameters_change for step in steps), f"{case}: other tensors"
         batches = samples(model)
         again = all(type(norm).__name__ == "Our" for norm in norms)  # the very code of before
         for look in (evaluated, trained):
@@ -115,6 +117,9 @@ def test_approximate_rules():
         drift = off(evaluated(model, batches), evaluated(before, batches))
         assert 1e-6 < drift < math.inf, f"{case}: drift {drift:.1e}"
         assert not {"weight", "bias"} & {name for step in steps for name in step.tensors["lost"]}, case
+        anew = {name for step in steps for name in step.tensors["new"] if name.startswith("running")}
+        # What begins as a scaling of rows needs no statistics.
+        assert not anew or case.target == "power_norm", f"{case}: {anew} start anew, which needs calibration"
 
 
 def test_re_initialised_rules():

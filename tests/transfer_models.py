@@ -97,26 +97,34 @@ SOURCES: dict[str, Callable[[], nn.Module]] = {
     "crms": _tokens(ours, normzoo.CRMSNorm, 8, elementwise_affine=True),
     "batch": _images(nn.BatchNorm2d, 8, eps=1e-2, momentum=0.2),
     "frozen_batch": _images(ours, normzoo.FrozenBatchNorm, 8),
-    "ghost_batch": _images(ours, normzoo.GhostBatchNorm, 8, 3),
+    "ghost_batch": _images(ours, normzoo.GhostBatchNorm, 8, 3, split="interleaved", momentum=0.3),
     "group": _images(nn.GroupNorm, 4, 8, eps=1e-2),
     "instance": _images(nn.InstanceNorm2d, 8, affine=True),
     "alpha_batch": _images(ours, normzoo.AlphaBatchNorm, 8, source_weight=0.6),
-    "adab2n": _images(ours, normzoo.AdaB2N, 8, 3),
-    "batch_channel": _images(ours, normzoo.BatchChannelNorm, 8, 4),
-    "power": _images(ours, normzoo.PowerNorm, 8, group_num=None, warmup_iters=0, channel_dim=1),
-    "unified": _images(ours, normzoo.UnifiedNorm, 8, warmup_iters=2, channel_dim=1),
-    "evo_b0": _images(ours, normzoo.EvoNormB0, 8, momentum=0.2),
-    "evo_b1": _images(ours, normzoo.EvoNormB1, 8),
+    "adab2n": _images(ours, normzoo.AdaB2N, 8, 3, kappa=0.4, absent="official"),
+    "batch_channel": _images(
+        ours, normzoo.BatchChannelNorm, 8, 4, batch_eps=1e-2, estimate=True, update_rate=0.3, order="mean_first"
+    ),
+    "power": _images(
+        *(ours, normzoo.PowerNorm, 8),
+        **{"group_num": None, "alpha_fwd": 0.7, "alpha_bkw": 0.8, "warmup_iters": 0, "backward": "paper"},
+        channel_dim=1,
+    ),
+    "unified": _images(
+        ours, normzoo.UnifiedNorm, 8, 3, decay=0.7, warmup_iters=2, outlier_filtration=True, channel_dim=1
+    ),
+    "evo_b0": _images(ours, normzoo.EvoNormB0, 8, momentum=0.2, running_var_unbiased=False),
+    "evo_b1": _images(ours, normzoo.EvoNormB1, 8, eps=1e-2),
     "evo_b2": _images(ours, normzoo.EvoNormB2, 8),
     "evo_s0": _images(ours, normzoo.EvoNormS0, 8, 4),
     "evo_s1": _images(ours, normzoo.EvoNormS1, 8, 4),
     "evo_s2": _images(ours, normzoo.EvoNormS2, 8, 4),
-    "region_b": _images(ours, normzoo.RegionNormB, 8, separate_beta=True),
+    "region_b": _images(ours, normzoo.RegionNormB, 8, separate_beta=True, per_instance=True, resize="max"),
     "region_l": _images(ours, normzoo.RegionNormL, 8, 0.5),
-    "adaptive_layer": _tokens(ours, normzoo.AdaptiveLayerNorm, 8),
+    "adaptive_layer": _tokens(ours, normzoo.AdaptiveLayerNorm, 8, 1e-2),
     "adaptive_rms": _tokens(ours, normzoo.AdaptiveRMSNorm, 8),
     "time_layer": _tokens(ours, normzoo.TimeDependentLayerNorm, 8),
-    "time_rms": _tokens(ours, normzoo.TimeDependentRMSNorm, 8, bias=True),
+    "time_rms": _tokens(ours, normzoo.TimeDependentRMSNorm, 8, bias=True, partial=0.5),
     "convolution": _images(nn.BatchNorm2d, 8),
     "linear": Perceptron,
     "standardized": partial(Images, partial(nn.GroupNorm, 4, 8), Standardizing),
@@ -170,10 +178,8 @@ def _stirred(model: nn.Module) -> nn.Module:
                 continue
             if not b.is_floating_point():
                 b.fill_(2)
-            elif "mean" in name or "bias" in name:
-                b.uniform_(-1, 1)
-            elif "var" in name or "phi" in name or "weight" in name:
-                b.uniform_(0.5, 3)
+            else:
+                b.uniform_(*((-1, 1) if "mean" in name or "bias" in name else (0.5, 3)))
     return model
 
 
