@@ -21,6 +21,7 @@ from normzoo_bench import commands as measuring
 
 from . import __version__
 from .conversion import commands as conversion
+from .conversion import fold_command as folding
 from .residual import command as rewriting
 from .terminal import say, table
 from .zoo import ZOO, Entry, find
@@ -92,6 +93,14 @@ def _parser() -> argparse.ArgumentParser:
         "it on a sample input, and writes the converted weights.",
     )
     rewriting.convert_arguments(converting)
+    fold = command(
+        "fold",
+        folding.run_fold,
+        "fold norms into the layers beside them",
+        "For inference: shows which norms of a model go into the convolution, linear map or embedding beside "
+        "them and why others do not, proves it on a sample input, and writes the folded weights.",
+    )
+    folding.fold_arguments(fold)
     measuring.bench_arguments(
         command("bench", measuring.bench, "measure the layers", "Times the layers here against their peers.")
     )
@@ -116,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="where to write the report; an older one is replaced (default: %(default)s)",
     )
-    for made in (listing, info, doctor, inspecting, converting, demo):
+    for made in (listing, info, doctor, inspecting, converting, fold, demo):
         made.add_argument("--json", action="store_true", help="machine-readable, on stdout")
     return parser
 
