@@ -70,9 +70,8 @@ class Edit:
         for writer in sorted(self.found.writers, key=lambda w: w.name):
             held = tensors[writer.name]
             if self.parametrized and isinstance(held, nn.Parameter):
-                prefix, _, name = writer.name.rpartition(".")
-                owner = model.get_submodule(prefix)
-                yield _parametrize(owner, name, writer.axis)
+                for owner, name in _owners(model, held):
+                    yield _parametrize(owner, name, writer.axis)
             else:
                 yield _write(held, zero_mean(held, writer, tensors))
         for name in sorted({name for writer in self.found.writers for name in writer.scale}):
@@ -155,12 +154,27 @@ def _write(tensor: Tensor, value: Tensor) -> Undo:
     return undo
 
 
-def _parametrize(owner: nn.Module, name: str, axis: int) -> Undo:
+def _owners(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """The modules that hold a parameter, and its name there."""
+    return [
+        (owner, name)
+        for owner in model.modules()
+        for name, held in owner._parameters.items()
+        if held is parameter
+    ]
+
+
+def _parametrize(owner: Any, name: str, axis: int) -> Undo:
     order = list(owner._parameters)
+    before = type(owner)
+    if parametrize.is_parametrized(owner):  # copies of it share the class, which gets another property
+        own = {key: value for key, value in vars(before).items() if key not in ("__dict__", "__weakref__")}
+        owner.__class__ = type(before.__name__, before.__bases__, own)
     parametrize.register_parametrization(owner, name, ZeroMean(axis))
 
     def undo() -> None:
         parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
+        owner.__class__ = before
         for each in order:  # it comes back as the last, and optimizers go by the order
             owner._parameters[each] = owner._parameters.pop(each)
 

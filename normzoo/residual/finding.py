@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -47,11 +47,11 @@ def search(model: nn.Module, recording: Recording, norms: Mapping[str, int], *, 
         norms: names, and the axis that each normalizes.
         baked: weights are changed once, so that what multiplies them can be folded into them.
     """
-    fleeting = _fleeting(model)
+    fleeting, shared = _fleeting(model), _shared(model, recording.outputs_of)
     cuts: dict[str, str] = {}
     refused: dict[str, str] = {}
     while True:
-        found = streams(recording, norms, cuts, fleeting)
+        found = streams(recording, norms, cuts, fleeting, shared)
         ways = [_ways(model, stream, norms) for stream in found if stream.obstacles]
         new = {name: when for way in ways for name, when in way.items() if name not in cuts}
         if not new:
@@ -88,7 +88,13 @@ def _ways(model: nn.Module, stream: Stream, norms: Mapping[str, int]) -> dict[st
         if not way:
             return {}
         for name in way:
-            cuts[name] = "training" if isinstance(model.get_submodule(name), _DropoutNd) else "always"
+            module = model.get_submodule(name)
+            if "forward" in vars(module):  # which would go on in place of that of another class
+                return {}
+            made_there = obstacle.value.call is not None and obstacle.value.call.module == name
+            drops = made_there and model.training and isinstance(module, _DropoutNd)
+            if cuts.get(name) != "always":
+                cuts[name] = "training" if drops else "always"
     always = sum(when == "always" for when in cuts.values())
     return cuts if 2 * always <= len(stream.norms) else {}
 
@@ -96,7 +102,9 @@ def _ways(model: nn.Module, stream: Stream, norms: Mapping[str, int]) -> dict[st
 def _broken(stream: Stream, baked: bool) -> str:
     """Why the norms of a stream stay; empty where they need not."""
     if stream.obstacles:
-        return stream.obstacles[0].why
+        ways = [way_out(stream, obstacle) for obstacle in stream.obstacles]
+        stuck = [obstacle.why for obstacle, way in zip(stream.obstacles, ways, strict=True) if not way]
+        return stuck[0] if stuck else stream.obstacles[0].why
     scales = sorted({name for writer in stream.writers for name in writer.scale})
     if scales and not baked:
         return (
@@ -105,6 +113,18 @@ def _broken(stream: Stream, baked: bool) -> str:
         )
     unlike = [w.name for w in stream.writers if sum(v.name == w.name for v in stream.writers) > 1]
     return f"{unlike[0]} writes along several of its dimensions" if unlike else ""
+
+
+def _shared(model: nn.Module, ran: Collection[str]) -> dict[str, str]:
+    """Parameters that belong to several modules, of which one did not run, and that one."""
+    names = {p: name for name, p in model.named_parameters()}
+    holders: dict[str, list[str]] = {}
+    for holder, module in model.named_modules():
+        for p in module._parameters.values():
+            if p is not None:
+                holders.setdefault(names[p], []).append(holder)
+    idle = {name: [holder for holder in held if holder not in ran] for name, held in holders.items()}
+    return {name: those[0] for name, those in idle.items() if those and len(holders[name]) > 1}
 
 
 def _fleeting(model: nn.Module) -> set[str]:

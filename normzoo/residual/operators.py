@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from .recording import Call, Value
 
 
@@ -48,13 +50,14 @@ def needs(call: Call, output: int, axis: int) -> list[Operand]:
 def passes_to(call: Call, value: Value, axis: int) -> list[Operand]:
     """Outputs of `call`, and their axes, that need `value` along `axis`; empty where `call` reads the mean."""
     found: list[Operand] = []
+    taken = call.operands().count(value)
     for number, output in enumerate(call.outputs):
         for j in range(len(output.shape)):
             try:
                 wanted = needs(call, number, j)
             except Broken:
                 continue
-            if (value, axis) in wanted:
+            if wanted.count((value, axis)) == taken:  # in every place where the operator takes it
                 found.append((output, j))
     return found
 
@@ -81,6 +84,14 @@ _REARRANGING = frozenset(
 )
 """Operators of one value that go by rows, whatever the basis of these."""
 
+SHAPED = frozenset(
+    (
+        *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+        *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"),
+    )
+)
+"""Operators that take nothing of a value but its shape and dtype."""
+
 _ALIKE = ("split", "split_with_sizes", "unbind")
 """Operators whose outputs are all of a kind."""
 
@@ -90,6 +101,9 @@ _ALIKE = ("split", "split_with_sizes", "unbind")
     *("_reshape_alias_copy", "lift"),
 )
 def _same(call: Call, axis: int) -> list[Operand]:
+    dtype = call.kwargs.get("dtype")
+    if dtype is not None and not dtype.is_floating_point:
+        raise Broken(f"it becomes {dtype}")
     return [(call.args[0], axis)]
 
 
@@ -110,9 +124,11 @@ def _zeros(call: Call, axis: int) -> list[Operand]:
 
 @_rule("flip", "roll")
 def _moved(call: Call, axis: int) -> list[Operand]:
-    return [
-        (call.args[0], axis)
-    ]  # the order within a row does not matter to its mean, if it does to what follows
+    value = call.args[0]
+    dims = call.args[-1] if call.operator == "flip" or len(call.args) == 3 else ()
+    if not dims or axis in {_axis(d, len(value.shape)) for d in dims}:
+        raise Broken(f"{call.operator} moves its features")
+    return [(value, axis)]
 
 
 def _aligned(value: Value, call: Call, axis: int) -> int | None:
@@ -157,6 +173,8 @@ def _by_shape(value: Value, call: Call, axis: int) -> list[Operand]:
 
 @_rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "unflatten", "flatten")
 def _view(call: Call, axis: int) -> list[Operand]:
+    if any(isinstance(given, torch.dtype) for given in call.args[1:]):
+        raise Broken("its bits are read as another dtype")
     return _by_shape(call.args[0], call, axis)
 
 
@@ -186,8 +204,12 @@ def _part(call: Call, axis: int) -> list[Operand]:
     value = call.args[0]
     if value.shape[axis] != call.outputs[0].shape[axis]:
         raise Broken(f"{call.operator} takes some of its features")
-    if call.operator == "constant_pad_nd" and _get(call, 2, "value", 0):
-        raise Broken("it is padded with other numbers than zero")
+    if call.operator == "constant_pad_nd":
+        place = 2 * (len(value.shape) - 1 - axis)
+        if any(call.args[1][place : place + 2]):
+            raise Broken("its features are padded")
+        if _get(call, 2, "value", 0):
+            raise Broken("it is padded with other numbers than zero")
     if call.operator == "index_select" and _axis(call.args[1], len(value.shape)) == axis:
         raise Broken("index_select picks features")
     return [(value, axis)]

@@ -206,7 +206,10 @@ def plan_rewrite(
     baked = zero_mean_writers == "bake"
     sites, refused = _meant(model, include, exclude, caller)
     probe = Probe(model, _sample(model, sample, caller))
-    twin = probe.twin()
+    try:
+        twin = probe.twin()
+    except Exception as error:  # such as a weight that old hooks of torch compute
+        raise ValueError(f"{caller}: the model cannot be copied: {short(error)}") from error
     untied: list[str] = []
     recording, found = _search(twin, probe, sites, baked, caller)
     if tied == "untie":
@@ -220,7 +223,14 @@ def plan_rewrite(
         probe.narrow = any(call.narrows for call in recording.calls)
     elif not baked:
         _, trained = _search(twin.train(), probe, sites, baked, caller)
+        alone = {name: why for name, why in trained.left.items() if name not in found.left}
+        left = found.left | {name: f"{why}, in training mode alone" for name, why in alone.items()}
+        while found.norms != trained.norms:  # what writes a stream that breaks in one mode stays as it is
+            kept = [site for site in sites if site.name in found.norms & trained.norms]
+            _, found = _search(twin.eval(), probe, kept, baked, caller)
+            _, trained = _search(twin.train(), probe, kept, baked, caller)
         found = found.both(trained)
+        found.left = left
     found.left |= refused
     stay = sum(why != IDLE for why in found.left.values())
     if len(found.norms) < stay or not found.norms:

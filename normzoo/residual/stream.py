@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .operators import Broken, needs, passes_to
+from .operators import SHAPED, Broken, needs, passes_to
 from .recording import NORM, Call, Recording, Value
 
 Scale = tuple[str, ...]
@@ -55,7 +55,11 @@ class Stream:
 
 
 def streams(
-    recording: Recording, norms: Mapping[str, int], cuts: Iterable[str] = (), fleeting: Collection[str] = ()
+    recording: Recording,
+    norms: Mapping[str, int],
+    cuts: Iterable[str] = (),
+    fleeting: Collection[str] = (),
+    shared: Mapping[str, str] | None = None,
 ) -> list[Stream]:
     """The streams that the norms of a recording read.
 
@@ -63,8 +67,10 @@ def streams(
         norms: the names of boxes that take the mean away, and the axis along which.
         cuts: modules whose output has its mean taken away explicitly.
         fleeting: names of buffers that are in no state dict.
+        shared: names of parameters that belong to a module which did not run, too, and its name.
     """
-    search = _Search(recording, norms, {v for name in cuts for v in recording.outputs_of[name]}, fleeting)
+    cut = {v for name in cuts for v in recording.outputs_of[name]}
+    search = _Search(recording, norms, cut, fleeting, shared or {})
     for call in recording.calls:
         if call.operator == NORM and call.module in norms:
             value = call.args[0]
@@ -79,8 +85,9 @@ class _Search:
         norms: Mapping[str, int],
         cut: Collection[Value | None],
         fleeting: Collection[str],
+        shared: Mapping[str, str],
     ) -> None:
-        self._norms, self._cut, self._fleeting = norms, cut, fleeting
+        self._norms, self._cut, self._fleeting, self._shared = norms, cut, fleeting, shared
         self._returned = set(recording.returned)
         self._of: dict[Value, Stream] = {}
         self.found: list[Stream] = []
@@ -112,7 +119,12 @@ class _Search:
 
     def _above(self, stream: Stream, value: Value, axis: int, scale: Scale) -> Iterator[Place]:
         """What the value is made from."""
-        if value in self._cut or value.leaf == "parameter":
+        if value in self._cut:
+            return
+        if value.leaf == "parameter":
+            if value.name in self._shared:
+                why = f"{self._shared[value.name]} has {value.name} too, and did not run on the sample"
+                stream.obstacles.append(Obstacle(value, why, True))
             return
         why = ""
         if value.call is None:
@@ -140,6 +152,8 @@ class _Search:
             stream.obstacles.append(Obstacle(value, "the model returns the stream itself", True))
         for user in dict.fromkeys(value.users):
             dims = len(value.shape)
+            if user.operator in SHAPED:
+                continue
             if user.operator == NORM and not scale and self._norms.get(user.module, dims) % dims == axis:
                 stream.norms.add(user.module)
             elif (
