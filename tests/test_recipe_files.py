@@ -127,7 +127,7 @@ BROKEN = [
     *(
         (changed(*NORM, "arguments", name, to=to), f"'norm': RMSNorm: {name} is")
         for name, wrong in {
-            "eps": ("x", [1], True, {}, float("inf")),
+            "eps": ("x", [1], True, {}),
             "normalized_shape": ("8", None, {"a": 1}, [8.0], [True]),
             "bias": (None, 1, "True"),
             "cast": (1, None, ["gemma"]),
@@ -260,6 +260,9 @@ def test_text_that_is_no_recipe(tmp_path):
         path.write_bytes(text)
         with pytest.raises(ValueError, match=f"apply_recipe: '.*recipe.json': .*{words}"):
             normzoo.apply_recipe(make(), path)
+    path.write_text(json.dumps(RECIPE).replace("0.001", "1e999"))
+    with pytest.raises(ValueError, match="apply_recipe: 'norm': RMSNorm: eps is inf; it must be float"):
+        normzoo.apply_recipe(make(), path)
     with pytest.raises(FileNotFoundError):
         normzoo.apply_recipe(make(), tmp_path / "none.json")
     with path.open("wb") as file:
