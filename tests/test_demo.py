@@ -14,7 +14,7 @@ import torch
 
 import normzoo
 from normzoo import cli, demo
-from normzoo.demo import charts, language_model, measurements, page
+from normzoo.demo import charts, language_model, measurements, page, printed
 from normzoo.demo.settings import QUICK
 from normzoo_bench import figures
 
@@ -55,10 +55,17 @@ def test_json(by_command):
     assert conversion["proof"]["same"] and conversion["proof"]["exact"]
     approximate = found["approximate"]
     assert not approximate["proof"]["same"] and approximate["bits_after"] != conversion["bits_before"]
+    rewrite = found["rewrite"]
+    assert rewrite["replaced"] == rewrite["norms"] == 5 and rewrite["centered"] == 10
+    assert rewrite["proof"]["passed"] and 0 < rewrite["difference"] < 1e-5
+    assert max(rewrite["proof"][probe] for probe in ("shift", "mean", "output")) < 1e-9
+    assert rewrite["bits_before"] == conversion["bits_after"] == pytest.approx(rewrite["bits_after"], abs=1e-5)
     assert len(found["timings"]) == 8
-    for row in found["timings"]:
-        for key in ("torch_ms", "normzoo_ms", "speedup"):
+    assert rewrite["shape"] == [8, 32]
+    for row in (*found["timings"], rewrite):
+        for key in ("torch_ms", "normzoo_ms") if "torch_ms" in row else ("pre_ln_ms", "pre_rms_norm_ms"):
             assert 0 < row[key]["p20"] <= row[key]["median"] <= row[key]["p80"]
+        assert 0 < row["speedup"]["p20"] <= row["speedup"]["median"] <= row["speedup"]["p80"]
     assert torch.equal(before, after)
     assert [path.name for path in folder.iterdir()] == ["normzoo-demo.html"]
 
@@ -71,6 +78,7 @@ def test_in_words(result, capsys, monkeypatch, tmp_path):
         ("train", "curve"),
         ("approximate",) * 2,
         ("compare", "conversion"),
+        ("rewrite",) * 2,
         ("time_rows", "timings"),
     ):
         monkeypatch.setattr(demo, step, lambda *_, found=result[part]: found)
@@ -83,6 +91,13 @@ def test_in_words(result, capsys, monkeypatch, tmp_path):
     assert "stayed the same to the last bit" in words
     assert "proof: the model computes the same function: outputs are equal to the last bit." in words
     assert '"rms_norm"): the model computes another function: outputs differ by at most' in words
+    assert re.search(r"^LayerNorms that became RMSNorms +5 of 5$", printed, re.M)
+    assert "made RMSNorms of the 5 LayerNorms of the trained model, and logits stayed the same to" in words
+    spread = result["rewrite"]["speedup"]
+    assert (
+        f"ran at {spread['median']:.2f} ({spread['p20']:.2f}-{spread['p80']:.2f}) times the speed of" in words
+    )
+    assert ("no difference beyond the spread" in words) == (spread["p20"] <= 1 <= spread["p80"])
     assert max(map(len, printed.splitlines())) <= 80
     assert "is here.html" in words and (tmp_path / "here.html").is_file()
 
@@ -196,6 +211,10 @@ def test_the_report_is_whole(result):
         "rms_norm: approximate",
         "The model computes the same function: outputs are equal to the last bit",
         "The model computes another function",
+        "rms_norm: exact",
+        "blocks.*.from_heads.weight x2",
+        "The model computes the same function. In float64, of the largest entry: outputs move by",
+        f"{result['rewrite']['speedup']['median']:.2f}",
         f"{result['approximate']['bits_after']:.6f}",
         f"{result['timings'][0]['speedup']['median']:.2f}",
         "times the speed of torch",
@@ -233,3 +252,23 @@ def test_charts_show_the_numbers(result):
         assert all(word in drawn for word in (row["layer"], row["dtype"], row["pass"]))
     flat, steep = (charts.loss_curve([(1, 6.0), (2, y), (3, 2.0)], 1.9, 4.5) for y in (2.0, 5.0))
     assert flat != steep and "bits per character" in flat
+
+
+def test_the_rewrite_can_fail(result, monkeypatch):
+    """A model that reads the class of a norm is another one afterwards, and the verdict says so."""
+    model = language_model.CharacterGPT(QUICK)
+    text = torch.randint(language_model.ALPHABET, (1000,))
+    right = measurements.rewrite(model, text, QUICK)
+    assert right["passed"] and type(model.final_norm) is torch.nn.LayerNorm
+    forward = normzoo.RMSNorm.forward
+    monkeypatch.setattr(normzoo.RMSNorm, "forward", lambda self, x: forward(self, x) * 1.001)
+    wrong = measurements.rewrite(model, text, QUICK)
+    assert not wrong["passed"] and not wrong["proof"]["passed"] and wrong["proof"]["output"] > 1e-4
+    *_, said, _ = printed.verdict(result | {"rewrite": wrong, "images": None}, QUICK)
+    assert said.startswith(
+        "FAILED: normzoo.to_pre_rms_norm rewrote 5 of 5 LayerNorms and changed the logits by"
+    )
+    monkeypatch.undo()
+    made = measurements.plan_rewrite
+    monkeypatch.setattr(measurements, "plan_rewrite", lambda *given: made(*given, exclude="final_norm"))
+    assert not measurements.rewrite(model, text, QUICK)["passed"]

@@ -12,6 +12,8 @@ from normzoo_bench import timing
 
 from ..conversion import plan
 from ..layers.layer import LayerNorm
+from ..layers.rms import RMSNorm
+from ..residual import plan_rewrite
 from ..terminal import progress
 from ..zoo import ZOO
 from .language_model import CharacterGPT, bits, bits_of
@@ -78,6 +80,39 @@ def approximate(model: CharacterGPT, text: Tensor, count: int) -> dict:
         "proof": {"sentence": str(proof), **proof.to_dict()},
         "bits_after": bits_of(_logits(made.apply(), windows), windows).item(),
     }
+
+
+def rewrite(model: CharacterGPT, text: Tensor, settings: Settings) -> dict:
+    """Rewrites a copy of `model` with RMSNorms, compares the two, and times a forward pass of both."""
+    windows = _windows(model, text, settings.held_out_windows)
+    after = copy.deepcopy(model).eval()
+    before = copy.deepcopy(after)
+    made = plan_rewrite(after, windows[:64, :-1])
+    proof = made.verify()
+    made.apply()
+    logits, logits_after = (_logits(each, windows) for each in (before, after))
+    x = windows[: settings.batch, :-1]
+    with torch.no_grad():
+        pre_ln, pre_rms = timing.interleaved([lambda: before(x), lambda: after(x)], settings.pairs)
+    found = {
+        "norms": sum(isinstance(module, nn.LayerNorm) for module in before.modules()),
+        "replaced": sum(type(after.get_submodule(name)) is RMSNorm for name in made.norms),
+        "centered": len(made.edit.found.writers),
+        "bits_before": bits_of(logits, windows).item(),
+        "bits_after": bits_of(logits_after, windows).item(),
+        "difference": _difference(logits, logits_after),
+        "rewrite": made.to_dict(),
+        "table": made.rows(),
+        "proof": {"sentence": str(proof), **proof.to_dict()},
+        "shape": tuple(x.shape),
+        "pre_ln_ms": timing.summary([1e3 * s for s in pre_ln])._asdict(),
+        "pre_rms_norm_ms": timing.summary([1e3 * s for s in pre_rms])._asdict(),
+        "speedup": timing.ratio(pre_ln, pre_rms)._asdict(),
+    }
+    found["passed"] = (
+        proof.passed and found["replaced"] == found["norms"] > 0 and found["difference"] <= ROUNDING
+    )
+    return found
 
 
 def _windows(model: CharacterGPT, text: Tensor, count: int) -> Tensor:

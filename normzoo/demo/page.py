@@ -39,6 +39,7 @@ def html(result: dict, settings: Settings) -> str:
         settings=settings,
         found=found,
         facts=printed.facts(found),
+        rewritten=printed.rewritten(result["rewrite"]),
         images=result["images"],
         accuracies=printed.accuracies(result["images"]) if result["images"] else (),
         missing=printed.MISSING,

@@ -51,6 +51,36 @@ def conversion(result: dict) -> None:
     sys.stdout.flush()
 
 
+def rewrite(result: dict) -> None:
+    found = result["rewrite"]
+    table(
+        "normzoo.to_pre_rms_norm(model); three probes, of the largest entry",
+        ("what", "found"),
+        rewritten(found),
+    )
+    _say(f"Its proof: {found['proof']['sentence']}.")
+    print()
+    sys.stdout.flush()
+
+
+def rewritten(found: dict) -> list[tuple[str, str]]:
+    """What was found of the rewrite, by name."""
+    proof = found["proof"]
+    return [
+        ("LayerNorms that became RMSNorms", f"{found['replaced']} of {found['norms']}"),
+        ("weights and biases centered for that", str(found["centered"])),
+        ("shift: outputs move, where writers are shifted", shown(proof["shift"])),
+        ("mean: the largest that a norm sees then", shown(proof["mean"])),
+        ("output: largest difference in float64", shown(proof["output"])),
+        ("largest difference of a logit in float32", shown(found["difference"])),
+        ("bits per held-out character, before", f"{found['bits_before']:.6f}"),
+        ("bits per held-out character, after", f"{found['bits_after']:.6f}"),
+        ("forward pass, Pre-LN, ms", spread(found["pre_ln_ms"])),
+        ("forward pass, Pre-RMSNorm, ms", spread(found["pre_rms_norm_ms"])),
+        ("Pre-LN / Pre-RMSNorm", spread(found["speedup"])),
+    ]
+
+
 def facts(found: dict) -> list[tuple[str, str]]:
     """What was found of a conversion, by name."""
     return [
@@ -101,7 +131,11 @@ def end(result: dict, settings: Settings) -> None:
 
 def verdict(result: dict, settings: Settings) -> list[str]:
     """What was shown, in a few sentences."""
-    return _of_conversion(result, settings) + _of_images(result["images"])
+    return (
+        _of_conversion(result, settings)
+        + _of_rewrite(result["rewrite"], settings)
+        + _of_images(result["images"])
+    )
 
 
 def _of_conversion(result: dict, settings: Settings) -> list[str]:
@@ -118,6 +152,23 @@ def _of_conversion(result: dict, settings: Settings) -> list[str]:
         "On a CPU normzoo.LayerNorm calls torch's own operator: the same numbers and the same speed are "
         f"expected of it. normzoo.RMSNorm runs at {min(speedups):.2f} to {max(speedups):.2f} times the speed "
         f"of torch's on this CPU, by the median of {settings.pairs} runs taken in turns.",
+    ]
+
+
+def _of_rewrite(found: dict, settings: Settings) -> list[str]:
+    if not found["passed"]:
+        return [
+            f"FAILED: normzoo.to_pre_rms_norm rewrote {found['replaced']} of {found['norms']} LayerNorms and "
+            f"changed the logits by {found['difference']:.1e}, where rounding explains {ROUNDING:.0e}; see its "
+            "proof."
+        ]
+    speedup = found["speedup"]
+    same = ", which is no difference beyond the spread" if speedup["p20"] <= 1 <= speedup["p80"] else ""
+    return [
+        f"Shown: one call, normzoo.to_pre_rms_norm(model), made RMSNorms of the {found['norms']} LayerNorms of "
+        f"the trained model, and logits stayed the same {_how_far(found)}; three probes prove it in float64. A "
+        f"forward pass of {found['shape'][0]} x {found['shape'][1]} characters ran at {speedup['median']:.2f} "
+        f"({speedup['p20']:.2f}-{speedup['p80']:.2f}) times the speed of before on this CPU{same}.",
     ]
 
 
