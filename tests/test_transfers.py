@@ -63,6 +63,7 @@ def test_every_layer_is_reached():
     )
     again = {rule.target for rule in TRANSFERS.values() if rule.same}
     assert {entry.name for entry in ZOO} == again, "a layer has no rule from itself"
+    assert callable(normzoo.to_pre_crms_norm)
     for target, words in WRITTEN_BY_HAND.items():
         for norm in (nn.LayerNorm(8), nn.RMSNorm(8)):
             model = nn.Sequential(nn.Linear(8, 8), norm)
