@@ -1,13 +1,14 @@
-"""Plain layers in place of those that standardize their weight, for inference."""
+"""Plain layers in place of those that standardize their weight or take its mean away, for inference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..centering import ZeroMean
 from ..layers.weight_standardization import WeightStandardization
 from ..layers.ws_conv import CARRIERS, Standardized
 from .bypass import raw_weights
@@ -22,12 +23,15 @@ _LEFT = ("weight", "bias", "gain", "variant", "ws_eps", "gamma", "_kept")
 
 
 def bake(model: nn.Module) -> nn.Module:
-    """Replace every layer of a model that standardizes its weight by torch's, with the standardized weight.
+    """Store the weights that layers compute in every forward: standardized ones, and those of mean zero.
 
     For inference: :class:`normzoo.WSConv2d`, :class:`normzoo.WSLinear` and their like become
     :class:`torch.nn.Conv2d`, :class:`torch.nn.Linear` and theirs, in place. The outputs stay, to the last bit,
     in both modes, and so do the keys of the state dict, but for ``gain``, which is part of the weight then.
     Hooks, ``training`` and attributes set by the user come along. A layer under several names stays one.
+
+    Weights that ``normzoo.to_pre_rms_norm(model, zero_mean_writers="parametrize")`` made become parameters
+    again, of mean zero and under the names that they had; in eval mode the outputs stay, up to rounding.
 
     There is no way back, for mean and scale of the weights are gone: bake a copy where training is to go on.
 
@@ -40,7 +44,7 @@ def bake(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: `model` is no module.
         ValueError: it holds no such layer, or is wrapped (DDP, FSDP, torch.compile); the weight of one is
-            computed by a parametrization; a parent reads the raw weight of one, as a
+            computed by another parametrization; a parent reads the raw weight of one, as a
             :class:`torch.nn.MultiheadAttention` does. The model is left as it was.
 
     >>> import normzoo
@@ -63,14 +67,40 @@ def bake(model: nn.Module) -> nn.Module:
                 baked[module] = module.bake()
             except ValueError as error:
                 raise ValueError(f"bake: {name!r} cannot be baked: {error}") from error
-    if not baked:
+    centered = list(_centered(model))
+    if not baked and not centered:
         names = ", ".join(cls.__name__ for cls in CARRIERS)
-        raise ValueError(f"bake: the model has no layer that standardizes its weight ({names})")
+        raise ValueError(
+            f"bake: the model has no layer that standardizes its weight ({names}), and none whose mean is "
+            "taken away in every forward"
+        )
+    for module, name in centered:
+        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     for old, new in baked.items():
         bring_along(old, new, _LEFT)
     swap = Swap(model, baked)
     swap.do()
     return swap.root
+
+
+def _centered(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Modules and tensors of theirs that lose their mean in every forward, the last first.
+
+    Raises:
+        ValueError: something else is done to such a tensor, too.
+    """
+    for name, module in model.named_modules():
+        chains: Any = module.parametrizations if parametrize.is_parametrized(module) else {}
+        for tensor, chain in reversed(list(chains.items())):
+            if not any(isinstance(each, ZeroMean) for each in chain):
+                continue
+            if len(chain) > 1:
+                others = ", ".join(type(each).__name__ for each in chain if not isinstance(each, ZeroMean))
+                raise ValueError(
+                    f"bake: {f'{name}.{tensor}'.lstrip('.')!r} has other parametrizations too ({others}); "
+                    "remove them first"
+                )
+            yield module, tensor
 
 
 def baker(site: Site) -> Callable[[], nn.Module] | None:

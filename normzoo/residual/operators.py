@@ -77,7 +77,7 @@ def _axis(number: int, dims: int) -> int:
 
 _REARRANGING = frozenset(
     (
-        *("alias", "clone", "contiguous", "detach", "_to_copy", "view", "_unsafe_view", "reshape", "unsqueeze"),
+        *("alias", "clone", "detach", "_to_copy", "view", "_unsafe_view", "unsqueeze"),
         *("squeeze", "expand", "t", "transpose", "permute", "slice", "split", "split_with_sizes", "select"),
         *("unbind", "index", "index_select", "mean", "sum", "_reshape_alias"),
     )
@@ -97,8 +97,7 @@ _ALIKE = ("split", "split_with_sizes", "unbind")
 
 
 @_rule(
-    *("alias", "clone", "contiguous", "detach", "lift_fresh", "_to_copy", "neg", "zero", "positive"),
-    *("_reshape_alias_copy", "lift"),
+    *("alias", "clone", "detach", "lift_fresh", "_to_copy", "neg", "zero"),
 )
 def _same(call: Call, axis: int) -> list[Operand]:
     dtype = call.kwargs.get("dtype")
@@ -171,14 +170,14 @@ def _by_shape(value: Value, call: Call, axis: int) -> list[Operand]:
     raise Broken("its features are split or joined")
 
 
-@_rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "unflatten", "flatten")
+@_rule("view", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze")
 def _view(call: Call, axis: int) -> list[Operand]:
     if any(isinstance(given, torch.dtype) for given in call.args[1:]):
         raise Broken("its bits are read as another dtype")
     return _by_shape(call.args[0], call, axis)
 
 
-@_rule("expand", "expand_as", "repeat")
+@_rule("expand", "repeat")
 def _repeated(call: Call, axis: int) -> list[Operand]:
     own = _aligned(call.args[0], call, axis)
     if own is None:
@@ -252,13 +251,18 @@ def _stacked(call: Call, axis: int) -> list[Operand]:
 
 @_rule("index")
 def _indexed(call: Call, axis: int) -> list[Operand]:
-    """x[i] and x[i, j], of the first dimensions, in one place."""
+    """x[i], x[i, j] and x[mask], of the first dimensions, in one place."""
     value, indices = call.args[0], call.args[1]
     used = [d for d, index in enumerate(indices) if index is not None]
-    if used != list(range(len(used))) or len({len(indices[d].shape) for d in used}) != 1:
+    ranks = {len(indices[d].shape) for d in used}
+    if used != list(range(len(used))) or len(ranks) != 1:
         raise Broken("it is indexed in several places")
-    own = axis - len(call.outputs[0].shape) + len(value.shape)
-    if own < len(used):
+    dims, result = len(value.shape), len(call.outputs[0].shape)
+    taken = len(used)
+    if result != dims - taken + ranks.pop():  # a mask of several dimensions
+        taken = dims - result + 1
+    own = axis - result + dims
+    if own < taken:
         raise Broken("index picks features")
     return [(value, own)]
 
