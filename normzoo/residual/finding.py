@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..conversion.report import count
 from .recording import Recording, Value
 from .stream import Stream, Writer, streams, way_out
 
@@ -102,9 +103,14 @@ def _ways(model: nn.Module, stream: Stream, norms: Mapping[str, int]) -> dict[st
 def _broken(stream: Stream, baked: bool) -> str:
     """Why the norms of a stream stay; empty where they need not."""
     if stream.obstacles:
-        ways = [way_out(stream, obstacle) for obstacle in stream.obstacles]
-        stuck = [obstacle.why for obstacle, way in zip(stream.obstacles, ways, strict=True) if not way]
-        return stuck[0] if stuck else stream.obstacles[0].why
+        ways = {obstacle: way_out(stream, obstacle) for obstacle in stream.obstacles}
+        stuck = next((obstacle.why for obstacle, way in ways.items() if not way), "")
+        if not stuck:
+            outputs = len({name for way in ways.values() for name in way})
+            norms = count(len(stream.norms), "norm")
+            stuck = f"taking the mean away behind {count(outputs, 'module')} costs what it saves {norms}"
+        others = (obstacle.why for obstacle, way in ways.items() if way)
+        return "; ".join(filter(None, (next(others, ""), stuck)))
     scales = sorted({name for writer in stream.writers for name in writer.scale})
     if scales and not baked:
         return (

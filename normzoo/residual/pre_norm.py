@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -237,6 +238,7 @@ def plan_rewrite(
         raise ValueError(
             f"{caller}: {stay} of {len(found.norms) + len(found.left)} LayerNorms that are meant "
             f"cannot go without the mean, and the model is left as it was:{reasons(found.left)}"
+            + (f"\n  name the others in include: {', '.join(sorted(found.norms))}" if found.norms else "")
         )
     going = [site for site in sites if site.name in found.norms]
     edit = Edit(going, found, not baked, untied)
@@ -355,10 +357,12 @@ def _shares(model: nn.Module, name: str) -> bool:
 
 
 def reasons(left: Mapping[str, str]) -> str:
-    """A line a reason, with some of the norms that it holds for."""
+    """A line a reason, with some of the norms that it holds for; those that differ in a number share one."""
     by_reason: dict[str, list[str]] = {}
+    said: dict[str, str] = {}
     for name, why in left.items():
-        by_reason.setdefault(why, []).append(name or "the model itself")
+        first = said.setdefault(re.sub(r"\d+", "*", why), why)
+        by_reason.setdefault(first, []).append(name or "the model itself")
     lines = []
     for why, names in by_reason.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
