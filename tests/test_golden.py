@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from golden_optimizers import OPTIMIZERS, replay_optimizer
+from golden_streams import STREAMS
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -305,6 +306,10 @@ def test_replays(path):
     layer = recording.about["layer"]
     if layer in OPTIMIZERS:
         replay_optimizer(recording)
+        return
+    if layer in STREAMS:
+        STREAMS[layer](recording)
+        assert not recording.unread, f"nothing replays {sorted(recording.unread)}"
         return
     assert layer in ADAPTERS, f"{path.name}: no adapter for the layer {layer!r}"
     replay(path, ADAPTERS[layer])

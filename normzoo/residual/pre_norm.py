@@ -357,14 +357,6 @@ def _shares(model: nn.Module, name: str) -> bool:
 
 
 def reasons(left: Mapping[str, str]) -> str:
-    """A line a reason, with some of the norms that it holds for; those that differ in a number share one."""
-    by_reason: dict[str, list[str]] = {}
+    """A line a reason, with some of the norms that it holds for; reasons that differ in a number share one."""
     said: dict[str, str] = {}
-    for name, why in left.items():
-        first = said.setdefault(re.sub(r"\d+", "*", why), why)
-        by_reason.setdefault(first, []).append(name or "the model itself")
-    lines = []
-    for why, names in by_reason.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        lines.append(f"\n  {', '.join(names[:3])}{more}: {why}")
-    return "".join(lines)
+    return report.reasons((name, said.setdefault(re.sub(r"\d+", "*", why), why)) for name, why in left.items())
