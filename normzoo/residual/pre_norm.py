@@ -28,7 +28,7 @@ from .consuming import Unread, check_owner, consumers
 from .editing import Edit, untie
 from .finding import IDLE, Found, search
 from .mapping import ModuleMap, mapped
-from .probing import Probe
+from .probing import Probe, Unshown
 from .recording import Recording, narrowed, record
 from .rewriting import Rewrite
 
@@ -153,6 +153,8 @@ def to_pre_crms_norm(
 def _carried_out(rewrite: Rewrite, caller: str) -> nn.Module:
     try:
         proof = rewrite.verify()
+    except Unshown as reason:
+        raise ValueError(f"{caller}: {reason}") from reason
     except Exception as error:  # a model that goes by the number of its features
         raise ValueError(f"{caller}: the rewritten model does not run: {short(error)}") from error
     if not proof.passed:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..conversion.proof import Outputs, Sample, outputs
-from ..conversion.trial import chance, distance, noise
+from ..conversion.trial import chance, distance, noise, short
 from .editing import Edit, untie
 from .finding import Found
 from .stream import Writer
@@ -27,6 +27,10 @@ _EXACT = 1e-9
 """What float64 is held to: a thousand times the rounding of a transformer, and far below any error."""
 _NARROW = 1e-4
 """The same where numbers go through float32 on their way."""
+
+
+class Unshown(ValueError):
+    """Why the probes show nothing."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class StreamProof:
     def passed(self) -> bool:
         """Whether the rewrite computes the same."""
         exact = max(self.shift, self.mean, self.output) <= self.tolerance
-        return exact and self.rounding <= max(10 * self.rounding_before, _EXACT)
+        return exact and self.rounding <= max(10 * self.rounding_before, self.tolerance)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -88,14 +92,18 @@ class Probe:
         """Runs the three probes on copies of the model.
 
         Raises:
-            ValueError: every output is zero on the sample.
+            Unshown: every output is zero on the sample, or the model does not run on it.
         """
         tolerance = _NARROW if self.narrow else _EXACT
+        try:
+            own = outputs(self.model, self.sample)
+        except Exception as error:  # it ran in float64
+            raise Unshown(f"the model does not run on the sample: {short(error)}") from error
         twin = self.twin()
         _stir(twin)
         before = outputs(twin, self.sample)
         if not any(t.any() for t in before.values()):
-            raise ValueError("every output of the model is zero on this sample, which shows nothing")
+            raise Unshown("every output of the model is zero on this sample, which shows nothing")
         for name in edit.untied:
             untie(twin, name)
         shift, culprit = _shift(twin, self.sample, edit.found, before, tolerance)
@@ -109,12 +117,12 @@ class Probe:
         mean = max(means.values(), default=math.inf)
         if not culprit and mean > tolerance:
             culprit = max(means, key=lambda name: means[name])
-        return StreamProof(shift, mean, output, *self._rounding(edit), tolerance, culprit)
+        return StreamProof(shift, mean, output, *self._rounding(edit, own), tolerance, culprit)
 
-    def _rounding(self, edit: Edit) -> tuple[float, float]:
-        """How far the model is from itself in float64, after and before."""
+    def _rounding(self, edit: Edit, own: Outputs) -> tuple[float, float]:
+        """How far the model is from itself in float64, after and before, when it returned `own`."""
         exact = outputs(self.twin(), self.sample)
-        before = apart(outputs(self.model, self.sample), exact)
+        before = apart(own, exact)
         changed = copy.deepcopy(self.model)
         edit.apply(changed)
         return apart(outputs(changed, self.sample), exact), before

@@ -46,7 +46,8 @@ class Rewrite:
         """Run the three probes on copies of the model; the model is not touched.
 
         Raises:
-            ValueError: the rewrite was applied already.
+            ValueError: the rewrite was applied already; the model does not run on the sample, or all that it
+                returns is zero.
         """
         self._check("verify")
         return self._probe.prove(self.edit)
