@@ -9,6 +9,7 @@ from . import (
     conversion_drift,
     nap_plasticity,
     power_norm,
+    pre_rms_norm,
     region_norm,
 )
 from .experiment import Experiment
@@ -23,5 +24,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         region_norm,
         nap_plasticity,
         conversion_drift,
+        pre_rms_norm,
     )
 }
