@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from small_models import without_bias
 from torch import nn
 
 import normzoo
@@ -331,3 +332,29 @@ def test_arguments_of_other_kinds():
     for call in (lambda: normzoo.apply_recipe(wrapped, RECIPE), lambda: recipe_of(wrapped)):
         with pytest.raises(ValueError, match=r"_recipe|recipe_of: the model itself is wrapped"):
             call()
+
+
+def test_what_a_recipe_cannot_hold(caplog):
+    group = object()
+    model = nn.Sequential(normzoo.BatchNorm1d(4, sync=True), normzoo.LayerNorm(4))
+    model[0].process_group = group
+    assert "process_group" not in recipe_of(model)["layers"][0]["arguments"]
+    assert "1 layers share statistics in a process group of their own" in caplog.text
+    model[1].normalized_shape = (3,)
+    with pytest.raises(
+        ValueError, match=r"recipe_of: '1' cannot be made again: .* with weight of shape \(3,\), not"
+    ):
+        recipe_of(model)
+    model[1] = normzoo.RMSNorm(4)
+    model[1].eps = torch.ones(())
+    with pytest.raises(
+        ValueError, match=r"'1' cannot be made again: eps of its RMSNorm is tensor.*no place in a"
+    ):
+        recipe_of(model)
+    with pytest.raises(ValueError, match="save_recipe: weight has no shape yet; run the model once"):
+        normzoo.save_recipe(nn.LazyLinear(3), "never")
+    counted = recipe_of(normzoo.BatchNorm1d(4, nonfinite="skip"))["tensors"]  # in no checkpoint
+    assert "batches_skipped" not in counted and "running_var" in counted
+    without = nn.Sequential(without_bias(normzoo.LayerNorm(4)))
+    again = normzoo.apply_recipe(nn.Sequential(nn.LayerNorm(4)), recipe_of(without))
+    assert again[0].bias is None

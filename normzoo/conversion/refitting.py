@@ -254,11 +254,11 @@ class Refit:
 
     def _reshape(self) -> None:
         inside = {f"{name}." if name else "" for each in self.recipe.parametrized for name in each.names}
-        modules = by_name(self.root)
+        modules, there = by_name(self.root), held(self.root)
         for name, shape in self.recipe.tensors.items():
             owner, parametrized, rest = name.rpartition("parametrizations.")
             tensor, _, which = rest.partition(".")
-            if parametrized and owner in inside and name not in held(self.root):
+            if parametrized and owner in inside and name not in there:
                 if which != "original":
                     continue  # comes with the parametrization
                 name = f"{owner}{tensor}"
