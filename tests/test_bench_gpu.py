@@ -17,7 +17,7 @@ from torch import nn
 import normzoo
 import normzoo_kernels.rows
 from normzoo.zoo import ZOO
-from normzoo_bench import gpu, measure, peers, results, step
+from normzoo_bench import gpu, inference, measure, peers, results, step
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def test_the_gpu_plan_goes_by_worth_and_ends_in_time(clockwork, monkeypatch):
     assert [
         use for use, before in zip(uses, ["", *uses], strict=False) if use != before
     ] == order  # none starves
-    assert uses[:5] == ["llm"] * 5 and uses.count("gpt") == 2 and document["not_run"]
+    assert uses[:5] == ["llm"] * 5 and uses.count("gpt") == 3 and document["not_run"]
     assert all(settings.deadline <= 8 * 60 - 20 for _, settings in cases)
 
 
@@ -92,10 +92,11 @@ def test_the_gpu_plan_has_time_over(clockwork, monkeypatch):
 
 
 def test_every_part_has_cases_on_a_gpu():
+    known = (step.CONTENDERS, inference.CONTENDERS)
     for part in gpu.PARTS:
         cases, _ = gpu.cases_of(part, "cuda")
         assert cases and all(math.prod(case.shape) <= 1 << 28 for case in cases)
-        assert set(part.contenders) <= set(peers.CONTENDERS) or part.contenders == step.CONTENDERS
+        assert set(part.contenders) <= set(peers.CONTENDERS) or part.contenders in known
     llm = [case.workload.name for case in gpu.cases_of(gpu.PARTS[0], "cuda")[0]]
     assert set(llm) == {f"llm-8192x{width}" for width in (1024, 2048, 4096, 8192)}
 
@@ -293,3 +294,27 @@ def test_a_wrong_step_has_no_time(monkeypatch):
     assert "is off by" in reason and not reason.startswith("Unfit") and document.ours_failed
     monkeypatch.setattr(normzoo, "convert", raises)
     assert measured_step(("torch", "normzoo")).failed[0]["reason"] == "RuntimeError: out of luck"
+
+
+# The forward pass before and after a rewrite
+
+
+def measured_inference():
+    (made,) = inference.inferences("cpu")
+    document = results.Document({}, {}, {"median": 1e9})
+    clocks = (FakeClock(9.9), FakeClock(3e-3, 2e-3, 1e-3))
+    inference.measure_inference(made, measure.Settings(CPU, inference.EAGER, (), clocks, 2, 1), document)
+    return document
+
+
+def test_a_forward_pass_before_and_after(monkeypatch):
+    document = measured_inference()
+    assert not document.failed and [row["contender"] for row in document.rows] == [*inference.EAGER]
+    assert document.rows[2]["speedup"]["median"] == 3 and {row["direction"] for row in document.rows} == {
+        "inference"
+    }
+    model = inference.language_model(1, 32)
+    kinds = [type(m) for m in inference.built("normzoo-pre-rms", model, torch.arange(6)[None]).modules()]
+    assert kinds.count(normzoo.RMSNorm) == 3 and kinds.count(normzoo.LayerNorm) == 2  # of queries and keys
+    monkeypatch.setattr(normzoo, "to_pre_rms_norm", lambda own, *_, **__: own[1].norm1.weight.data.mul_(2))
+    assert measured_inference().failed[0]["contender"] == "normzoo-pre-rms"

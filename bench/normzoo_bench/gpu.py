@@ -28,6 +28,8 @@ from normzoo.zoo import ZOO, find
 
 from . import run as runs
 from .cases import plan
+from .inference import CONTENDERS as REWRITTEN
+from .inference import EAGER, inferences, measure_inference
 from .measure import Settings
 from .peers import usual
 from .results import Document, demand_writable
@@ -65,8 +67,8 @@ class Part:
     contenders: tuple[str, ...] = ("normzoo", "torch", "torch.compile", "liger", "quack")
     host: bool = False
     """With the host's time and the number of launches."""
-    step: bool = False
-    """The training step of a model instead of layers."""
+    model: str = ""
+    """The training ``step`` of a model, or its ``inference``, instead of layers."""
 
 
 _PAIR = ("rms_norm", "layer_norm")
@@ -89,7 +91,8 @@ PARTS = (
     Part("weight standardization", 0.8, ("weight_standardize",), dtype="float32", contenders=_COMPILED),
     Part("host time and launches", 1.5, _ALL, ("small",), directions=DIRECTIONS, host=True),
     Part("mixed dtypes", 1.0, _PAIR, ("llm", "odd"), dtype="mixed", contenders=("reference", *_QUICK)),
-    Part("training step", 1.5, _PAIR, contenders=CONTENDERS, host=True, step=True),
+    Part("training step", 1.5, _PAIR, contenders=CONTENDERS, host=True, model="step"),
+    Part("Pre-LN and Pre-RMSNorm", 1.0, ("layer_norm",), contenders=REWRITTEN, host=True, model="inference"),
     Part("against rows", 0.8, _PAIR, scaling="rows", contenders=_QUICK),
     Part("against width", 0.8, _PAIR, scaling="width", contenders=_QUICK),
     Part("against channels", 1.2, ("batch_norm", "group_norm"), scaling="channels", contenders=_QUICK),
@@ -179,7 +182,7 @@ def _parts(document: Document, settings: Settings, path: Path, end: float) -> bo
         started = time.monotonic()
         of_part = replace(
             settings,
-            contenders=tuple(c for c in part.contenders if on_gpu or c in usual("cpu")),
+            contenders=tuple(c for c in part.contenders if on_gpu or c in (*usual("cpu"), *EAGER)),
             directions=part.directions,
             clocks=settings.clocks if part.host else settings.clocks[:1],
             count_launches=part.host and on_gpu,
@@ -202,8 +205,10 @@ def _parts(document: Document, settings: Settings, path: Path, end: float) -> bo
 
 def cases_of(part: Part, device: str) -> tuple[list, Callable[..., None] | None]:
     """The cases of a part, small ones where it is only rehearsed, and what measures one if not `measure`."""
-    if part.step:
+    if part.model == "step":
         return steps(device, part.layers), measure_step
+    if part.model == "inference":
+        return inferences(device), measure_inference
     entries = [find(name) for name in part.layers]
     size = part.size if device == "cuda" else "smoke"
     return plan(entries, device, size, (part.dtype,), part.workloads, part.scaling), None

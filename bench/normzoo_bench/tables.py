@@ -27,7 +27,7 @@ def show(document: dict) -> None:
         print(_LEGEND)
     for rows in _groups(document["rows"]):
         (_show_sweep if _sweep(rows[0]) else _show_group)(rows)
-    _show_summary([row for row in document["rows"] if row["direction"] != "step"])
+    _show_summary([row for row in document["rows"] if row["direction"] not in ("step", "inference")])
     _show_missing(document)
 
 
