@@ -100,3 +100,15 @@ class Masked(nn.Module):
         if self.late and mask is not None:
             h = h.masked_fill(mask[..., None], 0)
         return self.c(h)
+
+
+class Staged(nn.Module):
+    """A forward that stops early, which a trace cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.n = conv(), nn.BatchNorm2d(6)
+
+    def forward(self, x, stop=0):
+        h = self.c(x)
+        return h if stop > 0 else self.n(h)

@@ -17,6 +17,7 @@ from fold_models import (
     TOKENS,
     Masked,
     Of,
+    Staged,
     assert_folds,
     conv,
     ready,
@@ -93,10 +94,8 @@ def test_around_corners():
     )
     made = assert_folds("two readers", model, TOKENS, {"n": (*AFTER, ("q", "k"))})
     assert made.k.bias is not None
-    model = Of(
-        lambda s, x: next(layer(x) for layer in s.body), body=nn.Sequential(nn.Sequential(conv(), bn(6)))
-    )
-    assert_folds("a forward that never runs", model, IMAGES, {"body.0.1": (*BEFORE, ("body.0.0",))})
+    model = Of(lambda s, x: s.b[1](s.b[2](s.b[0](x))), b=nn.Sequential(conv(), nn.ReLU(), bn(6)))
+    assert_folds("a forward that never runs", model, IMAGES, {"b.2": (*BEFORE, ("b.0",))})
     model = nn.Sequential(nn.BatchNorm2d(6, affine=False), conv(kernel_size=3, padding=1))
     model[0].running_mean.zero_()
     y = model.eval()(IMAGES.float())
@@ -132,6 +131,8 @@ def test_arguments_of_forwards():
     normzoo.fold(model)
     torch.testing.assert_close(model(TOKENS, mask), y)
     torch.testing.assert_close(model(TOKENS), y)
+    stops = Of(lambda s, x: s.f(x), f=Staged())  # a flag that cannot be traced, and that nobody sets
+    assert_folds("flag", stops, IMAGES, {"f.n": (*BEFORE, ("f.c",))})
     with normzoo.inputs(model, pad_mask=mask):  # there is still something that takes it
         torch.testing.assert_close(model(TOKENS), y)
 

@@ -3,11 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fold_models import Flagged, Masked, Of, conv, pair, refusal, with_norm
+import torchvision_ops  # noqa: F401
+from fold_models import Flagged, Masked, Of, Staged, conv, pair, refusal, with_norm
+from small_models import stirred
 from torch import nn
 
 import normzoo
-from normzoo.conversion import plan_fold
+from normzoo.conversion import fold_trial, plan_fold
+from normzoo.conversion.fold_trial import fold_error
+from normzoo.conversion.folding import Unfoldable
+from normzoo.conversion.folds import take_up
 
 
 class Untraced(nn.Module):
@@ -116,6 +121,13 @@ def test_what_stays_and_why():
             nn.Sequential(conv(), normzoo.UnifiedNorm(5)),
             "in dimension -1 of its input, and those of Conv2d",
         ),
+        "dropout": (pair(lambda s, x: s.n(F.dropout(s.c(x), 0.5))), "it takes what a call of dropout returns"),
+        "stages": (Staged(), "what Staged does depends on its stop, which callers may set"),
+        "stages set": (Of(lambda s, x: s.f(x, 1), f=Staged()), "depends on its stop, which Of sets"),
+        "pre-hook": (
+            hooked(nn.Sequential(conv(), nn.Sequential(bn(6))), lambda m: m[1], "register_forward_pre_hook"),
+            "the Sequential around it has forward_pre_hooks",
+        ),
         "Monte Carlo": (
             nn.Sequential(conv(), nn.Dropout(), bn(6)),
             "a Dropout is there, and no layer with a weight",
@@ -133,3 +145,23 @@ def test_what_stays_and_why():
         else:
             said = refusal(model)
         assert words in said, f"{name}: {said}"
+
+
+def test_test_runs_that_fail(monkeypatch):
+    model = stirred(with_norm(nn.BatchNorm2d(6))).eval()
+    (step,) = plan_fold(model).steps
+    new = take_up(step, model[0])
+    assert fold_error(step, model[0], new) == step.error < 1e-6
+    new.weight.data *= 1 + 1e-5
+    with pytest.raises(Unfoldable, match=r"in torch.float32 the error would be .* fold in a wider dtype"):
+        fold_error(step, model[0], new)
+    with monkeypatch.context() as patch:
+        patch.setattr(fold_trial, "take_up", lambda fold, layer: layer)
+        assert "a test run shows another function" in refusal(model)
+    model[1].running_var[2] = torch.nan
+    with pytest.raises(ValueError, match="a test run of it gives numbers that are not finite"):
+        plan_fold(model)
+    ops = pytest.importorskip("torchvision").ops
+    mixed = with_norm(ops.FrozenBatchNorm2d(6)).eval()
+    mixed[0].bfloat16()
+    assert "it returns torch.float32, and the layer alone torch.bfloat16" in refusal(mixed)
