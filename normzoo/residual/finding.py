@@ -41,15 +41,23 @@ class Found:
         )
 
 
-def search(model: nn.Module, recording: Recording, norms: Mapping[str, int], *, baked: bool) -> Found:
+def search(
+    model: nn.Module,
+    recording: Recording,
+    norms: Mapping[str, int],
+    *,
+    baked: bool,
+    ready: Collection[str] = (),
+) -> Found:
     """What can be done about the streams that `norms` read.
 
     Args:
         norms: names, and the axis that each normalizes.
         baked: weights are changed once, so that what multiplies them can be folded into them.
+        ready: modules whose output has its mean taken away whatever is found.
     """
     fleeting, shared = _fleeting(model), _shared(model, recording.outputs_of)
-    cuts: dict[str, str] = {}
+    cuts = dict.fromkeys(ready, "always")
     refused: dict[str, str] = {}
     while True:
         found = streams(recording, norms, cuts, fleeting, shared)
@@ -81,9 +89,11 @@ def search(model: nn.Module, recording: Recording, norms: Mapping[str, int], *, 
 def _ways(model: nn.Module, stream: Stream, norms: Mapping[str, int]) -> dict[str, str]:
     """Modules to be cut off so that nothing is in the way of `stream`; none where that is no gain.
 
-    A mean that is taken away costs what a norm saves.
+    A mean that is taken away costs what a norm saves. Behind dropout there is no other way: with means of zero
+    before it other numbers would come out.
     """
     cuts: dict[str, str] = {}
+    dropped: set[str] = set()
     for obstacle in stream.obstacles:
         way = way_out(stream, obstacle)
         if not way:
@@ -93,11 +103,10 @@ def _ways(model: nn.Module, stream: Stream, norms: Mapping[str, int]) -> dict[st
             if "forward" in vars(module):  # which would go on in place of that of another class
                 return {}
             made_there = obstacle.value.call is not None and obstacle.value.call.module == name
-            drops = made_there and model.training and isinstance(module, _DropoutNd)
-            if cuts.get(name) != "always":
-                cuts[name] = "training" if drops else "always"
-    always = sum(when == "always" for when in cuts.values())
-    return cuts if 2 * always <= len(stream.norms) else {}
+            if made_there and model.training and isinstance(module, _DropoutNd):
+                dropped.add(name)
+            cuts[name] = "always"
+    return cuts if 2 * len(cuts.keys() - dropped) <= len(stream.norms) else {}
 
 
 def _broken(stream: Stream, baked: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ def to_pre_rms_norm(
         zero_mean_writers: ``"bake"`` takes the means out of the weights once, which costs nothing and is for
             inference: training goes another way from there. ``"parametrize"`` keeps the weights and takes their
             mean away in every forward: training is that of the Pre-LN model, at a pass over these weights a
-            step. Dropout in the stream gets its mean taken away then, in training mode.
+            step. Behind dropout in the stream the mean is taken away in every forward, instead.
         tied: where an embedding shares its weight with the head, ``"activation"`` keeps it and takes the mean
             of what the embedding returns away; ``"untie"`` gives the embedding a weight of its own.
         include, exclude: names, globs or ``"re:..."`` of the norms that are meant.
@@ -225,15 +225,7 @@ def plan_rewrite(
         found = mapped(model, module_map, [site.name for site in sites], caller)
         probe.narrow = any(call.narrows for call in recording.calls)
     elif not baked:
-        _, trained = _search(twin.train(), probe, sites, baked, caller)
-        alone = {name: why for name, why in trained.left.items() if name not in found.left}
-        left = found.left | {name: f"{why}, in training mode alone" for name, why in alone.items()}
-        while found.norms != trained.norms:  # what writes a stream that breaks in one mode stays as it is
-            kept = [site for site in sites if site.name in found.norms & trained.norms]
-            _, found = _search(twin.eval(), probe, kept, baked, caller)
-            _, trained = _search(twin.train(), probe, kept, baked, caller)
-        found = found.both(trained)
-        found.left = left
+        found = _in_both_modes(twin, probe, sites, caller)
     found.left |= refused
     stay = sum(why != IDLE for why in found.left.values())
     if len(found.norms) < stay or not found.norms:
@@ -321,8 +313,30 @@ def _sample(model: nn.Module, sample: Any, caller: str) -> Sample:
     return Sample(sample)
 
 
+def _in_both_modes(twin: nn.Module, probe: Probe, sites: list[Site], caller: str) -> Found:
+    """What keeps the function of a copy in training as well as in eval mode."""
+    left: dict[str, str] = {}
+    while True:
+        _, trained = _search(twin.train(), probe, sites, False, caller)
+        _, found = _search(twin.eval(), probe, sites, False, caller, trained.cuts)
+        alone = {name: why for name, why in trained.left.items() if name not in found.left}
+        left |= found.left | {name: f"{why}, in training mode alone" for name, why in alone.items()}
+        if found.norms == trained.norms:
+            break
+        # What writes a stream that breaks in one mode stays as it is.
+        sites = [site for site in sites if site.name in found.norms & trained.norms]
+    found = found.both(trained)
+    found.left = left
+    return found
+
+
 def _search(
-    twin: nn.Module, probe: Probe, sites: list[Site], baked: bool, caller: str
+    twin: nn.Module,
+    probe: Probe,
+    sites: list[Site],
+    baked: bool,
+    caller: str,
+    ready: Collection[str] = (),
 ) -> tuple[Recording, Found]:
     """One run of a copy, and what it shows."""
     norms: dict[str, int] = {site.name: site.norm.axis for site in sites if site.norm}
@@ -344,7 +358,7 @@ def _search(
         with torch.no_grad():
             for b, value in buffers:
                 b.copy_(value)
-    return recording, search(twin, recording, norms, baked=baked)
+    return recording, search(twin, recording, norms, baked=baked, ready=ready)
 
 
 def _shares(model: nn.Module, name: str) -> bool:
