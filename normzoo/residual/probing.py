@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..conversion.proof import Outputs, Sample, outputs
-from ..conversion.trial import chance, distance, noise, short
+from ..conversion.proof import Outputs, Sample, outputs, tensors_in
+from ..conversion.trial import chance, distance, noise, short, undisturbed
 from .editing import Edit, untie
 from .finding import Found
 from .stream import Writer
@@ -42,7 +42,8 @@ class StreamProof:
     mean: float
     """Largest mean at the input of a rewritten norm, of the root mean square there."""
     output: float
-    """How far outputs are from those before, of their largest entry, in float64."""
+    """How far outputs are from those before, of their largest entry, in float64; in training mode too, where
+    weights are centered in every forward."""
     rounding: float
     """How far outputs of the rewritten model are from those of the original in float64, in its own dtype."""
     rounding_before: float
@@ -107,6 +108,7 @@ class Probe:
         for name in edit.untied:
             untie(twin, name)
         shift, culprit = _shift(twin, self.sample, edit.found, before, tolerance)
+        in_training = copy.deepcopy(twin) if edit.parametrized else None
         undo = edit.plain.apply(twin)
         with _means(twin, [site.name for site in edit.sites]) as means:
             output = apart(outputs(twin, self.sample), before)
@@ -114,6 +116,8 @@ class Probe:
             undo()
             edit.apply(twin)
             output = max(output, apart(outputs(twin, self.sample), before))
+        if in_training is not None:
+            output = max(output, _in_training(in_training, self.sample, edit))
         mean = max(means.values(), default=math.inf)
         if not culprit and mean > tolerance:
             culprit = max(means, key=lambda name: means[name])
@@ -126,6 +130,17 @@ class Probe:
         changed = copy.deepcopy(self.model)
         edit.apply(changed)
         return apart(outputs(changed, self.sample), exact), before
+
+
+def _in_training(twin: nn.Module, sample: Sample, edit: Edit) -> float:
+    """How far outputs in training mode are from those before, with the same random numbers."""
+    found = []
+    for model in (copy.deepcopy(twin), twin):
+        if model is twin:
+            edit.apply(model)
+        with undisturbed():
+            found.append(tensors_in(sample.run(model.train())))
+    return apart(found[1], found[0])
 
 
 def _widen(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
