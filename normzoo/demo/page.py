@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined  # torch depends on it
@@ -39,6 +40,7 @@ def html(result: dict, settings: Settings) -> str:
         settings=settings,
         found=found,
         facts=printed.facts(found),
+        rewrite=_filled(*result["rewrite"]["table"]),
         rewritten=printed.rewritten(result["rewrite"]),
         images=result["images"],
         accuracies=printed.accuracies(result["images"]) if result["images"] else (),
@@ -47,3 +49,9 @@ def html(result: dict, settings: Settings) -> str:
         charts=drawn,
         spread=spread,
     )
+
+
+def _filled(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns that are empty."""
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
