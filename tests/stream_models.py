@@ -57,6 +57,21 @@ class GPT(nn.Module):
         return self.head(self.norm(self.stream(ids)))
 
 
+def gate(*shape):
+    return nn.Parameter(torch.randn(shape))
+
+
+class Placed(GPT):
+    """Places in a buffer."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        self.register_buffer("waves", torch.randn(5, WIDTH), persistent=persistent)
+
+    def embed(self, ids):
+        return self.tokens(ids) + self.waves
+
+
 def stirred(model):
     """`model` in eval mode, no tensor of which is as it was made."""
     with torch.no_grad():

@@ -190,7 +190,9 @@ def _gated(call: Call, axis: int) -> tuple[Value, Value] | None:
     out = call.outputs[0].shape
     for x, g in (call.args[:2], call.args[1::-1]):
         both = isinstance(x, Value) and isinstance(g, Value)
-        if both and g.leaf == "parameter" and g.shape == out[axis:] and x.shape == out and g.users == [call]:
+        if not both or g.leaf != "parameter" or g.users != [call] or x.shape != out:
+            continue
+        if g.shape == (out[axis], *(1 for _ in out[axis + 1 :])):
             return x, g
     return None
 
