@@ -272,3 +272,24 @@ def test_the_rewrite_can_fail(result, monkeypatch):
     made = measurements.plan_rewrite
     monkeypatch.setattr(measurements, "plan_rewrite", lambda *given: made(*given, exclude="final_norm"))
     assert not measurements.rewrite(model, text, QUICK)["passed"]
+    monkeypatch.undo()
+    calls = []
+    interleaved = measurements.timing.interleaved
+    monkeypatch.setattr(
+        measurements.timing,
+        "interleaved",
+        lambda given, pairs: calls.extend(given) or interleaved(given, pairs),
+    )
+    measurements.rewrite(model, text, QUICK)
+    with torch.no_grad():
+        before, after = (call() for call in calls)
+    assert 0 < (before - after).abs().max() < 1e-4, "one is Pre-LN, the other is not"
+
+
+def test_a_failed_rewrite_is_a_failure(result, monkeypatch):
+    for step, part in (("train", "curve"), ("compare", "conversion"), ("time_rows", "timings")):
+        monkeypatch.setattr(demo, step, lambda *_, found=result[part]: found)
+    monkeypatch.setattr(demo, "approximate", lambda *_: result["approximate"])
+    monkeypatch.setattr(demo, "rewrite", lambda *_: result["rewrite"] | {"passed": False})
+    monkeypatch.setattr(demo.images, "study", lambda settings: None)
+    assert demo.run(quick=True, quiet=True)["passed"] is False

@@ -108,8 +108,10 @@ def _rewrite(arguments: argparse.Namespace, target: str) -> int:
     try:
         with commands.aside():
             proof = made.verify()
+    except ValueError as error:
+        return commands.usage("convert", f"there is no proof: {error}")
     except Exception as error:  # of the model, which is the user's
-        return commands.usage("convert", f"there is no proof: {said(error)}")
+        return commands.usage("convert", f"there is no proof: the rewritten model does not run ({said(error)})")
     if arguments.json:
         commands.dump(arguments, source, made.to_dict() | {"proof": proof.to_dict()})
     else:
