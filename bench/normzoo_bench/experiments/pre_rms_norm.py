@@ -33,8 +33,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adam": partial(torch.optim.Adam, lr=0.01),
 }
 
-SMALLEST = 1e-17
-"""Stands for a difference of zero, which has no logarithm."""
+ROUNDING = 1e-13
+"""Smaller differences are told from each other by no more than the order of sums: all of them count as this."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _run(settings: Settings, seed: int) -> list[tuple[dict, dict]]:
                     with torch.no_grad():
                         logits.append(trained(batches[0][:, :-1]))
                 apart = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max())
-                numbers = {"difference": apart, "log10": math.log10(max(apart, SMALLEST))}
+                numbers = {"difference": apart, "log10": math.log10(max(apart, ROUNDING))}
                 found.append(({"model": name, "optimizer": called}, numbers))
     return found
 
@@ -106,12 +106,12 @@ def _quiet() -> Iterator[None]:
 
 
 def shown(document: dict, model: str, optimizer: str) -> str:
-    """Mean and deviation of a difference, or a power of ten above all where it is no more than rounding."""
+    """Mean and deviation of a difference, or what all are below where it is no more than rounding."""
     tried = {"model": model, "optimizer": optimizer}
     differences = values(document, "difference", **tried)
-    if statistics.mean(differences) >= 0.0005:
+    if max(values(document, "log10", **tried)) > math.log10(ROUNDING):
         return spread(differences, 3)
-    return f"< 1e{math.floor(max(values(document, 'log10', **tried))) + 1}".replace("-", "−")
+    return f"< {ROUNDING:.0e}".replace("-", "−")
 
 
 def _table(document: dict) -> Table:
@@ -135,7 +135,7 @@ def _draw(document: dict) -> str:
             axes.set_title(called)
             axes.set_xticks([])
             axes.set_xlim(-0.6, len(REWRITES) - 0.4)
-            axes.set_yticks(range(-16, 1, 4), [f"1e{exponent}" for exponent in range(-16, 1, 4)])
+            axes.set_yticks((-13, -9, -5, -1), ["1e-13", "1e-9", "1e-5", "0.1"])
         panels[0].set_ylabel("difference of logits")
         handles = panels[0].get_legend_handles_labels()
         panels[0].figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
