@@ -72,10 +72,7 @@ REFUSED = {
         lambda: Other(out=lambda s, x, y: y * x.norm()),
         rf"{READS} \(linalg_vector_norm\)",
     ),
-    "scaled as a whole": (
-        lambda: Other(lambda s, x: x * s.scale * s.scale),
-        rf"{READS} \(mul\)",
-    ),
+    "scaled as a whole": (lambda: Other(lambda s, x: x * s.scale * s.scale), "mul has another factor"),
     "a layer on it": (lambda: Other(lambda s, x: x + s.more(x)), rf"more {READS} \(addmm\)"),
     "squared": (lambda: Other(lambda s, x: x @ x.transpose(1, 2) @ x), rf"{READS} \(bmm\)"),
     "a number added": (lambda: Other(lambda s, x: x + 1.0), "a constant is added to it"),

@@ -267,7 +267,8 @@ def _meant(model: nn.Module, include: Names, exclude: Names, caller: str) -> tup
     """The norms of rows or channels that take a mean away, and why others of them have to stay."""
     found = examine(model, caller)
     include = (include,) if isinstance(include, str) else tuple(include)
-    chosen = selector(include, exclude, ("layer",) if _has_layer(found) else None, None, found)
+    families = ("layer",) if _has_layer(found) else None
+    chosen = selector(include, exclude, families, None, found, caller=caller)
     sites = [
         site
         for site in found

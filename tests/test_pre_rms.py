@@ -1,0 +1,395 @@
+"""to_pre_rms_norm: the recording, the change and its undoing, the probes, and the errors."""
+
+import copy
+import json
+import logging
+import pickle
+import re
+
+import pytest
+import torch
+from stream_models import GPT, IDS, WIDTH, Block, error, run, stirred
+from torch import nn
+
+import normzoo
+from normzoo.residual import editing, plan_rewrite
+from normzoo.residual.recording import NORM, record
+from normzoo.residual.stream import Writer
+
+HOWS = ("bake", "parametrize")
+
+
+class Steps(nn.Module):
+    """Runs functions one after the other."""
+
+    def __init__(self, *functions):
+        super().__init__()
+        self.weight, self.functions = nn.Parameter(torch.randn(4, 4)), functions
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        for function in self.functions:
+            x = function(self, x)
+        return x
+
+
+def recorded(*functions, norms=(), x=None):
+    model = Steps(*functions)
+    x = torch.randn(2, 4) if x is None else x
+    return record(model, lambda: model(x), [x], norms)
+
+
+def test_a_recording_knows_leaves_and_calls():
+    found = recorded(lambda m, x: x @ m.weight, lambda m, x: x + torch.ones(4))
+    assert [found.calls[0].operator, found.calls[-1].operator] == ["mm", "add"]
+    x, weight = found.calls[0].operands()
+    assert (x.leaf, weight.leaf, weight.name) == ("input", "parameter", "weight")
+    assert found.returned == found.calls[-1].outputs and found.returned[0].returned_by == [""]
+    assert found.outputs_of[""] == found.returned and weight.users == [found.calls[0]]
+    assert found.calls[-1].args[0] is found.calls[0].outputs[0]
+    assert found.calls[1].operator == "ones" and found.calls[1].outputs[0].leaf == ""
+    outside = torch.randn(4)
+    assert recorded(lambda m, x: x * outside).calls[0].args[1].leaf == "constant"
+
+
+def test_a_recording_follows_writes_in_place():
+    def whole(m, x):
+        y = x * 2
+        y.add_(1)
+        return y
+
+    found = recorded(whole)
+    assert [call.operator for call in found.calls] == ["mul", "add_"]
+    before, after = found.calls[0].outputs[0], found.returned[0]
+    assert found.calls[1].args[0] is before and after is found.calls[1].outputs[0] and after is not before
+
+    def part(m, x):
+        y = x * 2
+        y[0].mul_(3)
+        return y
+
+    (returned,) = recorded(part).returned
+    assert returned.leaf == "overwritten" and returned.call is None
+
+    def base(m, x):
+        y = x * 2
+        view = y.view(8)
+        y.add_(1)
+        return view
+
+    assert recorded(base).returned[0].leaf == "overwritten"
+
+
+def test_a_norm_is_a_box_and_hooks_run_inside_of_it():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    model[1].register_forward_hook(lambda module, args, y: y * 2)
+    x = torch.randn(3, 4)
+    found = record(model, lambda: model(x), [x], ["1"])
+    assert [call.operator for call in found.calls] == ["t", "addmm", NORM, "t", "addmm"]
+    (box,) = [call for call in found.calls if call.operator == NORM]
+    assert box.module == "1" and box.args[0] is found.calls[1].outputs[0]
+    assert found.calls[-1].args[1] is box.outputs[0] and box.outputs[0].returned_by == ["1"]
+    named = nn.LayerNorm(4)
+    call = record(named, lambda: named(input=x), [x], [""]).calls[-1]
+    assert call.operator == NORM and call.args[0].leaf == "input"
+
+
+def test_a_recording_leaves_no_hooks_and_sees_float32():
+    model = Steps(lambda m, x: x.double().float() + 1)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    found = record(model, lambda: model(x), [x], ())
+    assert [call.narrows for call in found.calls] == [True, False]
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    with pytest.raises(RuntimeError):
+        record(model, lambda: model(torch.ones(1)) + undefined(), [x], ())
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def undefined():
+    raise RuntimeError("stop")
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_what_stays_as_it_was(how):
+    model = stirred(GPT())
+    calls = []
+    model.blocks[0].norm1.register_forward_hook(lambda *_: calls.append(1))
+    model.blocks[0].norm1.requires_grad_(False)
+    model.places.weight.requires_grad_(False)
+    objects = {name: p for name, p in model.named_parameters()}
+    optimizer = torch.optim.Adam(model.parameters())
+    keys, buffers = list(model.state_dict()), [id(p) for p in model.parameters()]
+    train = {name: module.training for name, module in model.named_modules()}
+    assert normzoo.to_pre_rms_norm(model, IDS, zero_mean_writers=how) is model
+    modules = dict(model.named_modules())
+    assert all(modules[name].training is mode for name, mode in train.items())
+    assert calls and {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+    held = {id(p): name for name, p in model.named_parameters()}
+    assert all(id(p) in held for p in objects.values())
+    assert not model.places.weight.requires_grad and not model.blocks[0].norm1.weight.requires_grad
+    assert model.tokens.weight.requires_grad and model.blocks[1].norm1.weight.requires_grad
+    if how == "bake":
+        assert list(model.state_dict()) == keys and [id(p) for p in model.parameters()] == buffers
+    else:
+        assert "blocks.0.mlp.2.parametrizations.weight.original" in model.state_dict()
+        assert all(torch.equal(objects[n], p) for n, p in stirred_again().items())
+
+
+def stirred_again():
+    torch.manual_seed(0)
+    return dict(stirred(GPT()).named_parameters())
+
+
+def test_a_copy_is_rewritten_and_the_model_is_not():
+    model = stirred(GPT())
+    before, said = run(model, IDS), repr(model)
+    made = normzoo.to_pre_rms_norm(model, IDS, inplace=False)
+    assert made is not model and repr(model) == said and torch.equal(run(model, IDS), before)
+    assert isinstance(made.norm, normzoo.RMSNorm) and error(run(made, IDS), before) < 1e-6
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_revert_is_exact(how):
+    model = stirred(GPT(dropout=0.1 if how == "parametrize" else 0.0, tied=True))
+    said, kept = repr(model), {name: t.clone() for name, t in model.state_dict().items()}
+    objects = [(name, id(p)) for name, p in model.named_parameters()]
+    classes = [type(module) for module in model.modules()]
+    rewrite = plan_rewrite(model, IDS, zero_mean_writers=how)
+    assert repr(model) == said
+    rewrite.verify()
+    assert repr(model) == said and rewrite.apply() is model and repr(model) != said
+    with pytest.raises(ValueError, match=r"Rewrite\.apply: it was applied already; revert\(\) it"):
+        rewrite.apply()
+    with pytest.raises(ValueError, match=r"Rewrite\.verify: it was applied already"):
+        rewrite.verify()
+    assert rewrite.revert() is model and repr(model) == said
+    assert [(name, id(p)) for name, p in model.named_parameters()] == objects
+    assert [type(module) for module in model.modules()] == classes
+    assert list(model.state_dict()) == list(kept)
+    assert all(torch.equal(t, kept[name]) for name, t in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"Rewrite\.revert: it is not applied"):
+        rewrite.revert()
+
+
+def test_all_of_it_or_nothing(monkeypatch):
+    model = stirred(GPT(tied=True))
+    before, said = run(model, IDS), repr(model)
+    rewrite = plan_rewrite(model, IDS, zero_mean_writers="parametrize")
+    monkeypatch.setattr(editing, "_zero_output", lambda *_: undefined())
+    with pytest.raises(RuntimeError, match="stop"):
+        rewrite.apply()
+    assert repr(model) == said and torch.equal(run(model, IDS), before)
+    monkeypatch.undo()
+    assert error(run(rewrite.apply(), IDS), before) < 1e-6
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_copies_and_files_of_the_result(how):
+    model = stirred(GPT(tied=True))
+    normzoo.to_pre_rms_norm(model, IDS, zero_mean_writers=how)
+    before = run(model, IDS)
+    twin = copy.deepcopy(model)
+    assert torch.equal(run(twin, IDS), before) and twin.tokens.weight is twin.head.weight
+    if how == "bake":  # torch does not pickle parametrized modules
+        assert torch.equal(run(pickle.loads(pickle.dumps(model)), IDS), before)
+    other = normzoo.to_pre_rms_norm(stirred(GPT(tied=True)), IDS, zero_mean_writers=how)
+    assert not torch.equal(run(other, IDS), before)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(run(other, IDS), before)
+
+
+def test_a_parametrized_layer_of_the_user_keeps_its_class():
+    """Copies of a parametrized module share its class, which the rewrite of a copy must not change."""
+    model = stirred(GPT())
+    nn.utils.parametrizations.weight_norm(model.blocks[0].attention.out)
+    before = run(model, IDS)
+    rewrite = plan_rewrite(model, IDS, zero_mean_writers="parametrize")
+    assert rewrite.verify().passed and torch.equal(run(model, IDS), before)
+    rewrite.apply()
+    assert error(run(model, IDS), before) < 1e-6
+    rewrite.revert()
+    assert torch.equal(run(model, IDS), before)
+
+
+def test_compiled_whole():
+    for how in HOWS:
+        torch.compiler.reset()
+        model = normzoo.to_pre_rms_norm(stirred(GPT(layers=1, tied=True)), IDS, zero_mean_writers=how)
+        fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert error(fast(IDS), model(IDS)) < 1e-6
+
+
+def test_low_precision_and_autocast():
+    for dtype in (torch.bfloat16, torch.float16):
+        model = stirred(GPT(tied=True))
+        exact = run(copy.deepcopy(model).to(dtype).double(), IDS)
+        for how in HOWS:
+            narrow = copy.deepcopy(model).to(dtype)
+            own = error(run(narrow, IDS), exact)
+            normzoo.to_pre_rms_norm(narrow, IDS, zero_mean_writers=how)
+            assert all(p.dtype == dtype for p in narrow.parameters())
+            assert error(run(narrow, IDS), exact) <= 10 * own, (dtype, how)
+    model = stirred(GPT())
+    exact = run(copy.deepcopy(model).double(), IDS)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = error(run(model, IDS), exact)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        normzoo.to_pre_rms_norm(model, IDS)
+        assert error(run(model, IDS), exact) <= 2 * own
+
+
+def test_the_account(caplog):
+    with caplog.at_level(logging.INFO, "normzoo"):
+        normzoo.to_pre_rms_norm(stirred(GPT(tied=True)), IDS)
+    assert (
+        "5 LayerNorms: 5 rewritten, 0 kept" in caplog.text
+        and "the model computes the same function" in caplog.text
+    )
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    caplog.clear()
+    normzoo.to_pre_rms_norm(stirred(GPT()).train(), IDS)
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert "training mode" in warning and 'zero_mean_writers="parametrize" keeps it' in warning
+    rewrite = plan_rewrite(stirred(GPT(tied=True)), IDS)
+    said = json.loads(rewrite.to_json())
+    assert said["norms"] == rewrite.norms and said["outputs"] == {"tokens": {"axis": -1, "when": "always"}}
+    assert {"name": "places.weight", "axis": 1, "scale": []} in said["writers"] and said["left"] == {}
+    table = str(rewrite)
+    assert "blocks.*.norm* x4" in table and "rms_norm: exact" in table and "its mean is taken away" in table
+    proof = rewrite.verify().to_dict()
+    assert proof["passed"] and 0 < proof["output"] < 1e-12 and 0 < proof["rounding_before"] < 1e-5
+
+
+def test_only_those_that_are_meant():
+    model = stirred(GPT()).double()
+    before = run(model, IDS)
+    rewrite = plan_rewrite(model, IDS, include="blocks.*", exclude="*.norm2")
+    assert rewrite.norms == ["blocks.0.norm1", "blocks.1.norm1"]
+    rewrite.apply()
+    assert type(model.norm) is nn.LayerNorm and error(run(model, IDS), before) < 1e-12
+
+
+ZERO = "every output of the model is zero on this sample"
+RUNS = "the model does not run on the sample, in float64 and eval mode: RuntimeError"
+UNKNOWN = "sample is None, and no input for a GPT is known; pass one"
+NONE = "the model has no LayerNorm over one dimension to be rewritten; it has none that is recognised"
+WRAPPED = r"the model itself is wrapped \(OptimizedModule\) .*; rewrite the module first"
+ERRORS = [
+    (lambda: "model", {}, TypeError, r"model is a str; it must be a torch\.nn\.Module"),
+    (GPT, {"zero_mean_writers": "never"}, ValueError, "zero_mean_writers is 'never'"),
+    (GPT, {"tied": "cut"}, ValueError, "tied is 'cut'"),
+    (GPT, {"include": "head.?"}, ValueError, r"'head\.\?' in include matches no norm"),
+    (GPT, {"sample": torch.ones(2, 50)}, ValueError, RUNS),
+    (GPT, {"sample": lambda model: model(IDS) * 0}, ValueError, ZERO),
+    (GPT, {"sample": None}, ValueError, UNKNOWN),
+    (lambda: GPT().to("meta"), {}, ValueError, "the model is on the meta device, where nothing can be shown"),
+    (lambda: torch.compile(GPT()), {}, ValueError, WRAPPED),
+    (lambda: nn.Linear(3, 3), {}, ValueError, NONE),
+    (lambda: nn.LayerNorm((3, 4)), {}, ValueError, NONE),
+]
+
+
+def test_errors():
+    for i, (make, options, kind, words) in enumerate(ERRORS):
+        options = {"sample": IDS, **options}
+        try:
+            normzoo.to_pre_rms_norm(make(), **options)
+        except kind as error:
+            assert re.match(f"to_pre_rms_norm: {words}", str(error)), f"case {i}: {error}"
+        else:
+            pytest.fail(f"case {i} passed")
+
+
+def test_a_sample_of_another_dtype_is_named():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Block(), nn.LayerNorm(WIDTH)).double()
+    with pytest.raises(ValueError, match="to_pre_rms_norm: the model does not run on the sample: RuntimeError"):
+        normzoo.to_pre_rms_norm(model, torch.randn(2, 3, WIDTH))
+
+
+def planned(**options):
+    rewrite = plan_rewrite(stirred(GPT(**options)), IDS)
+    assert rewrite.verify().passed
+    return rewrite, rewrite.edit.found
+
+
+def test_the_probes_fail_where_they_should(monkeypatch):
+    rewrite, found = planned()
+    found.writers -= {w for w in found.writers if w.name == "blocks.1.mlp.2.weight"}
+    proof = rewrite.verify()
+    assert not proof.passed and proof.mean > 1e-3 and proof.output > 1e-4 and proof.culprit == "norm"
+    assert (
+        proof.shift < 1e-12 and str(proof).startswith("FAILED: another function") and "(at norm)" in str(proof)
+    )
+
+    rewrite, found = planned()  # attention.out is square: its rows and columns can be taken for each other
+    found.writers -= {Writer("blocks.0.attention.out.weight", 0)}
+    found.writers |= {Writer("blocks.0.attention.out.weight", 1)}
+    proof = rewrite.verify()
+    assert not proof.passed and proof.shift > 1e-3 and proof.culprit == "blocks.0.attention.out.weight"
+
+    rewrite, found = planned()
+    found.writers |= {Writer("blocks.0.mlp.0.weight", 0)}
+    proof = rewrite.verify()
+    assert not proof.passed and proof.shift > 1e-3 and proof.culprit == "blocks.0.mlp.0.weight"
+
+    rewrite, found = planned(tied=True)
+    found.cuts.clear()
+    proof = rewrite.verify()
+    assert not proof.passed and proof.mean > 1e-3
+
+    rewrite, found = planned(tied=True)
+    found.cuts.clear()
+    found.writers |= {Writer("tokens.weight", 1)}
+    proof = rewrite.verify()
+    assert not proof.passed and proof.shift > 1e-3 and proof.culprit == "tokens.weight" and proof.mean < 1e-12
+
+    rewrite, found = planned()
+    found.cuts["head"] = -1, "always"
+    proof = rewrite.verify()
+    assert not proof.passed and proof.shift > 1e-3 and proof.culprit == "head"
+
+    rewrite, found = planned()
+    made = editing.replacement
+
+    def with_eps(site, choice):
+        there = made(site, choice)
+        there.module.eps = 1e-3
+        return there
+
+    monkeypatch.setattr(editing, "replacement", with_eps)
+    proof = rewrite.verify()
+    assert not proof.passed and proof.output > 1e-6 and max(proof.mean, proof.shift) < 1e-12
+
+
+def test_a_scale_that_is_forgotten_fails():
+    class Scaled(Block):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.gamma = nn.Parameter(torch.rand(WIDTH) + 0.5)
+
+        def forward(self, x):
+            x = x + self.gamma * self.attention(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+
+    rewrite = plan_rewrite(stirred(GPT(block=Scaled)), IDS)
+    found = rewrite.edit.found
+    assert rewrite.verify().passed
+    assert {w.scale for w in found.writers if "attention" in w.name} == {
+        ("blocks.0.gamma",),
+        ("blocks.1.gamma",),
+    }
+    found.writers = {Writer(w.name, w.axis) for w in found.writers}
+    proof = rewrite.verify()
+    assert not proof.passed and proof.mean > 1e-3 and proof.shift > 1e-3 and "attention.out" in proof.culprit
+
+
+def test_a_failed_proof_leaves_the_model(monkeypatch):
+    model = stirred(GPT())
+    before, said = run(model, IDS), repr(model)
+    right = normzoo.RMSNorm.forward
+    monkeypatch.setattr(normzoo.RMSNorm, "forward", lambda self, x: right(self, x) * (1 + 1e-6))
+    with pytest.raises(
+        ValueError, match=r"to_pre_rms_norm: FAILED: another function.*; the model is left as it was"
+    ):
+        normzoo.to_pre_rms_norm(model, IDS)
+    assert repr(model) == said and torch.equal(run(model, IDS), before)
