@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
