@@ -260,6 +260,10 @@ def test_the_rewrite_can_fail(result, monkeypatch):
     text = torch.randint(language_model.ALPHABET, (1000,))
     right = measurements.rewrite(model, text, QUICK)
     assert right["passed"] and type(model.final_norm) is torch.nn.LayerNorm
+    for low, high, unsure in ((0.9, 1.1, True), (1.1, 1.3, False), (0.7, 0.9, False)):
+        spread = {"p20": low, "median": (low + high) / 2, "p80": high}
+        said = printed.verdict(result | {"rewrite": right | {"speedup": spread}}, QUICK)[2]
+        assert ("no difference beyond the spread" in said) == unsure, said
     forward = normzoo.RMSNorm.forward
     monkeypatch.setattr(normzoo.RMSNorm, "forward", lambda self, x: forward(self, x) * 1.001)
     wrong = measurements.rewrite(model, text, QUICK)
