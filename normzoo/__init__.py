@@ -6,17 +6,15 @@ from . import engine as engine
 from . import functional as functional
 from . import moments as moments
 from . import nap as nap
-from .conversion import apply_recipe as apply_recipe
 from .conversion import convert as convert
-from .conversion import fold as fold
 from .conversion import freeze_batch_norm as freeze_batch_norm
 from .conversion import inspect as inspect
 from .conversion import plan as plan
 from .conversion import recalibrate as recalibrate
 from .conversion import register_adapter as register_adapter
-from .conversion import save_recipe as save_recipe
 from .conversion import unfreeze_batch_norm as unfreeze_batch_norm
 from .dispatch import backend as backend
+from .folding import fold as fold
 from .layers.alpha import AlphaBatchNorm as AlphaBatchNorm
 from .layers.balance import AdaB2N as AdaB2N
 from .layers.batch import BatchNorm1d as BatchNorm1d
@@ -57,6 +55,8 @@ from .layers.ws_conv import WSLinear as WSLinear
 from .nap import normalize_and_project as normalize_and_project
 from .optim import SGDP as SGDP
 from .optim import AdamP as AdamP
+from .recipes import apply_recipe as apply_recipe
+from .recipes import save_recipe as save_recipe
 from .residual import to_pre_crms_norm as to_pre_crms_norm
 from .residual import to_pre_rms_norm as to_pre_rms_norm
 from .side_inputs import inputs as inputs

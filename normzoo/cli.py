@@ -20,9 +20,7 @@ from pathlib import Path
 from normzoo_bench import commands as measuring
 
 from . import __version__
-from .conversion import commands as conversion
-from .conversion import fold_command as folding
-from .residual import command as rewriting
+from .commands import converting, folding, rewriting
 from .terminal import say, table
 from .zoo import ZOO, Entry, find
 
@@ -80,19 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspecting = command(
         "inspect",
-        conversion.run_inspect,
+        converting.run_inspect,
         "the norms of a model",
         "Shows every norm of a model and what it computes.",
     )
-    conversion.inspect_arguments(inspecting)
-    converting = command(
+    converting.inspect_arguments(inspecting)
+    convert = command(
         "convert",
         rewriting.run_convert,
         "replace the norms of a model",
         "Shows what a conversion of a model's norms, or of the layers before them, keeps and changes, proves "
         "it on a sample input, and writes the converted weights.",
     )
-    rewriting.convert_arguments(converting)
+    rewriting.convert_arguments(convert)
     fold = command(
         "fold",
         folding.run_fold,
@@ -125,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="where to write the report; an older one is replaced (default: %(default)s)",
     )
-    for made in (listing, info, doctor, inspecting, converting, fold, demo):
+    for made in (listing, info, doctor, inspecting, convert, fold, demo):
         made.add_argument("--json", action="store_true", help="machine-readable, on stdout")
     return parser
 

@@ -8,7 +8,7 @@ from small_models import stirred
 from torch import nn
 
 import normzoo
-from normzoo.conversion import Folded, plan_fold
+from normzoo.folding import Folded, plan_fold
 
 IMAGES = torch.randn(2, 6, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 TOKENS = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import fusion, parametrizations, parametrize
 
 import normzoo
-from normzoo.conversion import folding
+from normzoo import folding
 
 LAST = {
     "power": lambda: normzoo.PowerNorm(6, group_num=None, eps=1e-2),

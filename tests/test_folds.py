@@ -30,7 +30,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 import normzoo
-from normzoo.conversion import Folded, plan_fold
+from normzoo.folding import Folded, plan_fold
 
 STAYS = ("refuse", "", ())
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import normzoo
 from normzoo import cli
-from normzoo.conversion import Folded, plan_fold
+from normzoo.folding import Folded, plan_fold
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

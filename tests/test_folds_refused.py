@@ -9,10 +9,10 @@ from small_models import stirred
 from torch import nn
 
 import normzoo
-from normzoo.conversion import fold_trial, plan_fold
-from normzoo.conversion.fold_trial import fold_error
-from normzoo.conversion.folding import Unfoldable
-from normzoo.conversion.folds import take_up
+from normzoo.folding import Unfoldable, plan_fold
+from normzoo.folding import trial as fold_trial
+from normzoo.folding.steps import take_up
+from normzoo.folding.trial import fold_error
 
 
 class Untraced(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 
 import normzoo
 from normzoo.centering import ZeroMean, with_zero_mean
-from normzoo.conversion import recipe_of
+from normzoo.recipes import recipe_of
 
 
 def make():

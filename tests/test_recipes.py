@@ -14,7 +14,8 @@ from zoo_cases import sample_for, trained
 
 import normzoo
 from normzoo.centering import ZeroMean, with_zero_mean
-from normzoo.conversion import TRANSFERS, bake, recipe_of, refitting
+from normzoo.conversion import TRANSFERS, bake
+from normzoo.recipes import recipe_of, refitting
 from normzoo.zoo import ZOO
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

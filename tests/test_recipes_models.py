@@ -11,7 +11,8 @@ import torchvision_ops  # noqa: F401
 from torch import nn
 
 import normzoo
-from normzoo.conversion import bake, recipe_of
+from normzoo.conversion import bake
+from normzoo.recipes import recipe_of
 from normzoo.residual import to_pre_crms_norm, to_pre_rms_norm
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..conversion.luggage import bring_along
 from ..conversion.norm import tensor
 from ..conversion.recognise import Site
-from ..conversion.reshaping import follow
 from ..conversion.surgery import Swap
 from ..layers.rms import CRMSNorm, RMSNorm
+from ..recipes.reshaping import follow
 from .consuming import Consumer
 from .editing import Edit, Undo, carry_out, without_fast_path, zero_mean
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ..conversion.report import a
 from . import describing
 from .describing import held
-from .recipe_files import DTYPES, Shape
-from .report import a
+from .files import DTYPES, Shape
 
 Find = Mapping[str, nn.Module]
 """Modules by all of their names."""

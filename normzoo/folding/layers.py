@@ -16,9 +16,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .norm import Norm, tensor
-from .recognise import recognise
-from .report import a
+from ..conversion.norm import Norm, tensor
+from ..conversion.recognise import recognise
+from ..conversion.report import a
 
 _STORED = ("frozen_batch", "alpha_batch")
 """Families that go by stored statistics in training mode too, AlphaBatchNorm with source_weight=1."""

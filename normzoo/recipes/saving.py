@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..conversion.report import a
+from ..conversion.surgery import refuse_wrapped
 from .describing import describe
-from .recipe_files import read, write
+from .files import read, write
 from .refitting import Refit
-from .report import a
-from .surgery import refuse_wrapped
 
 
 def recipe_of(model: nn.Module) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def save_recipe(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if path.suffix == ".safetensors":
         raise ValueError(
             f"save_recipe: path is {str(path)!r}, and a recipe is JSON; for the metadata of a safetensors file "
-            'pass {"normzoo.recipe": json.dumps(normzoo.conversion.recipe_of(model))} to what writes it'
+            'pass {"normzoo.recipe": json.dumps(normzoo.recipes.recipe_of(model))} to what writes it'
         )
     write(_recipe_of(model, "save_recipe"), path)
 
@@ -83,7 +83,7 @@ def apply_recipe(model: nn.Module, recipe: str | os.PathLike[str] | Mapping[str,
         model: any module, itself a norm perhaps.
         recipe: a JSON file of :func:`normzoo.save_recipe`; a ``.safetensors`` file that
             ``normzoo convert --out`` wrote, or that has a recipe in its metadata, of which the header alone is
-            read; or what :func:`normzoo.conversion.recipe_of` returned.
+            read; or what :func:`normzoo.recipes.recipe_of` returned.
 
     Returns:
         `model`, or the new module where `model` itself is replaced.

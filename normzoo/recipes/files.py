@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from ..conversion.report import a
 from ..files import whole
-from .report import a
 
 VERSION = 1
 KEY = "normzoo.recipe"
@@ -34,7 +34,7 @@ class Layer:
     layer: str
     arguments: dict[str, Any]
     how: dict[str, Any] = field(default_factory=dict)
-    """Its :func:`~normzoo.conversion.rebuilding.manner_of`."""
+    """Its :func:`~normzoo.recipes.rebuilding.manner_of`."""
     children: tuple[str, ...] = ()
     """Children that its constructor does not make: those of the norm that it replaced."""
     attributes: tuple[str, ...] = ()

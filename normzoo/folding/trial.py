@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .folding import Unfoldable
-from .folds import BEFORE, Fold, folded, take_up
-from .recognise_weights import weighted
-from .trial import bare, chance, distance, noise, short, undisturbed
+from ..conversion.recognise_weights import weighted
+from ..conversion.trial import bare, chance, distance, noise, short, undisturbed
+from .layers import Unfoldable
+from .steps import BEFORE, Fold, folded, take_up
 
 AGREES = 1e-10
 """In float64, of the largest entry of a channel."""

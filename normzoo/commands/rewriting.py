@@ -6,11 +6,11 @@ import argparse
 import re
 from typing import Any
 
-from ..conversion import commands
 from ..model_source import SourceError, load, pairs, said
+from ..residual.compressing import BASES
+from ..residual.pre_norm import TARGETS, TIED, WRITERS, plan_rewrite
 from ..terminal import say, table
-from .compressing import BASES
-from .pre_norm import TARGETS, TIED, WRITERS, plan_rewrite
+from . import common, converting
 
 _OF_TARGET = {"pre_rms_norm": ("zero_mean_writers", "tied"), "pre_crms_norm": ("basis",)}
 """Options that a rewrite takes and no other conversion."""
@@ -18,7 +18,7 @@ _OF_TARGET = {"pre_rms_norm": ("zero_mean_writers", "tied"), "pre_crms_norm": ("
 
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``normzoo convert``, those of the rewrites too."""
-    commands.convert_arguments(parser)
+    converting.convert_arguments(parser)
     group = parser.add_argument_group(
         "rewrites of Pre-LN transformers",
         "--to pre_rms_norm makes RMSNorms of the LayerNorms, --to pre_crms_norm CRMSNorms over one entry less; "
@@ -46,8 +46,8 @@ def run_convert(arguments: argparse.Namespace) -> int:
     try:
         target = _target(arguments)
     except SourceError as error:
-        return commands.usage("convert", error)
-    return commands.run_convert(arguments) if target is None else _rewrite(arguments, target)
+        return common.usage("convert", error)
+    return converting.run_convert(arguments) if target is None else _rewrite(arguments, target)
 
 
 def _target(arguments: argparse.Namespace) -> str | None:
@@ -82,14 +82,14 @@ def _target(arguments: argparse.Namespace) -> str | None:
 def _rewrite(arguments: argparse.Namespace, target: str) -> int:
     """Shows a rewrite and its proof, and writes the result."""
     try:
-        commands.check_out(arguments)
-        with commands.aside():
+        common.check_out(arguments)
+        with common.aside():
             source = load(arguments.model, pairs("--arg", arguments.arg))
             if arguments.out is not None:
-                commands.check_weights(source)
+                common.check_weights(source)
             sample = source.sample
             if arguments.input is not None:
-                sample = commands.random_sample(arguments.input, source.model)
+                sample = common.random_sample(arguments.input, source.model)
             elif sample is None and source.has_weights:
                 raise SourceError(
                     f"--to {target} has to run the model, and no input is known for it; give one with --input, "
@@ -99,30 +99,30 @@ def _rewrite(arguments: argparse.Namespace, target: str) -> int:
                 source.model, sample, to=target, caller="convert", **_options(arguments, target)
             )
     except re.error as error:
-        return commands.usage("convert", f"{error.pattern!r} after re: is no regular expression: {error}")
+        return common.usage("convert", f"{error.pattern!r} after re: is no regular expression: {error}")
     except (ValueError, TypeError) as error:
-        return commands.usage("convert", _spelt(str(error)))
+        return common.usage("convert", _spelt(str(error)))
     if not arguments.json:
-        table(commands.title(arguments.model, source), *made.rows(), wrap=("notes",))
+        table(common.title(arguments.model, source), *made.rows(), wrap=("notes",))
         say(_spelt(made.summary()))
     try:
-        with commands.aside():
+        with common.aside():
             proof = made.verify()
     except ValueError as error:
-        return commands.usage("convert", f"there is no proof: {error}")
+        return common.usage("convert", f"there is no proof: {error}")
     except Exception as error:  # of the model, which is the user's
-        return commands.usage("convert", f"there is no proof: the rewritten model does not run ({said(error)})")
+        return common.usage("convert", f"there is no proof: the rewritten model does not run ({said(error)})")
     if arguments.json:
-        commands.dump(arguments, source, made.to_dict() | {"proof": proof.to_dict()})
+        common.dump(arguments, source, made.to_dict() | {"proof": proof.to_dict()})
     else:
         say(f"proof: {proof}")
     if not proof.passed:
         return 1
     if arguments.out is not None:
         try:
-            commands.write(made, arguments.out)
+            common.write(made, arguments.out)
         except SourceError as error:
-            return commands.usage("convert", error)
+            return common.usage("convert", error)
     return 0
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..centering import ZeroMean, plain_class
+from ..conversion.adapted import adapted, bare_class, manner
+from ..conversion.report import a
+from ..folding.steps import Folded
 from ..layers.weight_standardization import WeightStandardization
 from ..zoo import ZOO
-from .adapted import adapted, bare_class, manner
-from .folds import Folded
-from .report import a
 
 PARAMETRIZATIONS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (ZeroMean, WeightStandardization)}
 

@@ -1,4 +1,4 @@
-"""``normzoo inspect`` and ``normzoo convert``."""
+"""What the commands about a model share: arguments, samples, proofs, and files."""
 
 from __future__ import annotations
 
@@ -15,61 +15,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..conversion.proof import Proof
 from ..files import whole
-from ..model_source import Source, SourceError, load, pairs, said
+from ..model_source import Source, SourceError, said
+from ..recipes.files import KEY, text_of
+from ..recipes.saving import recipe_of
 from ..side_inputs import MissingInput
-from ..terminal import say, table
-from .change import PARAMETERS_CHANGE
-from .examine import inspect
-from .planning import plan
-from .proof import Proof
-from .recipe_files import KEY, text_of
-from .recipes import recipe_of
 
 WRAP = ("computes", "notes")
-
-
-def inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``normzoo inspect``."""
-    model_arguments(parser)
-    parser.epilog = "Exit codes: 0 fine, 2 wrong usage, 130 interrupted."
-
-
-def convert_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``normzoo convert``."""
-    model_arguments(parser)
-    parser.epilog = (
-        "Exit codes: 0 fine, 1 the proof failed and nothing is written, 2 wrong usage, 130 interrupted. "
-        "For example: normzoo convert hf:gpt2 --to 'h.*.ln_1=rms_norm' --to _default=same --dry-run"
-    )
-    parser.add_argument(
-        "--to",
-        action="append",
-        metavar="LAYER|PATTERN=LAYER",
-        help="what norms become: a layer of `normzoo list`, `same` for the layer of the same mathematics (the "
-        "default), `weight_standardize` for the layers before them, or `keep`; PATTERN is a name, a glob, "
-        "re:EXPRESSION or _default, for all others, which else are kept; may be repeated",
-    )
-    parser.add_argument(
-        "--include",
-        action="append",
-        metavar="PATTERN",
-        help="norms that are meant: a name, a glob or re:EXPRESSION (default: all); this and the next three "
-        "may be repeated",
-    )
-    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="norms that are not")
-    parser.add_argument(
-        "--types", action="append", metavar="TYPE", help="families (layer, rms, ...) or classes that are meant"
-    )
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a constructor argument of the new layers; VALUE as for --arg; may be repeated",
-    )
-    parser.add_argument("--strict", action="store_true", help="a norm that cannot be converted is an error")
-    result_arguments(parser)
 
 
 def result_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,68 +57,6 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_inspect(arguments: argparse.Namespace) -> int:
-    """Shows the norms of a model."""
-    try:
-        with aside():
-            source = load(arguments.model, pairs("--arg", arguments.arg))
-            found = inspect(source.model)
-    except SourceError as error:
-        return usage("inspect", error)
-    if arguments.json:
-        dump(arguments, source, found.to_dict())
-        return 0
-    about = title(arguments.model, source)
-    if found.sites:
-        table(about, *found.rows(), wrap=WRAP)
-    else:
-        say(about)
-    say(found.summary())
-    return 0
-
-
-def run_convert(arguments: argparse.Namespace) -> int:
-    """Shows what a conversion does to a model, and writes the result."""
-    try:
-        check_out(arguments)
-        with aside():
-            source = load(arguments.model, pairs("--arg", arguments.arg))
-            if arguments.out is not None:
-                check_weights(source)
-            options = pairs("--option", arguments.option)
-            made = plan(source.model, _target(arguments.to), **_filters(arguments), **options)
-            given = None if arguments.input is None else random_sample(arguments.input, source.model)
-    except re.error as error:
-        return usage("convert", f"{error.pattern!r} after re: is no regular expression: {error}")
-    except (ValueError, TypeError) as error:
-        return usage("convert", error)
-    if not arguments.json:
-        header, rows = made.rows()
-        table(title(arguments.model, source), header, [tuple(map(_spelt, row)) for row in rows], wrap=WRAP)
-        say("\n".join(line for line in made.summary().splitlines() if line != PARAMETERS_CHANGE))
-    try:
-        with aside():
-            proof, why_not = prove(made, source, given)
-    except SourceError as error:
-        return usage("convert", error)
-    if arguments.json:
-        dump(
-            arguments,
-            source,
-            made.to_dict() | {"proof": proof and proof.to_dict(), "no_proof": why_not or None},
-        )
-    else:
-        say(f"proof: {proof or why_not}")
-    if proof is not None and not proof.passed:
-        return 1
-    if arguments.out is not None:
-        try:
-            write(made, arguments.out)
-        except SourceError as error:
-            return usage("convert", error)
-    return 0
-
-
 class Provable(Protocol):
     """What can be tried on a sample: a plan."""
 
@@ -187,11 +78,11 @@ def aside() -> contextlib.redirect_stdout:
 
 def usage(command: str, error: Exception | str) -> int:
     """Says what is wrong; the exit code."""
-    print(f"normzoo {command}: {_spelt(str(error).removeprefix('convert: '))}", file=sys.stderr)
+    print(f"normzoo {command}: {spelt(str(error).removeprefix('convert: '))}", file=sys.stderr)
     return 2
 
 
-def _spelt(text: str) -> str:
+def spelt(text: str) -> str:
     """`text` with a constructor argument that is asked for as the command line takes it."""
     return re.sub(r"\bpass (\w+)=(?!\w)", r"pass --option \1=N", text)
 
@@ -213,24 +104,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _target(given: list[str] | None) -> Any:
-    if not given:
-        return "same"
-    rules: dict[str, str | None] = {}
-    for rule in given:
-        pattern, equals, layer = rule.rpartition("=")
-        pattern = pattern if equals else "_default"
-        if pattern in rules:
-            raise SourceError(f"--to is given twice for {pattern}; a norm becomes one layer")
-        rules[pattern] = None if layer == "keep" else layer
-    return rules
-
-
-def _filters(arguments: argparse.Namespace) -> dict[str, Any]:
-    filters = {name: getattr(arguments, name) for name in ("include", "exclude", "types", "strict")}
-    return {name: value for name, value in filters.items() if value is not None}
 
 
 def random_sample(sizes: str, model: nn.Module) -> torch.Tensor:

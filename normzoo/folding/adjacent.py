@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from . import bypass
-from .behind import first_argument, function_of, looks
-from .folding import LAYERS
-from .folds import Folded
-from .following import Surroundings, Unclear, called_by, defaults, graph_of
-from .luggage import hooks
-from .report import a
+from ..conversion import bypass
+from ..conversion.behind import first_argument, function_of, looks
+from ..conversion.following import Surroundings, Unclear, called_by, defaults, graph_of
+from ..conversion.luggage import hooks
+from ..conversion.report import a
+from .layers import LAYERS
+from .steps import Folded
 
 _IDLE = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 """Modules that pass on what they take in eval mode."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ..conversion import report
+from ..conversion.luggage import bring_along
+from ..conversion.proof import Proof, Sample, prove
+from ..conversion.recognise import Site
+from ..conversion.surgery import Swap
 from ..terminal import plain
-from . import report
-from .folding import Unfoldable, into_next, into_previous
-from .luggage import bring_along
-from .proof import Proof, Sample, prove
-from .recognise import Site
-from .surgery import Swap
+from .layers import Unfoldable, into_next, into_previous
 
 BEFORE, AFTER = "before", "after"
 """Where the layers are that a norm is folded into."""
@@ -139,7 +139,7 @@ _ENDED = {"fold": "folded", "bake": "baked", "keep": "kept", "refuse": "refused"
 
 
 class FoldPlan:
-    """What :func:`normzoo.conversion.plan_fold` found: one :class:`Fold` a norm. Nothing happens before
+    """What :func:`normzoo.folding.plan_fold` found: one :class:`Fold` a norm. Nothing happens before
     :meth:`apply`, and nothing takes that back.
 
     ``print(plan)`` shows the table.

@@ -11,8 +11,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..centering import ZeroMeanOutput
+from ..conversion.luggage import FROZEN_FROM
 from ..layers.ws_conv import CARRIERS
-from .luggage import FROZEN_FROM
+from .files import Layer, Parametrized, Recipe, Shape, Zeroed
 from .rebuilding import (
     LAYERS,
     PARAMETRIZATIONS,
@@ -22,7 +23,6 @@ from .rebuilding import (
     manner_of,
     tensors,
 )
-from .recipe_files import Layer, Parametrized, Recipe, Shape, Zeroed
 
 logger = logging.getLogger("normzoo")
 

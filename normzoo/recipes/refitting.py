@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..centering import ZeroMeanOutput, with_zero_mean
+from ..conversion.following import is_activation
+from ..conversion.luggage import FROZEN_FROM, bring_along
+from ..conversion.recognise import recognise
+from ..conversion.recognise_weights import weighted
+from ..conversion.report import a
+from ..folding.steps import Folded
 from .describing import PLAIN, describe, described, held, shapes, slow
-from .folds import Folded
-from .following import is_activation
-from .luggage import FROZEN_FROM, bring_along
+from .files import DTYPES, Layer, Parametrized, Recipe, Shape
 from .rebuilding import LAYERS, PARAMETRIZATIONS, build, layer_class, tensors
-from .recipe_files import DTYPES, Layer, Parametrized, Recipe, Shape
-from .recognise import recognise
-from .recognise_weights import weighted
-from .report import a
 from .reshaping import by_name, differences, follow, kind_of, reshape, tie
 
 _ROOM = 1 << 24

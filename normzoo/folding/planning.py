@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import bypass, report
+from ..conversion import bypass, report
+from ..conversion.baking import baker
+from ..conversion.examine import examine, look_around
+from ..conversion.following import Unclear
+from ..conversion.proof import Sample, outputs
+from ..conversion.recognise import Site
+from ..conversion.report import a
+from ..conversion.rules import Names, seen, selector
+from ..conversion.surgery import references, refuse_wrapped
+from ..conversion.weights import weight_sites
 from .adjacent import Neighbours
-from .baking import baker
-from .examine import examine, look_around
-from .fold_trial import bake_error, fold_error
-from .folding import LAYERS, STORED, Unfoldable, foldable
-from .folds import AFTER, BEFORE, Fold, FoldPlan, dims_for, take_up
-from .following import Unclear
-from .proof import Sample, outputs
-from .recognise import Site
-from .report import a
-from .rules import Names, seen, selector
-from .surgery import references, refuse_wrapped
-from .weights import weight_sites
+from .layers import LAYERS, STORED, Unfoldable, foldable
+from .steps import AFTER, BEFORE, Fold, FoldPlan, dims_for, take_up
+from .trial import bake_error, fold_error
 
 logger = logging.getLogger("normzoo")
 
@@ -86,7 +86,7 @@ def fold(
     A norm goes into the layers before it (Linear, Conv, ConvTranspose, Embedding) where it alone takes their
     whole output and nothing else goes into it, as the code of their parents tells, traced by torch.fx in eval
     mode. Else it goes into the layers after it in the same way; not into a convolution that pads with zeros,
-    if it shifts. A :class:`normzoo.conversion.folds.Folded`, an identity, stays in its place. What cannot be
+    if it shifts. A :class:`normzoo.folding.Folded`, an identity, stays in its place. What cannot be
     folded stays, and the logger ``normzoo`` warns with the reasons; the whole account is at level INFO.
 
     Every layer is tried out on random inputs with and without the norm in it, in float64 and in its own dtype.
