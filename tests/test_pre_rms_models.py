@@ -19,6 +19,7 @@ NOT_IN_TRAINING = {
     "opt": "mul has another factor for every entry of a row, in model.decoder.layers.0, in training mode alone",
     "opt with projections": "in training mode alone",
 }
+DROPS = ("gpt2", "gpt2 without head", "timm dropout", "torch")
 
 
 def counted(model):
@@ -43,7 +44,9 @@ def test_the_function_stays(name):
         changed = copy.deepcopy(model).double()
         rewrite = plan_rewrite(changed, wide(sample), zero_mean_writers=how)
         always = sorted(key for key, (_, when) in rewrite.edit.found.cuts.items() if when == "always")
-        assert (len(rewrite.norms), len(rewrite.left), always) == (norms, stay, outputs), how
+        assert (len(rewrite.norms), len(rewrite.left)) == (norms, stay), how
+        dropped = [key for key in always if isinstance(changed.get_submodule(key), nn.Dropout)]
+        assert dropped if how == "parametrize" and name in DROPS else always == outputs, how
         assert rewrite.verify().passed, how
         rewrite.apply()
         assert counted(changed) == (stay, norms), how
