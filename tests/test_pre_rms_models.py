@@ -16,7 +16,7 @@ NOT_IN_TRAINING = {
     'only baked weights can take up; pass zero_mean_writers="bake"',
     "dinov2 with registers": "layer_scale1.lambda1 multiplies every entry on its way into the stream",
     "timm with LayerScale and registers": "blocks.0.ls1.gamma multiplies every entry",
-    "opt": "mul has another factor for every entry of a row, in model.decoder.layers.0, in training mode alone",
+    "opt": "dropout, called as a function, makes a mean: set its p to zero, in model.decoder.layers.0",
     "opt with projections": "in training mode alone",
 }
 DROPS = ("gpt2", "gpt2 without head", "timm dropout", "torch")

@@ -38,6 +38,7 @@ def r(*shape):
     return torch.randn(shape, dtype=torch.float64)
 
 
+ANY = torch.tensor([0, 2, 1, 2] * 6).reshape(2, 3, 4)
 PICK, MASK = torch.tensor([1, 0]), torch.tensor([[True, False, True], [False, True, True]])
 X, Y, V, MAP = (2, 3, 4), (3, 4), (4,), (2, 3, 4, 4)
 # Operator, function, operands; one call each whose rule is looked at along every axis of its output.
@@ -128,6 +129,9 @@ CASES = [
     ("index", lambda x: x[:, :, PICK], [r(*X)]),
     ("index", lambda x: x[MASK], [r(*X)]),
     ("index", lambda x: x[torch.tensor([True, False])], [r(*X)]),
+    ("gather", lambda x: x.gather(1, PICK[None, :, None].expand(2, 2, 4)), [r(*X)]),
+    ("gather", lambda x: x.gather(1, ANY), [r(*X)]),
+    ("gather", lambda x: x.gather(2, ANY % 2), [r(*X)]),
     ("index_add", lambda x, y: x.index_add(0, PICK, y), [r(3, 4), r(2, 4)]),
     ("index_add_", lambda x, y: x.clone().index_add_(-1, PICK, y), [r(3, 4), r(3, 2)]),
     ("where", lambda x, y: torch.where(MASK[..., None], x, y), [r(*X), r(*X)]),
@@ -223,6 +227,8 @@ EXACTLY = [
     ("mean", lambda x: x.mean((0,)), [r(*X)], {0: {0: 1}, 1: {0: 2}}),
     ("index", lambda x: x[torch.tensor([[1, 0], [0, 1]])], [r(*X)], {2: {0: 1}, 3: {0: 2}}),
     ("index", lambda x: x[MASK], [r(*X)], {1: {0: 2}}),
+    ("gather", lambda x: x.gather(1, PICK[None, :, None].expand(2, 2, 4)), [r(*X)], {0: {0: 0}, 2: {0: 2}}),
+    ("gather", lambda x: x.gather(1, ANY), [r(*X)], {}),
     ("index_add", lambda x, y: x.index_add(0, PICK, y), [r(3, 4), r(2, 4)], {1: {0: 1, 1: 1}}),
     ("slice", lambda x: x[:, :, 1:], [r(*X)], {0: {0: 0}, 1: {0: 1}}),
     ("index_select", lambda x: x.index_select(-1, torch.tensor([2, 0, 0, 0])), [r(*X)], {0: {0: 0}, 1: {0: 1}}),

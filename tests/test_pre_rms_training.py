@@ -192,7 +192,7 @@ def test_what_training_alone_has_in_the_way():
     for make, why in (
         (
             lambda: GPT(block=Functional, layers=1),
-            "mul has another factor for every entry of a row, in blocks.0",
+            "dropout, called as a function, makes a mean: set its p to zero, in blocks.0",
         ),
         (Auxiliary, "the model returns|mean reads the stream itself|reads the stream itself"),
     ):

@@ -118,7 +118,7 @@ def _broken(stream: Stream, baked: bool) -> str:
             outputs = len({name for way in ways.values() for name in way})
             norms = count(len(stream.norms), "norm")
             stuck = f"taking the mean away behind {count(outputs, 'module')} costs what it saves {norms}"
-        others = (obstacle.why for obstacle, way in ways.items() if way)
+        others = (obstacle.why for obstacle, way in ways.items() if way and not obstacle.read)
         return "; ".join(filter(None, (next(others, ""), stuck)))
     scales = sorted({name for writer in stream.writers for name in writer.scale})
     if scales and not baked:

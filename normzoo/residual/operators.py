@@ -155,9 +155,18 @@ def _sum(call: Call, axis: int) -> list[Operand]:
 def _product(call: Call, axis: int) -> list[Operand]:
     rows = [v for v in call.args[:2] if isinstance(v, Value) and _aligned(v, call, axis) is not None]
     if len(rows) != 1 or (call.operator.startswith("div") and rows[0] is not call.args[0]):
+        if any(map(_is_random, rows)):
+            raise Broken("dropout, called as a function, makes a mean: set its p to zero")
         raise Broken(f"{call.operator.rstrip('_')} has another factor for every entry of a row")
     own = _aligned(rows[0], call, axis)
     return [] if own is None else [(rows[0], own)]
+
+
+def _is_random(value: Value) -> bool:
+    """Whether it is a mask of dropout, perhaps divided by a number."""
+    while value.call is not None and value.call.operator in ("div", "div_", "mul", "mul_", "_to_copy"):
+        value = value.call.args[0]
+    return value.call is not None and value.call.operator.startswith("bernoulli")
 
 
 def _by_shape(value: Value, call: Call, axis: int) -> list[Operand]:
@@ -265,6 +274,22 @@ def _indexed(call: Call, axis: int) -> list[Operand]:
     if own < taken:
         raise Broken("index picks features")
     return [(value, own)]
+
+
+@_rule("gather")
+def _gathered(call: Call, axis: int) -> list[Operand]:
+    """Rows, where the index is the same for all entries of one."""
+    value, along, index = call.args[:3]
+    if _axis(along, len(value.shape)) == axis or value.shape[axis] != index.shape[axis]:
+        raise Broken("gather picks features")
+    made = index.call
+    if (
+        made is None
+        or made.operator not in ("expand", "repeat")
+        or _aligned(made.args[0], made, axis) is not None
+    ):
+        raise Broken("gather picks another row for every feature")
+    return [(value, axis)]
 
 
 @_rule("index_add", "index_add_")
