@@ -100,6 +100,8 @@ def test_a_recording_leaves_no_hooks_and_sees_float32():
     found = record(model, lambda: model(x), [x], ())
     assert [call.narrows for call in found.calls] == [True, False]
     assert not model._forward_hooks and not model._forward_pre_hooks
+    inside = record(model, lambda: model(x), [x], [""]).calls
+    assert [(call.operator, call.narrows) for call in inside] == [(NORM, True)]
     with pytest.raises(RuntimeError):
         record(model, lambda: model(torch.ones(1)) + undefined(), [x], ())
     assert not model._forward_hooks and not model._forward_pre_hooks
@@ -225,8 +227,10 @@ def test_low_precision_and_autocast():
         exact = run(copy.deepcopy(model).to(dtype).double(), IDS)
         for how in HOWS:
             narrow = copy.deepcopy(model).to(dtype)
-            own = error(run(narrow, IDS), exact)
+            own, places = error(run(narrow, IDS), exact), narrow.places.weight.double()
             normzoo.to_pre_rms_norm(narrow, IDS, zero_mean_writers=how)
+            once = (places - places.mean(1, keepdim=True)).to(dtype)
+            assert how == "parametrize" or torch.equal(narrow.places.weight, once), "rounded once"
             assert all(p.dtype == dtype for p in narrow.parameters())
             assert error(run(narrow, IDS), exact) <= 10 * own, (dtype, how)
     model = stirred(GPT())
@@ -252,7 +256,7 @@ def test_the_account(caplog):
     assert "training mode" in warning and 'zero_mean_writers="parametrize" keeps it' in warning
     rewrite = plan_rewrite(stirred(GPT(tied=True)), IDS)
     said = json.loads(rewrite.to_json())
-    assert said["norms"] == rewrite.norms and said["outputs"] == {"tokens": {"axis": -1, "when": "always"}}
+    assert said["norms"] == rewrite.norms and said["centered_outputs"] == {"tokens": -1}
     assert {"name": "places.weight", "axis": 1, "scale": []} in said["writers"] and said["left"] == {}
     table = str(rewrite)
     assert "blocks.*.norm* x4" in table and "rms_norm: exact" in table and "its mean is taken away" in table
@@ -333,18 +337,18 @@ def test_the_probes_fail_where_they_should(monkeypatch):
     assert not proof.passed and proof.shift > 1e-3 and proof.culprit == "blocks.0.mlp.0.weight"
 
     rewrite, found = planned(tied=True)
-    found.cuts.clear()
+    found.centered_outputs.clear()
     proof = rewrite.verify()
     assert not proof.passed and proof.mean > 1e-3
 
     rewrite, found = planned(tied=True)
-    found.cuts.clear()
+    found.centered_outputs.clear()
     found.writers |= {Writer("tokens.weight", 1)}
     proof = rewrite.verify()
     assert not proof.passed and proof.shift > 1e-3 and proof.culprit == "tokens.weight" and proof.mean < 1e-12
 
     rewrite, found = planned()
-    found.cuts["head"] = -1, "always"
+    found.centered_outputs["head"] = -1
     proof = rewrite.verify()
     assert not proof.passed and proof.shift > 1e-3 and proof.culprit == "head"
 

@@ -204,6 +204,7 @@ def test_every_rule_has_a_case():
 
 # What has to be named, along the axes where it is; along all others nothing is enough.
 EXACTLY = [
+    ("add", torch.add, [r(2, 1, 4), r(2, 1, 4)], {0: {0: 0, 1: 0}, 2: {0: 2, 1: 2}}),
     ("add", torch.add, [r(*X), r(*Y)], {1: {0: 1, 1: 0}, 2: {0: 2, 1: 1}}),
     ("add", torch.add, [r(*X), r(2, 3, 1)], {0: {0: 0, 1: 0}, 1: {0: 1, 1: 1}}),
     ("mul", torch.mul, [r(*X), r(2, 3, 1)], {2: {0: 2}}),

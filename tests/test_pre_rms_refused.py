@@ -33,6 +33,17 @@ class Sandwich(Block):
         return x + self.post2(self.mlp(self.norm2(x)))
 
 
+class Square(nn.Module):
+    """Rows are the columns of one matrix, and its rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.square, self.norm, self.head = gate(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, ids):
+        return self.head(self.norm(self.square + self.square.T))
+
+
 class Other(GPT):
     """A GPT with another way into the stream, or out of it."""
 
@@ -61,6 +72,7 @@ READS = "reads the stream itself"
 
 
 REFUSED = {
+    "square": (Square, "it is read along more than one of its dimensions"),
     "gates": (lambda: GPT(block=Gated), r"mul has another factor for every entry of a row, in blocks\.0"),
     "sandwich": (lambda: GPT(block=Sandwich), "the stream holds the output of a norm, as in a post-LN model"),
     "read by a head": (
@@ -108,3 +120,10 @@ def test_an_output_whose_forward_is_not_that_of_its_class():
     model.tokens.forward = lambda ids: forward(model.tokens, ids)
     with pytest.raises(ValueError, match="cannot go without the mean"):
         normzoo.to_pre_rms_norm(model, IDS)
+
+
+def test_dropout_that_is_off_is_no_reason_to_center_an_input():
+    model = stirred(nn.Sequential(nn.Dropout(0.0), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3)))
+    for how in ("bake", "parametrize"):
+        with pytest.raises(ValueError, match="taking the mean away behind 1 module costs what it saves 1 norm"):
+            normzoo.to_pre_rms_norm(model, ROWS, zero_mean_writers=how)

@@ -163,6 +163,15 @@ class Repeats(GPT):
         return self.head(self.norm(x)) + self.head(self.norm(y))
 
 
+class Twice(GPT):
+    """Its last norm sees numbers from elsewhere, too."""
+
+    def forward(self, ids):
+        return super().forward(ids) + self.head(
+            self.norm(torch.linspace(0, 1, WIDTH, dtype=self.head.weight.dtype))
+        )
+
+
 class Narrow(Block):
     """Keeps the stream in float32."""
 
@@ -260,6 +269,7 @@ EXACT = {
     "in place": (lambda: GPT(block=Inplace), IDS, 5, 0, 10, 0, ""),
     "masked": (Masked, (IDS, MASK), 5, 0, 10, 0, ""),
     "repeats": (lambda: Repeats(layers=1), IDS, 3, 0, 6, 0, ""),
+    "twice": (Twice, IDS, 4, 1, 10, 0, ""),
     "float32": (lambda: GPT(block=Narrow), IDS, 5, 0, 10, 0, ""),
     "dropout of an input": (Rows, ROWS, 5, 0, 8, 1, ""),
     "idle head": (Idle, IDS, 5, 0, 9, 1, ""),
@@ -289,7 +299,7 @@ def test_exact(name):
             continue
         rewrite = plan_rewrite(model, wide(sample), zero_mean_writers=how)
         found = rewrite.edit.found
-        counts = (len(rewrite.norms), len(rewrite.left), len(found.writers), len(found.cuts))
+        counts = (len(rewrite.norms), len(rewrite.left), len(found.writers), len(found.centered_outputs))
         assert counts == (norms, stay, writers, outputs), how
         assert rewrite.verify().passed
         normzoo.to_pre_rms_norm(model, wide(sample), zero_mean_writers=how)
