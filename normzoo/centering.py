@@ -42,26 +42,20 @@ class ZeroMeanOutput:
     """Beside the class of a module: what it returns, less the mean along `zero_mean_dim`."""
 
     zero_mean_dim: int
-    zero_mean_when: str
-    """``"always"``, or ``"training"``, where eval mode needs none: dropout."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        y = super().forward(*args, **kwargs)  # type: ignore[misc]
-        if self.zero_mean_when == "training" and not self.training:  # type: ignore[attr-defined]
-            return y
-        return centered(y, self.zero_mean_dim)
+        return centered(super().forward(*args, **kwargs), self.zero_mean_dim)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time, so pickle cannot find it by name.
         state = super().__reduce_ex__(protocol)[2]
-        return _empty, (plain_class(type(self)), self.zero_mean_dim, self.zero_mean_when), state
+        return _empty, (plain_class(type(self)), self.zero_mean_dim), state
 
 
 @functools.cache
-def with_zero_mean(cls: type[nn.Module], dim: int, when: str = "always") -> type[nn.Module]:
+def with_zero_mean(cls: type[nn.Module], dim: int) -> type[nn.Module]:
     """A subclass of `cls` whose output, a tensor, has mean zero along `dim`: the new class of a module."""
-    about = {"zero_mean_dim": dim, "zero_mean_when": when}
-    return type(f"ZeroMean{cls.__name__}", (ZeroMeanOutput, cls), about)
+    return type(f"ZeroMean{cls.__name__}", (ZeroMeanOutput, cls), {"zero_mean_dim": dim})
 
 
 def plain_class(cls: type[Any]) -> type[nn.Module]:
@@ -69,6 +63,6 @@ def plain_class(cls: type[Any]) -> type[nn.Module]:
     return cls.__mro__[2] if issubclass(cls, ZeroMeanOutput) else cls
 
 
-def _empty(cls: type[nn.Module], dim: int, when: str) -> nn.Module:
-    made = with_zero_mean(cls, dim, when)
+def _empty(cls: type[nn.Module], dim: int) -> nn.Module:
+    made = with_zero_mean(cls, dim)
     return made.__new__(made)

@@ -91,7 +91,7 @@ def test_what_is_shown_of_a_gpt2(run, here):
     found = json.loads(out)
     assert code == 0 and found["proof"]["passed"] and max(found["proof"][k] for k in ("mean", "shift")) < 1e-9
     assert found["norms"] == [f"h.{i}.ln_{j}" for i in (0, 1) for j in (1, 2)]
-    assert found["zero_mean_writers"] == "parametrize" and found["outputs"]["drop"]["when"] == "always"
+    assert found["zero_mean_writers"] == "parametrize" and found["centered_outputs"]["drop"] == -1
     assert found["model"] == "hf:gpt2" and "GPT2Model" in found["note"]
     assert [path.name for path in here.iterdir() if path.is_file()] == ["own.py"]
 

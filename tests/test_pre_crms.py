@@ -239,7 +239,7 @@ def test_only_part_of_the_norms_of_a_stream():
 MAP = {
     "norms": ["transformer.h.*.ln_*", "transformer.ln_f"],
     "writers": ["transformer.wpe", "*.c_proj"],
-    "outputs": "transformer.wte",
+    "centered_outputs": "transformer.wte",
 }
 
 
@@ -256,7 +256,7 @@ def test_a_map_in_place_of_the_search():
     [
         ({"writers": ["transformer.wpe", "*.mlp.c_proj"]}, r"FAILED.*at transformer\.h"),
         (
-            {"outputs": [], "writers": [*MAP["writers"], "transformer.wte"]},
+            {"centered_outputs": [], "writers": [*MAP["writers"], "transformer.wte"]},
             r"FAILED.*at transformer\.wte\.weight",
         ),
         (
@@ -265,7 +265,7 @@ def test_a_map_in_place_of_the_search():
         ),
         ({"writers": "*.nothing"}, "'\\*.nothing' in module_map matches no module and no parameter"),
         ({"norms": "nothing"}, "matches no LayerNorm of the model"),
-        ({"readers": "lm_head"}, "module_map has the key 'readers'; it takes norms, writers, outputs"),
+        ({"readers": "lm_head"}, "module_map has the key 'readers'; it takes norms, writers, centered_outputs"),
     ],
 )
 def test_a_map_that_is_wrong(change, why):

@@ -43,7 +43,7 @@ def test_the_function_stays(name):
             continue
         changed = copy.deepcopy(model).double()
         rewrite = plan_rewrite(changed, wide(sample), zero_mean_writers=how)
-        always = sorted(key for key, (_, when) in rewrite.edit.found.cuts.items() if when == "always")
+        always = sorted(rewrite.edit.found.centered_outputs)
         assert (len(rewrite.norms), len(rewrite.left)) == (norms, stay), how
         dropped = [key for key in always if isinstance(changed.get_submodule(key), nn.Dropout)]
         assert dropped if how == "parametrize" and name in DROPS else always == outputs, how

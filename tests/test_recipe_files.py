@@ -101,8 +101,7 @@ BROKEN = [
         r"sources\['weight'\] is 3; it must be text",
     ),
     (changed(*FROZEN, "frozen_from", "layer", to="BatchNorm1d"), "lacks arguments"),
-    (changed("zero_mean", 0, "when", to="never"), "when is 'never'; it must be 'always' or 'training'"),
-    (changed("zero_mean", 0, "dim", to=1.5), "dim is 1.5; it must be an int"),
+    (changed("centered_outputs", 0, "dim", to=1.5), "dim is 1.5; it must be an int"),
     (changed("parametrizations", 0, "chain", to=[]), "no parametrization of this library"),
     (changed(*WEIGHT, "shape", to=[-1]), "it must hold ints that are not negative"),
     (changed(*WEIGHT, "shape", to=[True]), "it must hold ints"),
@@ -161,7 +160,7 @@ BROKEN = [
         )
     ),
     (
-        changed("zero_mean", 0, "names", to=["nowhere"]),
+        changed("centered_outputs", 0, "names", to=["nowhere"]),
         "has no module 'nowhere', which is a module whose output",
     ),
     (changed("identities", to=["_modules"]), "has no module '_modules', which is an Identity in the recipe"),

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from ..centering import ZeroMeanOutput
 from ..conversion.luggage import FROZEN_FROM
 from ..layers.ws_conv import CARRIERS
-from .files import Layer, Parametrized, Recipe, Shape, Zeroed
+from .files import Centered, Layer, Parametrized, Recipe, Shape
 from .rebuilding import (
     LAYERS,
     PARAMETRIZATIONS,
@@ -39,12 +39,12 @@ def describe(model: nn.Module) -> Recipe:
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     found = Recipe((), (), {}, (), (), (), shapes(model), ties(model))
-    layers, zeroed, parametrized, plain = [], [], [], {}
+    layers, centered, parametrized, plain = [], [], [], {}
     for module, called in names.items():
         if layer_class(module) is not None:
             layers.append(described(module, tuple(called)))
         if isinstance(module, ZeroMeanOutput):
-            zeroed.append(Zeroed(tuple(called), module.zero_mean_dim, module.zero_mean_when))
+            centered.append(Centered(tuple(called), module.zero_mean_dim))
         parametrized += parametrizations(module, tuple(called))
         if PLAIN.get(type(module).__name__) is type(module):
             plain.setdefault(type(module).__name__, []).extend(called)
@@ -59,7 +59,7 @@ def describe(model: nn.Module) -> Recipe:
         tuple(layers),
         tuple(name for module, called in names.items() if type(module) is nn.Identity for name in called),
         {cls: tuple(called) for cls, called in plain.items()},
-        tuple(zeroed),
+        tuple(centered),
         tuple(parametrized),
         tuple(name for module, called in names.items() if slow(module) for name in called),
         found.tensors,

@@ -56,12 +56,11 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Zeroed:
+class Centered:
     """A module whose output has mean zero, see :func:`normzoo.centering.with_zero_mean`."""
 
     names: tuple[str, ...]
     dim: int
-    when: str
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Recipe:
     plain: dict[str, tuple[str, ...]]
     """By class, the convolutions and linear maps of torch, of which some may stand where a weight was
     standardized."""
-    zeroed: tuple[Zeroed, ...]
+    centered: tuple[Centered, ...]
     parametrized: tuple[Parametrized, ...]
     slow: tuple[str, ...]
     """torch's encoders and encoder layers whose fast path is turned off."""
@@ -101,7 +100,7 @@ class Recipe:
             "layers": [_layer_to_dict(each) for each in self.layers],
             "identities": [*self.identities],
             "plain": {name: [*names] for name, names in self.plain.items()},
-            "zero_mean": [{"names": [*z.names], "dim": z.dim, "when": z.when} for z in self.zeroed],
+            "centered_outputs": [{"names": [*each.names], "dim": each.dim} for each in self.centered],
             "parametrizations": [
                 {"names": [*p.names], "tensor": p.tensor, "chain": [each and _link(each) for each in p.chain]}
                 for p in self.parametrized
@@ -234,7 +233,7 @@ def parse(found: Any) -> Recipe:
         tuple(_layer(f"layers[{i}]", each) for i, each in enumerate(top["layers"])),
         _names("identities", top["identities"]),
         plain,
-        tuple(_zeroed(f"zero_mean[{i}]", each) for i, each in enumerate(top["zero_mean"])),
+        tuple(_centered(f"zero_mean[{i}]", each) for i, each in enumerate(top["centered_outputs"])),
         tuple(_parametrized(f"parametrizations[{i}]", each) for i, each in enumerate(top["parametrizations"])),
         _names("slow", top["slow"]),
         tensors,
@@ -242,7 +241,7 @@ def parse(found: Any) -> Recipe:
     )
     _refuse_twice("layers", (name for each in recipe.layers for name in each.names))
     _refuse_twice("identities and plain", (*recipe.identities, *(n for names in plain.values() for n in names)))
-    _refuse_twice("zero_mean", (name for each in recipe.zeroed for name in each.names))
+    _refuse_twice("centered_outputs", (name for each in recipe.centered for name in each.names))
     _refuse_twice(
         "parametrizations", (f"{n}.{each.tensor}" for each in recipe.parametrized for n in each.names)
     )
@@ -299,7 +298,9 @@ def _object(where: str, value: Any, checks: Mapping[str, _Check], optional: Iter
 _TOP: dict[str, _Check] = {
     "version": _whole,
     "normzoo": _text,
-    **{name: _list for name in ("layers", "identities", "zero_mean", "parametrizations", "slow", "ties")},
+    **{
+        name: _list for name in ("layers", "identities", "centered_outputs", "parametrizations", "slow", "ties")
+    },
     "plain": _dict,
     "tensors": _dict,
 }
@@ -337,11 +338,9 @@ def _layer(where: str, value: Any) -> Layer:
     return Layer(**found)
 
 
-def _zeroed(where: str, value: Any) -> Zeroed:
-    found = _object(where, value, {"names": _several_names, "dim": _whole, "when": _text}, ())
-    if found["when"] not in ("always", "training"):
-        raise ValueError(f"{where}.when is {_short(found['when'])}; it must be 'always' or 'training'")
-    return Zeroed(**found)
+def _centered(where: str, value: Any) -> Centered:
+    found = _object(where, value, {"names": _several_names, "dim": _whole}, ())
+    return Centered(**found)
 
 
 def _parametrized(where: str, value: Any) -> Parametrized:

@@ -60,8 +60,8 @@ class Refit:
         for cls, names in self.recipe.plain.items():
             self._plain(cls, names)
         self._reshape()
-        for each in self.recipe.zeroed:
-            self._zeroed(each.names, each.dim, each.when)
+        for each in self.recipe.centered:
+            self._centered(each.names, each.dim)
         for each in self.recipe.parametrized:
             self._parametrized(each)
         for name in self.recipe.slow:
@@ -221,12 +221,12 @@ class Refit:
             bring_along(old, new, {*old._parameters, "variant", "ws_eps", "gamma", "_kept"})
             self._put([each], new)
 
-    def _zeroed(self, names: Iterable[str], dim: int, when: str) -> None:
+    def _centered(self, names: Iterable[str], dim: int) -> None:
         for name in names:
             module: Any = self._at(name, "a module whose output has mean zero")
             if isinstance(module, ZeroMeanOutput):
                 continue  # by another name; what it does is compared in the end
-            module.__class__ = with_zero_mean(type(module), dim, when)
+            module.__class__ = with_zero_mean(type(module), dim)
 
     def _parametrized(self, each: Parametrized) -> None:
         module = self._at(each.names[0], f"a module with a parametrized {each.tensor}")
@@ -275,7 +275,7 @@ class Refit:
         now = describe(self.root)
         for what, one, other in (
             ("layers", map(_essence, self.recipe.layers), map(_essence, now.layers)),
-            ("modules whose output has mean zero", self.recipe.zeroed, now.zeroed),
+            ("modules whose output has mean zero", self.recipe.centered, now.centered),
             ("parametrizations", self.recipe.parametrized, now.parametrized),
             ("ties", map(sorted, self.recipe.ties), map(sorted, now.ties)),
         ):

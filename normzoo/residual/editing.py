@@ -48,10 +48,7 @@ class Edit:
         return [
             *((site.name, ("norm", f"{self.target}: exact", "")) for site in self.sites),
             *((w.name, ("writer", how, _times(w.scale))) for w in writers),
-            *(
-                (name, ("output", "its mean is taken away", _WHEN[when]))
-                for name, (_, when) in self.found.cuts.items()
-            ),
+            *((name, ("output", "its mean is taken away", "")) for name in self.found.centered_outputs),
             *((f"{name}.weight", ("tied weight", "gets a weight of its own", "")) for name in self.untied),
         ]
 
@@ -87,20 +84,17 @@ class Edit:
         yield swap.undo
 
     def _zero_outputs(self, model: nn.Module) -> Iterator[Undo]:
-        for name, (axis, when) in sorted(self.found.cuts.items()):
-            yield _zero_output(model.get_submodule(name), axis, when)
-
-
-_WHEN = {"always": "", "training": "in training alone, where dropout makes one"}
+        for name, axis in sorted(self.found.centered_outputs.items()):
+            yield _zero_output(model.get_submodule(name), axis)
 
 
 def _times(scale: tuple[str, ...]) -> str:
     return f"times {' and '.join(scale)}, which becomes one" if scale else ""
 
 
-def _zero_output(module: nn.Module, axis: int, when: str) -> Undo:
+def _zero_output(module: nn.Module, axis: int) -> Undo:
     before = type(module)
-    module.__class__ = with_zero_mean(before, axis, when)
+    module.__class__ = with_zero_mean(before, axis)
     return lambda: setattr(module, "__class__", before)
 
 

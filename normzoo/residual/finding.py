@@ -22,9 +22,8 @@ class Found:
 
     norms: set[str] = field(default_factory=set)
     writers: set[Writer] = field(default_factory=set)
-    cuts: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Modules whose output has its mean taken away: along which axis, counted from the last, and whether
-    ``always`` or in ``training`` alone."""
+    centered_outputs: dict[str, int] = field(default_factory=dict)
+    """Modules whose output has its mean taken away, and along which axis, counted from the last."""
     left: dict[str, str] = field(default_factory=dict)
     """Norms that cannot, and why."""
     members: set[Value] = field(default_factory=set)
@@ -35,7 +34,7 @@ class Found:
         return Found(
             self.norms & other.norms,
             self.writers | other.writers,
-            other.cuts | self.cuts,
+            other.centered_outputs | self.centered_outputs,
             other.left | self.left,
             self.members,
         )
@@ -56,14 +55,13 @@ def search(
         baked: weights are changed once, so that what multiplies them can be folded into them.
         ready: modules whose output has its mean taken away whatever is found.
     """
-    fleeting, shared = _fleeting(model), _shared(model, recording.outputs_of)
-    cuts = dict.fromkeys(ready, "always")
+    non_persistent, shared = _non_persistent(model), _shared(model, recording.outputs_of)
+    cuts = {*ready}
     refused: dict[str, str] = {}
     while True:
-        found = streams(recording, norms, cuts, fleeting, shared)
+        found = streams(recording, norms, cuts, non_persistent, shared)
         ways = [_ways(model, stream, norms) for stream in found if stream.obstacles]
-        new = {name: when for way in ways for name, when in way.items() if name not in cuts}
-        if not new:
+        if not (new := set().union(*ways) - cuts):
             break
         cuts |= new
     result = Found()
@@ -78,35 +76,35 @@ def search(
     result.norms -= refused.keys()  # it may read several streams
     for stream in found:
         for value, (axis, _) in stream.members.items():
-            for name in cuts.keys() & {*value.returned_by} if value in result.members else ():
-                result.cuts[name] = axis - len(value.shape), cuts[name]
+            for name in cuts & {*value.returned_by} if value in result.members else ():
+                result.centered_outputs[name] = axis - len(value.shape)
     for name in norms:
         if name not in result.norms:
             result.left[name] = refused.get(name, IDLE)
     return result
 
 
-def _ways(model: nn.Module, stream: Stream, norms: Mapping[str, int]) -> dict[str, str]:
+def _ways(model: nn.Module, stream: Stream, norms: Mapping[str, int]) -> set[str]:
     """Modules to be cut off so that nothing is in the way of `stream`; none where that is no gain.
 
     A mean that is taken away costs what a norm saves. Behind dropout there is no other way: with means of zero
     before it other numbers would come out.
     """
-    cuts: dict[str, str] = {}
+    cuts: set[str] = set()
     dropped: set[str] = set()
     for obstacle in stream.obstacles:
         way = way_out(stream, obstacle)
         if not way:
-            return {}
+            return set()
         for name in way:
             module = model.get_submodule(name)
             if "forward" in vars(module):  # which would go on in place of that of another class
-                return {}
+                return set()
             made_there = obstacle.value.call is not None and obstacle.value.call.module == name
             if made_there and model.training and isinstance(module, _DropoutNd):
                 dropped.add(name)
-            cuts[name] = "always"
-    return cuts if 2 * len(cuts.keys() - dropped) <= len(stream.norms) else {}
+            cuts.add(name)
+    return cuts if 2 * len(cuts - dropped) <= len(stream.norms) else set()
 
 
 def _broken(stream: Stream, baked: bool) -> str:
@@ -142,7 +140,7 @@ def _shared(model: nn.Module, ran: Collection[str]) -> dict[str, str]:
     return {name: those[0] for name, those in idle.items() if those and len(holders[name]) > 1}
 
 
-def _fleeting(model: nn.Module) -> set[str]:
+def _non_persistent(model: nn.Module) -> set[str]:
     """Buffers that are in no state dict."""
     return {
         f"{prefix}.{name}".lstrip(".")

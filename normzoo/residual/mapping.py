@@ -13,7 +13,7 @@ from ..conversion.rules import matches
 from .finding import Found
 from .stream import Writer
 
-KEYS = ("norms", "writers", "outputs")
+KEYS = ("norms", "writers", "centered_outputs")
 
 ModuleMap = Mapping[str, str | Sequence[str]]
 
@@ -22,9 +22,9 @@ def mapped(model: nn.Module, module_map: ModuleMap, norms: Sequence[str], caller
     """What a map says of the streams of `model`.
 
     Args:
-        module_map: under ``norms``, ``writers`` and ``outputs`` names, globs or ``"re:..."``: of norms; of
-            modules that write the stream, or of parameters whose last dimension is that of the stream; and of
-            modules whose output has its mean taken away.
+        module_map: under ``norms``, ``writers`` and ``centered_outputs`` names, globs or ``"re:..."``: of
+            norms; of modules that write the stream, or of parameters whose last dimension is that of the
+            stream; and of modules whose output has its mean taken away.
         norms: the norms that may be meant.
 
     Raises:
@@ -40,8 +40,8 @@ def mapped(model: nn.Module, module_map: ModuleMap, norms: Sequence[str], caller
     found = Found()
     for pattern in named.get("norms", ()):
         found.norms |= _matching(pattern, norms, "LayerNorm", caller)
-    for pattern in named.get("outputs", ()):
-        found.cuts |= dict.fromkeys(_matching(pattern, modules, "module", caller), (-1, "always"))
+    for pattern in named.get("centered_outputs", ()):
+        found.centered_outputs |= dict.fromkeys(_matching(pattern, modules, "module", caller), -1)
     for pattern in named.get("writers", ()):
         for name in sorted(_matching(pattern, [*modules, *tensors], "module and no parameter", caller)):
             found.writers |= {

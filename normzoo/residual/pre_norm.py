@@ -70,8 +70,9 @@ def to_pre_rms_norm(
             of what the embedding returns away; ``"untie"`` gives the embedding a weight of its own.
         include, exclude: names, globs or ``"re:..."`` of the norms that are meant.
         module_map: what a run does not show, such as the stream through an operator of your own, by names,
-            globs or ``"re:..."``: ``norms``; ``writers``, modules or parameters; and ``outputs``, modules whose
-            output has its mean taken away. It goes in place of the search; the probes have to hold as well.
+            globs or ``"re:..."``: ``norms``; ``writers``, modules or parameters; and ``centered_outputs``,
+            modules whose output has its mean taken away. It goes in place of the search; the probes have to
+            hold as well.
         inplace: False rewrites a deep copy.
 
     Returns:
@@ -216,7 +217,7 @@ def plan_rewrite(
     untied: list[str] = []
     recording, found = _search(twin, probe, sites, baked, caller)
     if tied == "untie":
-        untied = [name for name in found.cuts if _shares(twin, name)]
+        untied = [name for name in found.centered_outputs if _shares(twin, name)]
         for name in untied:
             untie(twin, name)
         recording, found = _search(twin, probe, sites, baked, caller) if untied else (recording, found)
@@ -243,8 +244,7 @@ def plan_rewrite(
 
 def _compressed(model: nn.Module, edit: Edit, recording: Recording, basis: str, caller: str) -> CompressedEdit:
     """The same where the stream has one entry less."""
-    always = [name for name, (_, when) in edit.found.cuts.items() if when == "always"]
-    if always:
+    if always := [*edit.found.centered_outputs]:
         raise ValueError(
             f"{caller}: the mean of what {always[0]} returns has to be taken away in every forward, so that it "
             "cannot have one entry less; use to_pre_rms_norm"
@@ -319,7 +319,7 @@ def _in_both_modes(twin: nn.Module, probe: Probe, sites: list[Site], caller: str
     left: dict[str, str] = {}
     while True:
         _, trained = _search(twin.train(), probe, sites, False, caller)
-        _, found = _search(twin.eval(), probe, sites, False, caller, trained.cuts)
+        _, found = _search(twin.eval(), probe, sites, False, caller, trained.centered_outputs)
         alone = {name: why for name, why in trained.left.items() if name not in found.left}
         left |= found.left | {name: f"{why}, in training mode alone" for name, why in alone.items()}
         if found.norms == trained.norms:

@@ -171,7 +171,7 @@ def _shift(
 ) -> tuple[float, str]:
     """How far outputs move when each row of each writer is shifted by a number of its own; whose fault."""
     writers = sorted(found.writers, key=lambda w: w.name)
-    with _shifted(twin, writers, found.cuts):
+    with _shifted(twin, writers, found.centered_outputs):
         moved = apart(outputs(twin, sample), before)
     if moved <= tolerance:
         return moved, ""
@@ -179,11 +179,11 @@ def _shift(
         with _shifted(twin, [writer], {}):
             if apart(outputs(twin, sample), before) > tolerance:
                 return moved, writer.name
-    return moved, next(iter(found.cuts), "")
+    return moved, next(iter(found.centered_outputs), "")
 
 
 @contextlib.contextmanager
-def _shifted(twin: nn.Module, writers: Sequence[Writer], cuts: Mapping[str, tuple[int, str]]) -> Iterator[None]:
+def _shifted(twin: nn.Module, writers: Sequence[Writer], cuts: Mapping[str, int]) -> Iterator[None]:
     numbers = chance()
     tensors: dict[str, Tensor] = dict((*twin.named_parameters(), *twin.named_buffers()))
     kept = {writer.name: tensors[writer.name].detach().clone() for writer in writers}
@@ -195,11 +195,7 @@ def _shifted(twin: nn.Module, writers: Sequence[Writer], cuts: Mapping[str, tupl
     def shifts(axis: int) -> Callable[..., Tensor]:
         return lambda module, args, y: y + shift(y, axis)
 
-    handles = [
-        twin.get_submodule(name).register_forward_hook(shifts(axis))
-        for name, (axis, when) in cuts.items()
-        if when == "always"
-    ]
+    handles = [twin.get_submodule(name).register_forward_hook(shifts(axis)) for name, axis in cuts.items()]
     try:
         with torch.no_grad():
             for writer in writers:

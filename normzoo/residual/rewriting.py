@@ -86,12 +86,11 @@ class Rewrite:
     def summary(self) -> str:
         """What is rewritten, in a line or two."""
         found = self.edit.found
-        always = sum(when == "always" for _, when in found.cuts.values())
         lines = [
             f"{report.count(len(self.norms) + len(self.left), 'LayerNorm')}: {len(self.norms)} rewritten, "
             f"{len(self.left)} kept",
             f"{report.count(len(found.writers), 'tensor')} centered, the mean of "
-            f"{report.count(always, 'output')} taken away in every forward",
+            f"{report.count(len(found.centered_outputs), 'output')} taken away in every forward",
         ]
         if not self.edit.parametrized:
             lines.append(
@@ -113,7 +112,7 @@ class Rewrite:
             "target": self.edit.target,
             "norms": self.norms,
             "writers": [vars(writer) for writer in writers],
-            "outputs": {name: {"axis": axis, "when": when} for name, (axis, when) in found.cuts.items()},
+            "centered_outputs": dict(found.centered_outputs),
             "zero_mean_writers": "parametrize" if self.edit.parametrized else "bake",
             "untied": [*self.edit.untied],
             "left": dict(self.left),

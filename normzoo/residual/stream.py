@@ -58,7 +58,7 @@ def streams(
     recording: Recording,
     norms: Mapping[str, int],
     cuts: Iterable[str] = (),
-    fleeting: Collection[str] = (),
+    non_persistent: Collection[str] = (),
     shared: Mapping[str, str] | None = None,
 ) -> list[Stream]:
     """The streams that the norms of a recording read.
@@ -66,11 +66,11 @@ def streams(
     Args:
         norms: the names of boxes that take the mean away, and the axis along which.
         cuts: modules whose output has its mean taken away explicitly.
-        fleeting: names of buffers that are in no state dict.
+        non_persistent: names of buffers that are in no state dict.
         shared: names of parameters that belong to a module which did not run, too, and its name.
     """
     cut = {v for name in cuts for v in recording.outputs_of[name]}
-    search = _Search(recording, norms, cut, fleeting, shared or {})
+    search = _Search(recording, norms, cut, non_persistent, shared or {})
     for call in recording.calls:
         if call.operator == NORM and call.module in norms:
             value = call.args[0]
@@ -84,10 +84,10 @@ class _Search:
         recording: Recording,
         norms: Mapping[str, int],
         cut: Collection[Value | None],
-        fleeting: Collection[str],
+        non_persistent: Collection[str],
         shared: Mapping[str, str],
     ) -> None:
-        self._norms, self._cut, self._fleeting, self._shared = norms, cut, fleeting, shared
+        self._norms, self._cut, self._non_persistent, self._shared = norms, cut, non_persistent, shared
         self._returned = set(recording.returned)
         self._of: dict[Value, Stream] = {}
         self.found: list[Stream] = []
@@ -129,7 +129,7 @@ class _Search:
         why = ""
         if value.call is None:
             if value.leaf == "buffer":
-                why = f"{value.name} is in no state dict" if value.name in self._fleeting else ""
+                why = f"{value.name} is in no state dict" if value.name in self._non_persistent else ""
             else:
                 why = f"{_LEAVES[value.leaf]} goes into the stream"
         elif value.call.operator == NORM:
