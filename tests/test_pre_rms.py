@@ -12,7 +12,8 @@ from stream_models import GPT, IDS, WIDTH, Block, error, gate, run, stirred
 from torch import nn
 
 import normzoo
-from normzoo.residual import editing, plan_rewrite
+from normzoo.centering import centered
+from normzoo.residual import StreamProof, editing, plan_rewrite
 from normzoo.residual.stream import Writer
 
 HOWS = ("bake", "parametrize")
@@ -310,6 +311,33 @@ def test_a_scale_that_is_forgotten_fails():
     found.writers = {Writer(w.name, w.axis) for w in found.writers}
     proof = rewrite.verify()
     assert not proof.passed and proof.mean > 1e-3 and proof.shift > 1e-3 and "attention.out" in proof.culprit
+
+
+def test_each_probe_counts():
+    shift, mean, output, rounding, before, tolerance = 1e-15, 1e-15, 1e-15, 1e-6, 2e-7, 1e-9
+    right = {"shift": shift, "mean": mean, "output": output, "rounding": rounding, "rounding_before": before}
+    assert StreamProof(**right, tolerance=tolerance).passed
+    for name, value in (("shift", 2e-9), ("mean", 2e-9), ("output", 2e-9), ("rounding", 3e-6)):
+        assert not StreamProof(**{**right, name: value}, tolerance=tolerance).passed, name
+    assert StreamProof(**{**right, "rounding": 1e-10, "rounding_before": 0.0}, tolerance=tolerance).passed
+
+
+def test_weights_that_are_zero_hide_nothing():
+    model = stirred(GPT())
+    nn.init.zeros_(model.blocks[1].mlp[2].weight)
+    rewrite = plan_rewrite(model, IDS)
+    assert rewrite.verify().passed
+    rewrite.edit.found.writers -= {Writer("blocks.1.mlp.2.weight", 0)}
+    proof = rewrite.verify()
+    assert not proof.passed and proof.mean > 1e-4
+
+
+def test_a_mean_is_taken_in_float64():
+    x = 1000 + torch.randn(8, 333)
+    wide = x.double()
+    assert torch.equal(centered(x, 1), (wide - wide.mean(1, keepdim=True)).float())
+    x.requires_grad_()
+    assert centered(x, 1).dtype == torch.float32 and centered(x.bfloat16(), 1).dtype == torch.bfloat16
 
 
 def test_a_failed_proof_leaves_the_model(monkeypatch):
