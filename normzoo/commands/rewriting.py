@@ -8,7 +8,7 @@ from typing import Any
 
 from ..model_source import SourceError, load, pairs, said
 from ..residual.compressing import BASES
-from ..residual.pre_norm import TARGETS, TIED, WRITERS, plan_rewrite
+from ..residual.planning import TARGETS, TIED, WRITERS, plan_rewrite
 from ..terminal import say, table
 from . import common, converting
 

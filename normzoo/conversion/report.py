@@ -55,6 +55,12 @@ def tally(kinds: Iterable[str]) -> str:
     return ", ".join(f"{number} {kind}" for kind, number in Counter(kinds).items())
 
 
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of `names`, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
 def reasons(found: Iterable[tuple[str, str]]) -> str:
     """A line a reason, with some of the names that it holds for; `found` has names and reasons."""
     names: dict[str, list[str]] = {}
@@ -62,6 +68,5 @@ def reasons(found: Iterable[tuple[str, str]]) -> str:
         names.setdefault(why, []).append(name or "the model itself")
     lines = []
     for why, those in names.items():
-        more = f" and {len(those) - 3} more" if len(those) > 3 else ""
-        lines.append(f"\n  {', '.join(those[:3])}{more}: {why}")
+        lines.append(f"\n  {some(those)}: {why}")
     return "".join(lines)

@@ -184,8 +184,9 @@ def carry_out(steps: Iterable[Iterable[Undo]]) -> Undo:
             each()
 
     try:
-        for step in steps:
-            undone.extend(step)
+        with torch.inference_mode(False):  # or new numbers could never be trained
+            for step in steps:
+                undone.extend(step)
     except BaseException:
         undo()
         raise

@@ -60,13 +60,13 @@ def search(
     refused: dict[str, str] = {}
     while True:
         found = streams(recording, norms, cuts, non_persistent, shared)
-        ways = [_ways(model, stream, norms) for stream in found if stream.obstacles]
+        ways = [_ways(model, recording, stream) for stream in found if stream.obstacles]
         if not (new := set().union(*ways) - cuts):
             break
         cuts |= new
     result = Found()
     for stream in found:
-        why = _broken(stream, baked)
+        why = _broken(stream, baked, shared)
         if why:
             refused |= dict.fromkeys(stream.norms, why)
             continue
@@ -84,7 +84,7 @@ def search(
     return result
 
 
-def _ways(model: nn.Module, stream: Stream, norms: Mapping[str, int]) -> set[str]:
+def _ways(model: nn.Module, recording: Recording, stream: Stream) -> set[str]:
     """Modules to be cut off so that nothing is in the way of `stream`; none where that is no gain.
 
     A mean that is taken away costs what a norm saves. Behind dropout there is no other way: with means of zero
@@ -100,6 +100,8 @@ def _ways(model: nn.Module, stream: Stream, norms: Mapping[str, int]) -> set[str
             module = model.get_submodule(name)
             if "forward" in vars(module):  # which would go on in place of that of another class
                 return set()
+            if any(value not in stream.members for value in recording.outputs_of[name]):
+                return set()
             made_there = obstacle.value.call is not None and obstacle.value.call.module == name
             if made_there and model.training and isinstance(module, _DropoutNd):
                 dropped.add(name)
@@ -107,7 +109,7 @@ def _ways(model: nn.Module, stream: Stream, norms: Mapping[str, int]) -> set[str
     return cuts if 2 * len(cuts - dropped) <= len(stream.norms) else set()
 
 
-def _broken(stream: Stream, baked: bool) -> str:
+def _broken(stream: Stream, baked: bool, shared: Mapping[str, str]) -> str:
     """Why the norms of a stream stay; empty where they need not."""
     if stream.obstacles:
         ways = {obstacle: way_out(stream, obstacle) for obstacle in stream.obstacles}
@@ -124,6 +126,9 @@ def _broken(stream: Stream, baked: bool) -> str:
             f"{scales[0]} multiplies every entry on its way into the stream, which only baked weights can take "
             'up; pass zero_mean_writers="bake"'
         )
+    for name in scales:
+        if name in shared:
+            return f"{shared[name]} has {name} too, and did not run on the sample"
     unlike = [w.name for w in stream.writers if sum(v.name == w.name for v in stream.writers) > 1]
     return f"{unlike[0]} writes along several of its dimensions" if unlike else ""
 

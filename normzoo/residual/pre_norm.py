@@ -1,42 +1,22 @@
-"""``to_pre_rms_norm``: which norms, writers and outputs of a model a rewrite is about."""
+"""Pre-LN transformers as Pre-RMSNorm and Pre-CRMSNorm transformers, in one call."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import re
-from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from .. import checks
 from ..conversion import report
-from ..conversion.examine import examine
-from ..conversion.proof import Sample, fresh
-from ..conversion.recognise import Site
-from ..conversion.rules import Names, selector
-from ..conversion.surgery import refuse_wrapped
-from ..conversion.transfer import Choice, Refused, replacement
-from ..conversion.trial import short, undisturbed
-from ..model_source import sample_for
-from ..zoo import find
-from .compressing import BASES, CompressedEdit
-from .consuming import Unread, check_owner, consumers
-from .editing import Edit, untie
-from .finding import IDLE, Found, search
-from .mapping import ModuleMap, mapped
-from .probing import Probe, Unshown
-from .recording import Recording, narrowed, record
+from ..conversion.rules import Names
+from ..conversion.trial import short
+from .mapping import ModuleMap
+from .planning import check_module, plan_rewrite, reasons
+from .probing import Unshown
 from .rewriting import Rewrite
 
 logger = logging.getLogger("normzoo")
-
-WRITERS = ("bake", "parametrize")
-TARGETS = ("pre_rms_norm", "pre_crms_norm")
-TIED = ("activation", "untie")
 
 
 def to_pre_rms_norm(
@@ -85,7 +65,7 @@ def to_pre_rms_norm(
 
     Source: arXiv:2305.14858.
     """
-    _check_module(model, "to_pre_rms_norm")
+    check_module(model, "to_pre_rms_norm")
     if not inplace:
         model = copy.deepcopy(model)
     rewrite = plan_rewrite(
@@ -135,7 +115,7 @@ def to_pre_crms_norm(
 
     Source: arXiv:2305.14858.
     """
-    _check_module(model, "to_pre_crms_norm")
+    check_module(model, "to_pre_crms_norm")
     if not inplace:
         model = copy.deepcopy(model)
     rewrite = plan_rewrite(
@@ -170,210 +150,15 @@ def tell(rewrite: Rewrite, proof: str) -> None:
     logger.info("%s: %s\n%s", rewrite.target, rewrite.summary(), proof)
     if rewrite.left:
         logger.warning("%s: norms that stay:%s", rewrite.target, reasons(rewrite.left))
+    if rewrite.unread:
+        logger.warning(
+            "%s: the sample does not reach %s: inputs that do may give other outputs",
+            rewrite.target,
+            report.some(rewrite.unread),
+        )
     if rewrite.model.training and not rewrite.edit.parametrized:
         logger.warning(
             "%s: the model is in training mode, and its weights were centered once: training goes another way "
             'than that of the LayerNorms; zero_mean_writers="parametrize" keeps it',
             rewrite.target,
         )
-
-
-def plan_rewrite(
-    model: nn.Module,
-    sample: Any = None,
-    *,
-    to: str = "pre_rms_norm",
-    zero_mean_writers: str = "bake",
-    tied: str = "activation",
-    basis: str = "truncate",
-    include: Names = "*",
-    exclude: Names = (),
-    module_map: ModuleMap | None = None,
-    caller: str = "plan_rewrite",
-) -> Rewrite:
-    """What :func:`normzoo.to_pre_rms_norm`, or the other, would do; the model is not touched.
-
-    Args:
-        to: ``"pre_rms_norm"`` or ``"pre_crms_norm"``.
-        model, sample, zero_mean_writers, tied, basis, include, exclude, module_map: as there.
-        caller: begins the errors.
-
-    Raises:
-        TypeError, ValueError: as there, but for the probes, which are run by ``verify()`` of the result.
-    """
-    _check_module(model, caller)
-    checks.choice(caller, "zero_mean_writers", zero_mean_writers, WRITERS)
-    checks.choice(caller, "tied", tied, TIED)
-    checks.choice(caller, "to", to, TARGETS)
-    checks.choice(caller, "basis", basis, BASES)
-    refuse_wrapped(model, caller, "rewrite")
-    baked = zero_mean_writers == "bake"
-    sites, refused = _meant(model, include, exclude, caller)
-    probe = Probe(model, _sample(model, sample, caller))
-    try:
-        twin = probe.twin()
-    except Exception as error:  # such as a weight that old hooks of torch compute
-        raise ValueError(f"{caller}: the model cannot be copied: {short(error)}") from error
-    untied: list[str] = []
-    recording, found = _search(twin, probe, sites, baked, caller)
-    if tied == "untie":
-        untied = [name for name in found.centered_outputs if _shares(twin, name)]
-        for name in untied:
-            untie(twin, name)
-        recording, found = _search(twin, probe, sites, baked, caller) if untied else (recording, found)
-    probe.narrow = narrowed(recording, found.members)
-    if module_map is not None:
-        found = mapped(model, module_map, [site.name for site in sites], caller)
-        probe.narrow = any(call.narrows for call in recording.calls)
-    elif not baked:
-        found = _in_both_modes(twin, probe, sites, caller)
-    found.left |= refused
-    stay = sum(why != IDLE for why in found.left.values())
-    if len(found.norms) < stay or not found.norms:
-        raise ValueError(
-            f"{caller}: {stay} of {len(found.norms) + len(found.left)} LayerNorms that are meant "
-            f"cannot go without the mean, and the model is left as it was:{reasons(found.left)}"
-            + (f"\n  name the others in include: {', '.join(sorted(found.norms))}" if found.norms else "")
-        )
-    going = [site for site in sites if site.name in found.norms]
-    edit = Edit(going, found, not baked, untied)
-    if to == "pre_crms_norm":
-        edit = _compressed(model, edit, recording, basis, caller)
-    return Rewrite(model, edit, found.left, probe)
-
-
-def _compressed(model: nn.Module, edit: Edit, recording: Recording, basis: str, caller: str) -> CompressedEdit:
-    """The same where the stream has one entry less."""
-    if always := [*edit.found.centered_outputs]:
-        raise ValueError(
-            f"{caller}: the mean of what {always[0]} returns has to be taken away in every forward, so that it "
-            "cannot have one entry less; use to_pre_rms_norm"
-        )
-    try:
-        found = consumers(recording, edit.found, edit.sites)
-        for consumer in found:
-            check_owner(model, consumer)
-        return CompressedEdit(edit.sites, edit.found, False, edit.untied, found, basis)
-    except Unread as reason:
-        raise ValueError(f"{caller}: {reason}; use to_pre_rms_norm, which leaves the readers alone") from reason
-
-
-def _check_module(model: nn.Module, caller: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model is {report.a(type(model).__name__)}; it must be a torch.nn.Module")
-
-
-def _meant(model: nn.Module, include: Names, exclude: Names, caller: str) -> tuple[list[Site], dict[str, str]]:
-    """The norms of rows or channels that take a mean away, and why others of them have to stay."""
-    found = examine(model, caller)
-    include = (include,) if isinstance(include, str) else tuple(include)
-    families = ("layer",) if _has_layer(found) else None
-    chosen = selector(include, exclude, families, None, found, caller=caller)
-    sites = [
-        site
-        for site in found
-        if site.norm and site.family == "layer" and len(site.norm.shape or ()) == 1 and chosen(site)
-    ]
-    if sites:
-        refused = {site.name: why for site in sites if (why := _refusal(site))}
-        return [site for site in sites if site.name not in refused], refused
-    rms = sum(site.family in ("rms", "crms") for site in found)
-    why = (
-        "it has RMSNorms, which do not take the mean away: centering its weights would change what it computes"
-        if rms
-        else "it has none that is recognised"
-    )
-    raise ValueError(f"{caller}: the model has no LayerNorm over one dimension to be rewritten; {why}")
-
-
-def _refusal(site: Site) -> str:
-    """Why a norm cannot be replaced; empty where it can."""
-    try:
-        replacement(site, Choice(find("rms_norm")))
-    except Refused as reason:
-        return str(reason)
-    return f"{site.outside} holds it too, outside of the module tree" if site.outside else ""
-
-
-def _has_layer(found: list[Site]) -> bool:
-    return any(site.family == "layer" for site in found)
-
-
-def _sample(model: nn.Module, sample: Any, caller: str) -> Sample:
-    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
-        raise ValueError(
-            f"{caller}: the model is on the meta device, where nothing can be shown; load it first"
-        )
-    if sample is None:
-        sample = sample_for(model)
-    if sample is None:
-        raise ValueError(
-            f"{caller}: sample is None, and no input for {report.a(type(model).__name__)} is known; pass one, "
-            "so that the model can be run"
-        )
-    return Sample(sample)
-
-
-def _in_both_modes(twin: nn.Module, probe: Probe, sites: list[Site], caller: str) -> Found:
-    """What keeps the function of a copy in training as well as in eval mode."""
-    left: dict[str, str] = {}
-    while True:
-        _, trained = _search(twin.train(), probe, sites, False, caller)
-        _, found = _search(twin.eval(), probe, sites, False, caller, trained.centered_outputs)
-        alone = {name: why for name, why in trained.left.items() if name not in found.left}
-        left |= found.left | {name: f"{why}, in training mode alone" for name, why in alone.items()}
-        if found.norms == trained.norms:
-            break
-        # What writes a stream that breaks in one mode stays as it is.
-        sites = [site for site in sites if site.name in found.norms & trained.norms]
-    found = found.both(trained)
-    found.left = left
-    return found
-
-
-def _search(
-    twin: nn.Module,
-    probe: Probe,
-    sites: list[Site],
-    baked: bool,
-    caller: str,
-    ready: Collection[str] = (),
-) -> tuple[Recording, Found]:
-    """One run of a copy, and what it shows."""
-    norms: dict[str, int] = {site.name: site.norm.axis for site in sites if site.norm}
-    sample = Sample(pytree.tree_map(fresh, probe.sample.input))
-    given = [t for t in pytree.tree_leaves(sample.input) if isinstance(t, Tensor)]
-    buffers = [(b, b.clone()) for b in twin.buffers()]
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with undisturbed():
-            recording = record(twin, lambda: sample.run(twin), given, norms)
-    except Exception as error:  # it is code that nobody here has seen
-        raise ValueError(
-            f"{caller}: the model does not run on the sample, in float64 and "
-            f"{'training' if twin.training else 'eval'} mode: {short(error)}"
-        ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        with torch.no_grad():
-            for b, value in buffers:
-                b.copy_(value)
-    return recording, search(twin, recording, norms, baked=baked, ready=ready)
-
-
-def _shares(model: nn.Module, name: str) -> bool:
-    """Whether the weight of a module is that of another, too."""
-    weight = model.get_submodule(name)._parameters.get("weight")
-    held = [
-        module
-        for module in model.modules()
-        if weight is not None and module._parameters.get("weight") is weight
-    ]
-    return len(held) > 1
-
-
-def reasons(left: Mapping[str, str]) -> str:
-    """A line a reason, with some of the norms that it holds for; reasons that differ in a number share one."""
-    said: dict[str, str] = {}
-    return report.reasons((name, said.setdefault(re.sub(r"\d+", "*", why), why)) for name, why in left.items())

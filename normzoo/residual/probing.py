@@ -90,10 +90,10 @@ class Probe:
         return twin
 
     def prove(self, edit: Edit) -> StreamProof:
-        """Runs the three probes on copies of the model.
+        """Runs the three probes, on copies of the model but for the last run; it is as it was afterwards.
 
         Raises:
-            Unshown: every output is zero on the sample, or the model does not run on it.
+            Unshown: outputs are zero on the sample, or there are none, or the model does not run on it.
         """
         tolerance = _NARROW if self.narrow else _EXACT
         try:
@@ -103,6 +103,8 @@ class Probe:
         twin = self.twin()
         _stir(twin)
         before = outputs(twin, self.sample)
+        if not before:
+            raise Unshown("the model returns no floating-point tensor, so that nothing can be compared")
         if not any(t.any() for t in before.values()):
             raise Unshown("every output of the model is zero on this sample, which shows nothing")
         for name in edit.untied:
@@ -118,18 +120,23 @@ class Probe:
             output = max(output, apart(outputs(twin, self.sample), before))
         if in_training is not None:
             output = max(output, _in_training(in_training, self.sample, edit))
-        mean = max(means.values(), default=math.inf)
+        mean = max(means.get(site.name, math.inf) for site in edit.sites)
         if not culprit and mean > tolerance:
-            culprit = max(means, key=lambda name: means[name])
+            culprit = max((site.name for site in edit.sites), key=lambda name: means.get(name, math.inf))
         return StreamProof(shift, mean, output, *self._rounding(edit, own), tolerance, culprit)
 
     def _rounding(self, edit: Edit, own: Outputs) -> tuple[float, float]:
-        """How far the model is from itself in float64, after and before, when it returned `own`."""
+        """How far the model is from itself in float64, after and before, when it returned `own`.
+
+        It is the model itself that runs: what it shares with others, or holds in a closure, a copy does not.
+        """
         exact = outputs(self.twin(), self.sample)
-        before = apart(own, exact)
-        changed = copy.deepcopy(self.model)
-        edit.apply(changed)
-        return apart(outputs(changed, self.sample), exact), before
+        undo = edit.apply(self.model)
+        try:
+            rewritten = outputs(self.model, self.sample)
+        finally:
+            undo()
+        return apart(rewritten, exact), apart(own, exact)
 
 
 def _in_training(twin: nn.Module, sample: Sample, edit: Edit) -> float:

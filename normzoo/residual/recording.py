@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,6 +68,8 @@ class Recording:
     """What the model returned."""
     outputs_of: dict[str, list[Value | None]]
     """For each module what its calls returned, None where that was no single tensor."""
+    unread: list[str]
+    """Parameters that nothing took."""
 
 
 class _Recorder(TorchDispatchMode):
@@ -95,9 +98,33 @@ class _Recorder(TorchDispatchMode):
 
     def value(self, tensor: Tensor) -> Value:
         found = self._values.get(id(tensor))
-        if found is None:
-            found = self._know(tensor, Value(tuple(tensor.shape), leaf="constant"))
-        return found
+        if found is not None:
+            return found
+        kin = self._kin(tensor)
+        if not kin:
+            return self._know(tensor, Value(tuple(tensor.shape), leaf="constant"))
+        # Such as x.data, which no operator makes.
+        same = [value for other, value in kin if _geometry(other) == _geometry(tensor)][:1]
+        made = Call("alias" if same else "data", tuple(same or (value for _, value in kin)), {}, self.stack[-1])
+        self.add(made, tensor)
+        return made.outputs[0]
+
+    def _kin(self, tensor: Tensor) -> list[tuple[Tensor, Value]]:
+        """What has the memory of `tensor`."""
+        if tensor.layout != torch.strided:
+            return []
+        return [(t, self._values[id(t)]) for t in self._sharing.get(tensor.untyped_storage()._cdata, ())]
+
+    def read(self, tensor: Tensor, how: str) -> None:
+        """Notes that the code of the model looks at the numbers."""
+        if not self.boxes:
+            self.add(Call(how, (self.value(tensor),), {}, self.stack[-1]), ())
+
+    def unread(self, norms: Collection[str]) -> list[str]:
+        """The parameters that no operator takes, but for those of `norms` that ran."""
+        ran = {call.module for call in self.calls if call.operator == NORM}
+        leaves = (value for value in self._values.values() if value.leaf == "parameter" and not value.users)
+        return [value.name for value in leaves if value.name.rpartition(".")[0] not in ran & {*norms}]
 
     def add(self, call: Call, outputs: Any, written: Tensor | None = None) -> None:
         for operand in dict.fromkeys(call.operands()):
@@ -126,6 +153,24 @@ class _Recorder(TorchDispatchMode):
         writes = bool(func._schema.arguments) and func._schema.arguments[0].is_write
         self.add(call, outputs, args[0] if writes and isinstance(args[0], Tensor) else None)
         return outputs
+
+
+def _geometry(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
+class _Looks(TorchFunctionMode):
+    """Tells a recorder of numbers that leave torch, for which there is no operator."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in ("numpy", "tolist", "__array__", "__dlpack__") and isinstance(args[0], Tensor):
+            self._recorder.read(args[0], name)
+        return func(*args, **(kwargs or {}))
 
 
 def _narrows(args: Any, outputs: Any) -> bool:
@@ -189,11 +234,13 @@ def record(model: nn.Module, run: Any, inputs: Collection[Tensor], norms: Collec
     """
     recorder = _Recorder(model, inputs)
     outputs_of: dict[str, list[Value | None]] = defaultdict(list)
-    with torch.inference_mode(False), torch.no_grad(), _watched(model, norms, recorder, outputs_of), recorder:
+    with torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as stack:
+        for context in (_watched(model, norms, recorder, outputs_of), recorder, _Looks(recorder)):
+            stack.enter_context(context)
         returned = run()
     leaves = pytree.tree_leaves(pytree.tree_map(opened, returned))
     found = [recorder.value(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-    return Recording(recorder.calls, found, outputs_of)
+    return Recording(recorder.calls, found, outputs_of, recorder.unread(norms))
 
 
 def narrowed(recording: Recording, values: Collection[Value]) -> bool:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from ..conversion import report
+from ..conversion.recognise import recognise
 from ..terminal import plain
 from .editing import Edit
 from .probing import Probe, StreamProof
@@ -24,12 +25,17 @@ logger = logging.getLogger("normzoo")
 class Rewrite:
     """What :func:`plan_rewrite` found. Nothing happens before :meth:`apply`; ``print()`` shows it."""
 
-    def __init__(self, model: nn.Module, edit: Edit, left: Mapping[str, str], probe: Probe) -> None:
+    def __init__(
+        self, model: nn.Module, edit: Edit, left: Mapping[str, str], unread: Sequence[str], probe: Probe
+    ) -> None:
         self.model = model
         self.edit = edit
         self.left = left
         """Norms that stay, and why."""
+        self.unread = unread
+        """Parameters that the sample does not reach: inputs that do may give other outputs."""
         self._probe = probe
+        self._before = self._held()
         self._undo: Callable[[], None] | None = None
 
     @property
@@ -43,10 +49,11 @@ class Rewrite:
         return [site.name for site in self.edit.sites]
 
     def verify(self) -> StreamProof:
-        """Run the three probes on copies of the model; the model is not touched.
+        """Run the three probes; afterwards the model is as it was.
 
         Raises:
-            ValueError: the rewrite was applied already; the model does not run on the sample, or all that it
+            ValueError: the rewrite was applied already, or the model has changed since it was planned; the
+                model does not run on the sample, or all that it
                 returns is zero.
         """
         self._check("verify")
@@ -59,7 +66,7 @@ class Rewrite:
             The model.
 
         Raises:
-            ValueError: it was done before.
+            ValueError: it was done before, or the model has changed since it was planned.
         """
         self._check("apply")
         self._undo = self.edit.apply(self.model)
@@ -92,6 +99,10 @@ class Rewrite:
             f"{report.count(len(found.writers), 'tensor')} centered, the mean of "
             f"{report.count(len(found.centered_outputs), 'output')} taken away in every forward",
         ]
+        if self.unread:
+            lines.append(
+                f"the sample does not reach {report.some(self.unread)}: inputs that do may give other outputs"
+            )
         if not self.edit.parametrized:
             lines.append(
                 'for inference: further training goes another way (zero_mean_writers="parametrize" does not)'
@@ -116,6 +127,7 @@ class Rewrite:
             "zero_mean_writers": "parametrize" if self.edit.parametrized else "bake",
             "untied": [*self.edit.untied],
             "left": dict(self.left),
+            "unread": [*self.unread],
         }
 
     def to_json(self) -> str:
@@ -125,3 +137,18 @@ class Rewrite:
     def _check(self, method: str) -> None:
         if self._undo is not None:
             raise ValueError(f"Rewrite.{method}: it was applied already; revert() it or make a new one")
+        known = recognise(site.module for site in self.edit.sites)
+        alike = all(norm == site.norm for (norm, _, _), site in zip(known, self.edit.sites, strict=True))
+        now = self._held()
+        if not alike or any(now.get(name) is not held for name, held in self._before.items()):
+            raise ValueError(
+                f"Rewrite.{method}: the model has changed since the rewrite was planned; make a new one"
+            )
+
+    def _held(self) -> dict[str, Any]:
+        """The modules and tensors that the rewrite is about."""
+        model, found = self.model, self.edit.found
+        held: dict[str, Any] = dict((*model.named_modules(), *model.named_parameters(), *model.named_buffers()))
+        scales = (name for writer in found.writers for name in writer.scale)
+        writers = (writer.name for writer in found.writers)
+        return {name: held.get(name) for name in (*self.norms, *found.centered_outputs, *writers, *scales)}
