@@ -184,9 +184,8 @@ def carry_out(steps: Iterable[Iterable[Undo]]) -> Undo:
             each()
 
     try:
-        with torch.inference_mode(False):  # or new numbers could never be trained
-            for step in steps:
-                undone.extend(step)
+        for step in steps:
+            undone.extend(step)
     except BaseException:
         undo()
         raise

@@ -36,6 +36,7 @@ TARGETS = ("pre_rms_norm", "pre_crms_norm")
 TIED = ("activation", "untie")
 
 
+@torch.inference_mode(False)
 def plan_rewrite(
     model: nn.Module,
     sample: Any = None,

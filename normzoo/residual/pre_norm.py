@@ -6,6 +6,7 @@ import copy
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..conversion import report
@@ -19,6 +20,7 @@ from .rewriting import Rewrite
 logger = logging.getLogger("normzoo")
 
 
+@torch.inference_mode(False)  # in which copies, and new numbers, could never be trained
 def to_pre_rms_norm(
     model: nn.Module,
     sample: Any = None,
@@ -81,6 +83,7 @@ def to_pre_rms_norm(
     return _carried_out(rewrite, "to_pre_rms_norm")
 
 
+@torch.inference_mode(False)
 def to_pre_crms_norm(
     model: nn.Module,
     sample: Any = None,

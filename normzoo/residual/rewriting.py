@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..conversion import report
@@ -48,6 +49,7 @@ class Rewrite:
         """The norms that go without the mean."""
         return [site.name for site in self.edit.sites]
 
+    @torch.inference_mode(False)
     def verify(self) -> StreamProof:
         """Run the three probes; afterwards the model is as it was.
 
@@ -59,6 +61,7 @@ class Rewrite:
         self._check("verify")
         return self._probe.prove(self.edit)
 
+    @torch.inference_mode(False)
     def apply(self) -> nn.Module:
         """Rewrite the model in place, all of it or nothing.
 
@@ -72,6 +75,7 @@ class Rewrite:
         self._undo = self.edit.apply(self.model)
         return self.model
 
+    @torch.inference_mode(False)
     def revert(self) -> nn.Module:
         """Put norms and weights back as they were when :meth:`apply` was called; training in between is lost.
 
