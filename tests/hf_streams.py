@@ -20,6 +20,7 @@ INNER = {**LAYERS, "intermediate_size": 48}
 OF_TEXT = {**INNER, "vocab_size": 51, "max_position_embeddings": 16, "pad_token_id": 0, **ENDS}
 OF_OPT = {**LAYERS, "ffn_dim": 48, "vocab_size": 51, "max_position_embeddings": 16, "pad_token_id": 0, **ENDS}
 OF_IMAGES = {**INNER, "image_size": 16, "patch_size": 8}
+NOISE = {"noise": torch.rand(2, 4, generator=torch.Generator().manual_seed(0))}
 OF_BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 51}
 OF_BOTH = {
     **{f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 2), ("ffn_dim", 48))},
@@ -122,6 +123,7 @@ EXACT = {
         1,
         ["transformer.word_embeddings_layernorm"],
     ),
+    "mae": (hf("ViTMAEModel", "ViTMAEConfig", **OF_IMAGES), IMAGES | NOISE, 5, 0, []),
     "gptj": (hf("GPTJForCausalLM", "GPTJConfig", rotary_dim=4, **OF_GPT), IDS, 3, 0, []),
     "whisper": (
         hf("WhisperForConditionalGeneration", "WhisperConfig", **OF_WHISPER),
