@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Collection, Mapping
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -110,7 +112,10 @@ def _refuse_outside(model: nn.Module, found: Found, caller: str) -> None:
     """Raises ValueError where a module that is no part of `model` has a tensor that is to be written."""
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     written = {name: tensors[name] for writer in found.writers for name in (writer.name, *writer.scale)}
-    inside = {id(table) for module in model.modules() for table in (module._parameters, module._buffers)}
+    tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+    inside = {id(table) for table in (*tables, tensors, written)}
+    if not _held_elsewhere(written, tables):
+        return
     for table in gc.get_referrers(*written.values()):
         if not isinstance(table, dict) or id(table) in inside:
             continue
@@ -120,6 +125,21 @@ def _refuse_outside(model: nn.Module, found: Found, caller: str) -> None:
                 f"{caller}: a module that is no part of the model has {name!r} too, and would go on with other "
                 "numbers (a head whose weight is tied?); pass the whole model"
             )
+
+
+def _held_elsewhere(written: Mapping[str, Tensor], tables: Iterable[Mapping[str, Tensor | None]]) -> bool:
+    """Whether something beside `tables`, `written` and one mapping more holds a tensor.
+
+    A look at all objects that there are, which would find it, takes a second.
+    """
+    held = Counter(id(t) for table in tables for t in table.values())
+    local = object()
+    alone = sys.getrefcount(local)
+    for name in written:
+        t = written[name]
+        if sys.getrefcount(t) - alone > held[id(t)] + 2:
+            return True
+    return False
 
 
 def _compressed(model: nn.Module, edit: Edit, recording: Recording, basis: str, caller: str) -> CompressedEdit:
