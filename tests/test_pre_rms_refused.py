@@ -98,7 +98,7 @@ REFUSED = {
     "buffer": (lambda: Placed(False), "waves is in no state dict"),
     "input": (
         lambda: nn.Sequential(Block(), nn.LayerNorm(WIDTH)),
-        "input of the model goes into the stream",
+        "an input of the model.* goes into the stream",
     ),
 }
 

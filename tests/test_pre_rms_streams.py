@@ -302,7 +302,7 @@ def test_exact(name):
         counts = (len(rewrite.norms), len(rewrite.left), len(found.writers), len(found.centered_outputs))
         assert counts == (norms, stay, writers, outputs), how
         assert rewrite.verify().passed
-        normzoo.to_pre_rms_norm(model, wide(sample), zero_mean_writers=how)
+        rewrite.apply()
         assert error(run(model, wide(sample)), before) < (1e-6 if narrow else 1e-10), how
         taken = max(means(model, wide(sample), normzoo.RMSNorm).values())
         assert taken < (1e-6 if narrow else 1e-9), how
