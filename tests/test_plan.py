@@ -127,7 +127,7 @@ def test_options_overrule_the_norm():
         ({"types": "batch"}, ValueError, r"(?s)nothing can be converted.* and 4 more: filtered out"),
         ({"to": None}, ValueError, "nothing can be converted.*\n.*: as asked"),
         ({"to": {0: "rms_norm"}}, TypeError, "to has the key 0; keys must be names"),
-        ({"include": 3}, TypeError, "int"),
+        ({"include": 3}, TypeError, "convert: include is 3; it must be names, globs"),
         ({"exclude": [nn.RMSNorm]}, TypeError, "exclude holds <class .*; it must hold names, globs or 're:'"),
         (
             {"types": ["rms", "lyer"]},

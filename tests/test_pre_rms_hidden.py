@@ -204,3 +204,23 @@ def test_outputs_that_show_nothing():
 def test_a_tied_head_is_untied_for_crms():
     rewrite = plan_rewrite(stirred(GPT(tied=True)), IDS, to="pre_crms_norm")
     assert rewrite.edit.untied == ["tokens"] and rewrite.verify().passed
+
+
+def test_options_of_the_other_rewrite():
+    for to, option in (
+        ("pre_rms_norm", {"basis": "orthonormal"}),
+        ("pre_crms_norm", {"zero_mean_writers": "parametrize"}),
+        ("pre_crms_norm", {"tied": "untie"}),
+        ("pre_crms_norm", {"module_map": {"norms": "*"}}),
+    ):
+        with pytest.raises(ValueError, match=f"plan_rewrite: {[*option][0]}=.* does not go with {to}"):
+            plan_rewrite(GPT(), IDS, to=to, **option)
+    said = plan_rewrite(stirred(GPT()), IDS, to="pre_crms_norm", basis="orthonormal").to_dict()
+    assert (said["rewrite"], said["target"], said["basis"]) == ("pre_crms_norm", "rms_norm", "orthonormal")
+    assert {"name": "head.weight", "axis": 1, "norm": "norm"} in said["readers"]
+
+
+def test_bake_says_what_it_cannot_take_up():
+    model = normzoo.to_pre_rms_norm(stirred(GPT(tied=True)), IDS)
+    with pytest.raises(ValueError, match="bake: what tokens return has its mean taken away in every forward"):
+        normzoo.conversion.bake(model)

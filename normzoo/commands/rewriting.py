@@ -8,7 +8,7 @@ from typing import Any
 
 from ..model_source import SourceError, load, pairs, said
 from ..residual.compressing import BASES
-from ..residual.planning import TARGETS, TIED, WRITERS, plan_rewrite
+from ..residual.planning import TARGETS, TIED, WRITERS, planned
 from ..terminal import say, table
 from . import common, converting
 
@@ -95,9 +95,7 @@ def _rewrite(arguments: argparse.Namespace, target: str) -> int:
                     f"--to {target} has to run the model, and no input is known for it; give one with --input, "
                     "or name a factory that returns (model, sample)"
                 )
-            made = plan_rewrite(
-                source.model, sample, to=target, caller="convert", **_options(arguments, target)
-            )
+            made = planned("convert", source.model, sample, to=target, **_options(arguments, target))
     except re.error as error:
         return common.usage("convert", f"{error.pattern!r} after re: is no regular expression: {error}")
     except (ValueError, TypeError) as error:
@@ -128,8 +126,7 @@ def _rewrite(arguments: argparse.Namespace, target: str) -> int:
 
 def _options(arguments: argparse.Namespace, target: str) -> dict[str, Any]:
     found = {name: getattr(arguments, name) for name in (*_OF_TARGET[target], "include", "exclude")}
-    given = {name: value for name, value in found.items() if value is not None}
-    return given | ({"tied": "untie"} if target == "pre_crms_norm" else {})
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _spelt(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..centering import ZeroMean
+from ..centering import ZeroMean, ZeroMeanOutput
 from ..layers.weight_standardization import WeightStandardization
 from ..layers.ws_conv import CARRIERS, Standardized
 from .bypass import raw_weights
@@ -16,7 +16,7 @@ from .luggage import bring_along
 from .norm import Weighted
 from .recognise import Site
 from .recognise_weights import BESIDES, LAYERS, base_of, settings
-from .report import a
+from .report import a, some
 from .surgery import Swap, refuse_wrapped
 
 _LEFT = ("weight", "bias", "gain", "variant", "ws_eps", "gamma", "_kept")
@@ -69,6 +69,12 @@ def bake(model: nn.Module) -> nn.Module:
                 raise ValueError(f"bake: {name!r} cannot be baked: {error}") from error
     centered = list(_centered(model))
     if not baked and not centered:
+        outputs = [name for name, module in model.named_modules() if isinstance(module, ZeroMeanOutput)]
+        if outputs:
+            raise ValueError(
+                f"bake: what {some(outputs)} return has its mean taken away in every forward, which no weight "
+                "can take up; train the model with its LayerNorms, and rewrite it afterwards"
+            )
         names = ", ".join(cls.__name__ for cls in CARRIERS)
         raise ValueError(
             f"bake: the model has no layer that standardizes its weight ({names}), and none whose mean is "

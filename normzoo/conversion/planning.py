@@ -20,7 +20,21 @@ from .examine import examine, look_around
 from .norm import Norm
 from .proof import Beside, site_error, trained_error, trains_by_itself
 from .recognise import DIMENSIONS, Site
-from .rules import LAYER, NORM, SAME, Chooser, Kinds, Names, Target, chooser, kind_of, kinds, seen, selector
+from .rules import (
+    LAYER,
+    NORM,
+    SAME,
+    Chooser,
+    Kinds,
+    Names,
+    Target,
+    chooser,
+    kind_of,
+    kinds,
+    patterns,
+    seen,
+    selector,
+)
 from .surgery import refuse_wrapped
 from .transfer import UNCHANGED, Choice, Exactness, NotMeant, Refused, Replacement, replacement
 from .trial import bare, short, stand_in
@@ -71,7 +85,7 @@ def plan(
     """
     norms = examine(model, "convert")
     refuse_wrapped(model)
-    include = (include,) if isinstance(include, str) else tuple(include)
+    include = patterns("convert", "include", include)
     found = _found(model, kinds(to), norms, {*include, *(to if isinstance(to, Mapping) else ())})
     selected = selector(include, exclude, types, where, found)
     choose = chooser(to, options, found)

@@ -194,7 +194,7 @@ def selector(
     """
     what = kind_of(found)
     includes, excludes = (
-        _several(caller, name, value, (str,)) for name, value in (("include", include), ("exclude", exclude))
+        patterns(caller, name, value) for name, value in (("include", include), ("exclude", exclude))
     )
     for pattern in (*includes, *excludes):
         if pattern != "*" and not any(matches(pattern, site.names) for site in found):
@@ -224,13 +224,18 @@ def selector(
     return selected
 
 
+def patterns(caller: str, argument: str, value: Any) -> tuple[str, ...]:
+    """Names, globs or ``re:`` expressions, given as one or several."""
+    return _several(caller, argument, value, (str,))
+
+
 def _several(caller: str, argument: str, value: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]:
+    what = "names, globs or 're:' expressions" if kinds == (str,) else "families, class names or classes"
+    if not isinstance(value, (*kinds, Iterable)):
+        raise TypeError(f"{caller}: {argument} is {value!r}; it must be {what}, one or several")
     values = (value,) if isinstance(value, kinds) else tuple(value)
     for one in values:
         if not isinstance(one, kinds):
-            what = (
-                "names, globs or 're:' expressions" if kinds == (str,) else "families, class names or classes"
-            )
             raise TypeError(f"{caller}: {argument} holds {one!r}; it must hold {what}")
     return values
 

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,16 @@ class CompressedEdit(Edit):
 
     consumers: Collection[Consumer] = field(default_factory=tuple)
     basis: str = "truncate"
+
+    rewrite: ClassVar[str] = "pre_crms_norm"
+
+    @property
+    def training(self) -> str:
+        return "for inference: further training goes another way"
+
+    def to_dict(self) -> dict[str, Any]:
+        readers = sorted(self.consumers, key=lambda c: c.name)
+        return super().to_dict() | {"basis": self.basis, "readers": [vars(reader) for reader in readers]}
 
     @property
     def target(self) -> str:  # type: ignore[override]

@@ -33,7 +33,28 @@ class Edit:
     untied: Collection[str] = ()
     """Modules that get a weight of their own."""
 
+    rewrite: ClassVar[str] = "pre_rms_norm"
     target: ClassVar[str] = "rms_norm"
+
+    @property
+    def training(self) -> str:
+        """What becomes of training; empty where it goes on as it would have."""
+        if self.parametrized:
+            return ""
+        return 'for inference: further training goes another way (zero_mean_writers="parametrize" does not)'
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        writers = sorted(self.found.writers, key=lambda w: w.name)
+        return {
+            "rewrite": self.rewrite,
+            "target": self.target,
+            "norms": [site.name for site in self.sites],
+            "writers": [vars(writer) for writer in writers],
+            "centered_outputs": dict(self.found.centered_outputs),
+            "zero_mean_writers": "parametrize" if self.parametrized else "bake",
+            "untied": [*self.untied],
+        }
 
     @property
     def plain(self) -> Edit:

@@ -112,7 +112,11 @@ def _ways(model: nn.Module, recording: Recording, stream: Stream) -> set[str]:
 def _broken(stream: Stream, baked: bool, shared: Mapping[str, str]) -> str:
     """Why the norms of a stream stay; empty where they need not."""
     if stream.obstacles:
-        ways = {obstacle: way_out(stream, obstacle) for obstacle in stream.obstacles}
+        # What the user can help goes first: a tied head reads the stream too, and has a way out.
+        ways = {
+            each: way_out(stream, each)
+            for each in sorted(stream.obstacles, key=lambda o: "sample" not in o.why)
+        }
         stuck = next((obstacle.why for obstacle, way in ways.items() if not way), "")
         if not stuck:
             outputs = len({name for way in ways.values() for name in way})

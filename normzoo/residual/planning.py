@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import checks
-from ..conversion import report
+from ..conversion import bypass, report
 from ..conversion.examine import examine
 from ..conversion.proof import Sample, fresh
 from ..conversion.recognise import Site
-from ..conversion.rules import Names, selector
+from ..conversion.rules import Names, seen, selector
 from ..conversion.surgery import refuse_wrapped
 from ..conversion.transfer import Choice, Refused, replacement
 from ..conversion.trial import short, undisturbed
@@ -38,37 +38,69 @@ TARGETS = ("pre_rms_norm", "pre_crms_norm")
 TIED = ("activation", "untie")
 
 
-@torch.inference_mode(False)
 def plan_rewrite(
     model: nn.Module,
     sample: Any = None,
     *,
     to: str = "pre_rms_norm",
-    zero_mean_writers: str = "bake",
-    tied: str = "activation",
-    basis: str = "truncate",
+    zero_mean_writers: str | None = None,
+    tied: str | None = None,
+    basis: str | None = None,
     include: Names = "*",
     exclude: Names = (),
     module_map: ModuleMap | None = None,
-    caller: str = "plan_rewrite",
 ) -> Rewrite:
     """What :func:`normzoo.to_pre_rms_norm`, or the other, would do; the model is not touched.
 
     Args:
         to: ``"pre_rms_norm"`` or ``"pre_crms_norm"``.
-        model, sample, zero_mean_writers, tied, basis, include, exclude, module_map: as there.
-        caller: begins the errors.
+        model, sample, zero_mean_writers, tied, basis, include, exclude, module_map: as there; None is the
+            default.
 
     Raises:
-        TypeError, ValueError: as there, but for the probes, which are run by ``verify()`` of the result.
+        TypeError, ValueError: as there, but for the probes, which are run by ``verify()`` of the result; and
+            an option is given that the other rewrite takes.
     """
+    return planned(
+        "plan_rewrite",
+        model,
+        sample,
+        to=to,
+        zero_mean_writers=zero_mean_writers,
+        tied=tied,
+        basis=basis,
+        include=include,
+        exclude=exclude,
+        module_map=module_map,
+    )
+
+
+@torch.inference_mode(False)
+def planned(
+    caller: str,
+    model: nn.Module,
+    sample: Any,
+    *,
+    to: str,
+    zero_mean_writers: str | None = None,
+    tied: str | None = None,
+    basis: str | None = None,
+    include: Names = "*",
+    exclude: Names = (),
+    module_map: ModuleMap | None = None,
+) -> Rewrite:
+    """:func:`plan_rewrite` for a `caller`, which errors name."""
     check_module(model, caller)
-    checks.choice(caller, "zero_mean_writers", zero_mean_writers, WRITERS)
-    checks.choice(caller, "tied", tied, TIED)
     checks.choice(caller, "to", to, TARGETS)
-    checks.choice(caller, "basis", basis, BASES)
+    of_rms = {"zero_mean_writers": zero_mean_writers, "tied": tied, "module_map": module_map}
+    for name, value in {"basis": basis}.items() if to == "pre_rms_norm" else of_rms.items():
+        if value is not None:
+            raise ValueError(f"{caller}: {name}={value!r} does not go with {to}")
+    checks.choice(caller, "zero_mean_writers", zero_mean_writers := zero_mean_writers or "bake", WRITERS)
+    # The output of an embedding cannot have one entry less, and its weight can.
+    checks.choice(caller, "tied", tied := tied or ("activation" if to == "pre_rms_norm" else "untie"), TIED)
+    checks.choice(caller, "basis", basis := basis or "truncate", BASES)
     refuse_wrapped(model, caller, "rewrite")
-    tied = "untie" if to == "pre_crms_norm" else tied  # an output cannot have one entry less, a weight can
     baked = zero_mean_writers == "bake"
     sites, refused = _meant(model, include, exclude, caller)
     probe = Probe(model, _sample(model, sample, caller))
@@ -77,12 +109,12 @@ def plan_rewrite(
     except Exception as error:  # such as a weight that old hooks of torch compute
         raise ValueError(f"{caller}: the model cannot be copied: {short(error)}") from error
     untied: list[str] = []
-    recording, found = _search(twin, probe, sites, baked, caller)
+    recording, found = _recorded(twin, probe, sites, baked, caller)
     if tied == "untie":
         untied = [name for name in found.centered_outputs if _shares(twin, name)]
         for name in untied:
             untie(twin, name)
-        recording, found = _search(twin, probe, sites, baked, caller) if untied else (recording, found)
+        recording, found = _recorded(twin, probe, sites, baked, caller) if untied else (recording, found)
     probe.narrow = narrowed(recording, found.members)
     if module_map is not None:
         found = mapped(model, module_map, [site.name for site in sites], caller)
@@ -166,7 +198,6 @@ def check_module(model: nn.Module, caller: str) -> None:
 def _meant(model: nn.Module, include: Names, exclude: Names, caller: str) -> tuple[list[Site], dict[str, str]]:
     """The norms of rows or channels that take a mean away, and why others of them have to stay."""
     found = examine(model, caller)
-    include = (include,) if isinstance(include, str) else tuple(include)
     families = ("layer",) if _has_layer(found) else None
     chosen = selector(include, exclude, families, None, found, caller=caller)
     sites = [
@@ -181,8 +212,10 @@ def _meant(model: nn.Module, include: Names, exclude: Names, caller: str) -> tup
     why = (
         "it has RMSNorms, which do not take the mean away: centering its weights would change what it computes"
         if rms
-        else "it has none that is recognised"
+        else f"it has none that is recognised; {seen(found)}"
     )
+    functional = bypass.functional_norms(model, [site.module for site in found])
+    why += "".join(f"; {name} calls {', '.join(calls)} as a function" for name, calls in functional.items())
     raise ValueError(f"{caller}: the model has no LayerNorm over one dimension to be rewritten; {why}")
 
 
@@ -224,8 +257,8 @@ def _in_both_modes(twin: nn.Module, probe: Probe, sites: list[Site], caller: str
     """What keeps the function of a copy in training as well as in eval mode."""
     left: dict[str, str] = {}
     while True:
-        _, trained = _search(twin.train(), probe, sites, False, caller)
-        _, found = _search(twin.eval(), probe, sites, False, caller, trained.centered_outputs)
+        _, trained = _recorded(twin.train(), probe, sites, False, caller)
+        _, found = _recorded(twin.eval(), probe, sites, False, caller, trained.centered_outputs)
         alone = {name: why for name, why in trained.left.items() if name not in found.left}
         left |= found.left | {name: f"{why}, in training mode alone" for name, why in alone.items()}
         if found.norms == trained.norms:
@@ -237,7 +270,7 @@ def _in_both_modes(twin: nn.Module, probe: Probe, sites: list[Site], caller: str
     return found
 
 
-def _search(
+def _recorded(
     twin: nn.Module,
     probe: Probe,
     sites: list[Site],

@@ -13,7 +13,7 @@ from ..conversion import report
 from ..conversion.rules import Names
 from ..conversion.trial import short
 from .mapping import ModuleMap
-from .planning import check_module, plan_rewrite, reasons
+from .planning import check_module, planned, reasons
 from .probing import Unshown
 from .rewriting import Rewrite
 
@@ -70,15 +70,16 @@ def to_pre_rms_norm(
     check_module(model, "to_pre_rms_norm")
     if not inplace:
         model = copy.deepcopy(model)
-    rewrite = plan_rewrite(
+    rewrite = planned(
+        "to_pre_rms_norm",
         model,
         sample,
+        to="pre_rms_norm",
         zero_mean_writers=zero_mean_writers,
         tied=tied,
         include=include,
         exclude=exclude,
         module_map=module_map,
-        caller="to_pre_rms_norm",
     )
     return _carried_out(rewrite, "to_pre_rms_norm")
 
@@ -121,15 +122,14 @@ def to_pre_crms_norm(
     check_module(model, "to_pre_crms_norm")
     if not inplace:
         model = copy.deepcopy(model)
-    rewrite = plan_rewrite(
+    rewrite = planned(
+        "to_pre_crms_norm",
         model,
         sample,
         to="pre_crms_norm",
-        tied="untie",
         basis=basis,
         include=include,
         exclude=exclude,
-        caller="to_pre_crms_norm",
     )
     return _carried_out(rewrite, "to_pre_crms_norm")
 
@@ -140,7 +140,8 @@ def _carried_out(rewrite: Rewrite, caller: str) -> nn.Module:
     except Unshown as reason:
         raise ValueError(f"{caller}: {reason}") from reason
     except Exception as error:  # a model that goes by the number of its features
-        raise ValueError(f"{caller}: the rewritten model does not run: {short(error)}") from error
+        why = "; its code may go by the number of features" if rewrite.edit.rewrite == "pre_crms_norm" else ""
+        raise ValueError(f"{caller}: the rewritten model does not run: {short(error)}{why}") from error
     if not proof.passed:
         raise ValueError(f"{caller}: {proof}; the model is left as it was")
     model = rewrite.apply()
@@ -150,18 +151,14 @@ def _carried_out(rewrite: Rewrite, caller: str) -> nn.Module:
 
 def tell(rewrite: Rewrite, proof: str) -> None:
     """Tells the log what was done, as a warning where it is not all that a user may take it for."""
-    logger.info("%s: %s\n%s", rewrite.target, rewrite.summary(), proof)
+    caller = f"to_{rewrite.edit.rewrite}"
+    logger.info("%s: %s\n%s", caller, rewrite.summary(), proof)
     if rewrite.left:
-        logger.warning("%s: norms that stay:%s", rewrite.target, reasons(rewrite.left))
+        logger.warning("%s: norms that stay:%s", caller, reasons(rewrite.left))
     if rewrite.unread:
+        unread = report.some(rewrite.unread)
         logger.warning(
-            "%s: the sample does not reach %s: inputs that do may give other outputs",
-            rewrite.target,
-            report.some(rewrite.unread),
+            "%s: the sample does not reach %s: inputs that do may give other outputs", caller, unread
         )
-    if rewrite.model.training and not rewrite.edit.parametrized:
-        logger.warning(
-            "%s: the model is in training mode, and its weights were centered once: training goes another way "
-            'than that of the LayerNorms; zero_mean_writers="parametrize" keeps it',
-            rewrite.target,
-        )
+    if rewrite.model.training and rewrite.edit.training:
+        logger.warning("%s: the model is in training mode, and this is %s", caller, rewrite.edit.training)

@@ -100,17 +100,19 @@ class Rewrite:
         lines = [
             f"{report.count(len(self.norms) + len(self.left), 'LayerNorm')}: {len(self.norms)} rewritten, "
             f"{len(self.left)} kept",
-            f"{report.count(len(found.writers), 'tensor')} centered, the mean of "
-            f"{report.count(len(found.centered_outputs), 'output')} taken away in every forward",
         ]
+        done = [
+            f"{report.count(len(found.writers), 'tensor')} centered" if found.writers else "",
+            f"the mean of {report.count(len(found.centered_outputs), 'output')} taken away in every forward"
+            if found.centered_outputs
+            else "",
+        ]
+        lines += [", ".join(filter(None, done))]
         if self.unread:
             lines.append(
                 f"the sample does not reach {report.some(self.unread)}: inputs that do may give other outputs"
             )
-        if not self.edit.parametrized:
-            lines.append(
-                'for inference: further training goes another way (zero_mean_writers="parametrize" does not)'
-            )
+        lines += [self.edit.training] if self.edit.training else []
         return "\n".join(lines)
 
     def table(self) -> str:
@@ -121,18 +123,7 @@ class Rewrite:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        found = self.edit.found
-        writers = sorted(found.writers, key=lambda w: w.name)
-        return {
-            "target": self.edit.target,
-            "norms": self.norms,
-            "writers": [vars(writer) for writer in writers],
-            "centered_outputs": dict(found.centered_outputs),
-            "zero_mean_writers": "parametrize" if self.edit.parametrized else "bake",
-            "untied": [*self.edit.untied],
-            "left": dict(self.left),
-            "unread": [*self.unread],
-        }
+        return self.edit.to_dict() | {"left": dict(self.left), "unread": [*self.unread]}
 
     def to_json(self) -> str:
         """All of it."""

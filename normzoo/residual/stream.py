@@ -70,15 +70,15 @@ def streams(
         shared: names of parameters that belong to a module which did not run, too, and its name.
     """
     cut = {v for name in cuts for v in recording.outputs_of[name]}
-    search = _Search(recording, norms, cut, non_persistent, shared or {})
+    follower = _Follower(recording, norms, cut, non_persistent, shared or {})
     for call in recording.calls:
         if call.operator == NORM and call.module in norms:
             value = call.args[0]
-            search.explore((value, norms[call.module] % len(value.shape), ()))
-    return search.found
+            follower.explore((value, norms[call.module] % len(value.shape), ()))
+    return follower.found
 
 
-class _Search:
+class _Follower:
     def __init__(
         self,
         recording: Recording,
@@ -131,7 +131,9 @@ class _Search:
             if value.leaf == "buffer":
                 why = f"{value.name} is in no state dict" if value.name in self._non_persistent else ""
             else:
-                why = f"{_LEAVES[value.leaf]} goes into the stream"
+                why = f"{_LEAVES[value.leaf]} goes into the stream" + (
+                    " (embeddings that are given?)" if value.leaf == "input" else ""
+                )
         elif value.call.operator == NORM:
             why = "the stream holds the output of a norm, as in a post-LN model, whose mean depends on the data"
         elif (gated := _gated(value.call, axis)) is not None:
@@ -149,7 +151,13 @@ class _Search:
     def _below(self, stream: Stream, value: Value, axis: int, scale: Scale) -> Iterator[Place]:
         """What is made from the value."""
         if value in self._returned:
-            stream.obstacles.append(Obstacle(value, "the model returns the stream itself", True))
+            stream.obstacles.append(
+                Obstacle(
+                    value,
+                    "the model returns the stream itself (let sample be a function that returns what you use)",
+                    True,
+                )
+            )
         for user in dict.fromkeys(value.users):
             dims = len(value.shape)
             if user.operator in SHAPED:
