@@ -213,7 +213,7 @@ def test_options_of_the_other_rewrite():
         ("pre_crms_norm", {"tied": "untie"}),
         ("pre_crms_norm", {"module_map": {"norms": "*"}}),
     ):
-        with pytest.raises(ValueError, match=f"plan_rewrite: {[*option][0]}=.* does not go with {to}"):
+        with pytest.raises(ValueError, match=f"plan_rewrite: {next(iter(option))}=.* does not go with {to}"):
             plan_rewrite(GPT(), IDS, to=to, **option)
     said = plan_rewrite(stirred(GPT()), IDS, to="pre_crms_norm", basis="orthonormal").to_dict()
     assert (said["rewrite"], said["target"], said["basis"]) == ("pre_crms_norm", "rms_norm", "orthonormal")
