@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 def centered(x: Tensor, dim: int) -> Tensor:
@@ -36,6 +39,46 @@ class ZeroMean(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
+
+
+def parametrize_alone(module: nn.Module, name: str, parametrization: nn.Module) -> None:
+    """``register_parametrization`` that leaves copies of `module` as they are.
+
+    Raises:
+        Exception: as there; the class of `module` may be another by then, but none that others have changed.
+    """
+    with _own_class(module):
+        parametrize.register_parametrization(module, name, parametrization)
+
+
+def unparametrize_alone(module: nn.Module, name: str, *, leave_parametrized: bool) -> None:
+    """``remove_parametrizations`` that leaves copies of `module` as they are."""
+    with _own_class(module):
+        parametrize.remove_parametrizations(module, name, leave_parametrized=leave_parametrized)
+
+
+@contextlib.contextmanager
+def _own_class(module: Any) -> Iterator[None]:
+    """Gives a parametrized module a class of its own.
+
+    torch makes one, with a property for every parametrized tensor, which deepcopy hands on: what is put into it
+    or deleted from it is so for all copies.
+    """
+    cls = type(module)
+    outer = (
+        cls.zero_mean_dim if issubclass(cls, ZeroMeanOutput) and cls.__bases__[0] is ZeroMeanOutput else None
+    )
+    inner = cls if outer is None else plain_class(cls)
+    if parametrize.is_parametrized(module):
+        own = {key: value for key, value in vars(inner).items() if key not in ("__dict__", "__weakref__")}
+        module.__class__ = type(inner.__name__, inner.__bases__, own)
+    else:
+        outer = None
+    try:
+        yield
+    finally:
+        if outer is not None:
+            module.__class__ = with_zero_mean(type(module), outer)
 
 
 class ZeroMeanOutput:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..centering import ZeroMean, ZeroMeanOutput
+from ..centering import ZeroMean, ZeroMeanOutput, unparametrize_alone
 from ..layers.weight_standardization import WeightStandardization
 from ..layers.ws_conv import CARRIERS, Standardized
 from .bypass import raw_weights
@@ -81,7 +81,7 @@ def bake(model: nn.Module) -> nn.Module:
             "taken away in every forward"
         )
     for module, name in centered:
-        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        unparametrize_alone(module, name, leave_parametrized=True)
     for old, new in baked.items():
         bring_along(old, new, _LEFT)
     swap = Swap(model, baked)

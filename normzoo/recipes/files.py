@@ -21,6 +21,8 @@ KEY = "normzoo.recipe"
 _LONGEST = 100_000_000
 """Bytes of a recipe, and of a header, which in a safetensors file can have no more either."""
 _DIMENSIONS = 16
+_RANK = 8
+"""The most dimensions of what a module returns: it is known in its forward alone, too late for an error."""
 DTYPES: dict[str, torch.dtype] = {
     str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)
 }
@@ -233,7 +235,7 @@ def parse(found: Any) -> Recipe:
         tuple(_layer(f"layers[{i}]", each) for i, each in enumerate(top["layers"])),
         _names("identities", top["identities"]),
         plain,
-        tuple(_centered(f"zero_mean[{i}]", each) for i, each in enumerate(top["centered_outputs"])),
+        tuple(_centered(f"centered_outputs[{i}]", each) for i, each in enumerate(top["centered_outputs"])),
         tuple(_parametrized(f"parametrizations[{i}]", each) for i, each in enumerate(top["parametrizations"])),
         _names("slow", top["slow"]),
         tensors,
@@ -340,6 +342,11 @@ def _layer(where: str, value: Any) -> Layer:
 
 def _centered(where: str, value: Any) -> Centered:
     found = _object(where, value, {"names": _several_names, "dim": _whole}, ())
+    if not -_RANK <= found["dim"] < _RANK:
+        raise ValueError(
+            f"{where}.dim is {_short(found['dim'])}; it must be from {-_RANK} to {_RANK - 1}, for no module "
+            "returns tensors of more dimensions"
+        )
     return Centered(**found)
 
 

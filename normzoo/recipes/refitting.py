@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..centering import ZeroMeanOutput, with_zero_mean
+from ..centering import ZeroMeanOutput, parametrize_alone, with_zero_mean
 from ..conversion.following import is_activation
+from ..conversion.layouts import follow
 from ..conversion.luggage import FROZEN_FROM, bring_along
 from ..conversion.recognise import recognise
 from ..conversion.recognise_weights import weighted
@@ -21,10 +22,13 @@ from ..folding.steps import Folded
 from .describing import PLAIN, describe, described, held, shapes, slow
 from .files import DTYPES, Layer, Parametrized, Recipe, Shape
 from .rebuilding import LAYERS, PARAMETRIZATIONS, build, layer_class, tensors
-from .reshaping import by_name, differences, follow, kind_of, reshape, tie
+from .reshaping import by_name, differences, kind_of, reshape, tie
 
 _ROOM = 1 << 24
 """Entries that a recipe may add to any model; beyond it must not grow by more than a factor of 4."""
+
+_OPTIONAL = ("weight", "bias")
+"""Tensors of a layer that may be None whatever its arguments say, as those of a frozen norm."""
 
 
 class Refit:
@@ -39,6 +43,9 @@ class Refit:
         self.root, self.recipe = model, recipe
         self._before = [(module, type(module), *_state(module)) for module in model.modules()]
         self._first = held(model)
+        self._made_anew = 0
+        """Entries of tensors that layers did not take from what stood there."""
+        self._undone: list[Callable[[], None]] = []
         inside = tuple(f"{name}." if name else "" for layer in recipe.layers for name in layer.names)
         both = [
             (DTYPES[shape.dtype], self._first[name].dtype)
@@ -73,12 +80,14 @@ class Refit:
             if not slow(module):
                 whole = isinstance(module, nn.TransformerEncoder)
                 setattr(module, *(("use_nested_tensor", False) if whole else ("activation_relu_or_gelu", 0)))
-        tie(self.root, self.recipe.ties, {id(t) for t in self._first.values()})
+        self._undone.extend(tie(self.root, self.recipe.ties, {id(t) for t in self._first.values()}))
         self._compare()
         return self.root
 
     def undo(self) -> None:
         """The model as it was."""
+        for each in reversed(self._undone):
+            each()
         for module, cls, attributes, tables in self._before:
             if type(module) is not cls:
                 module.__class__ = cls
@@ -110,8 +119,13 @@ class Refit:
 
     def _refuse_large(self) -> None:
         shapes = {name: t.shape for name, t in self._first.items()}
-        new = sum(math.prod(t.shape) for n, t in self.recipe.tensors.items() if shapes.get(n) != t.shape)
-        had = sum(map(math.prod, shapes.values()))
+        self._refuse_many(
+            sum(math.prod(t.shape) for n, t in self.recipe.tensors.items() if shapes.get(n) != t.shape)
+        )
+
+    def _refuse_many(self, new: int) -> None:
+        """Raises ValueError where these are more entries than may be added."""
+        had = sum(t.numel() for t in self._first.values())
         if new > 4 * had + _ROOM:
             raise ValueError(
                 f"its tensors would add {new} entries to a model of {had}; the recipe is that of another model"
@@ -144,6 +158,10 @@ class Refit:
         for name in (*layer.how.get("then", ()), *_then(layer.arguments)):
             if name not in layer.children:
                 raise ValueError(f"it goes on through {name!r}, which is none of its children")
+        if "forward" in vars(old):
+            raise ValueError(
+                "it has a forward of its own, which would be lost; apply the recipe first, then set it"
+            )
         arguments = (LAYERS, layer.layer, layer.arguments, layer.how)
         sketch = build(*arguments, device="meta")
         own, have, same = tensors(sketch), tensors(old), self._same_dtypes and wanted is not None
@@ -159,6 +177,11 @@ class Refit:
             for name, t in own.items()
             if name in have and have[name].shape == t.shape and kind_of(have[name].dtype) == kind_of(t.dtype)
         }
+        required = sorted(shapes(sketch).keys() - wanted.keys() - {*_OPTIONAL})
+        if required:
+            raise ValueError(f"{a(layer.layer)} has a {required[0]}, and the recipe has none for it")
+        self._made_anew += sum(t.numel() for name, t in own.items() if name not in taken)
+        self._refuse_many(self._made_anew)
         # With nothing of its own it need not draw weights.
         new: Any = (
             sketch if own.keys() <= taken.keys() else build(*arguments, **self._where(wanted, have, same))
@@ -175,7 +198,7 @@ class Refit:
                     f"{a(type(old).__name__)} without one stands there"
                 )
             setattr(new, child, old._modules[child])
-        keep = {*layer.children, *layer.attributes, *(name for name in wanted if name not in own)}
+        keep = {*layer.children, *layer.attributes, *(name for name in wanted if name not in own), *_given(old)}
         bring_along(old, new, {*vars(old), *old._parameters, *old._buffers, *old._modules} - keep)
         trained = [p.requires_grad for p in old.parameters()]
         if trained and not any(trained):
@@ -246,7 +269,7 @@ class Refit:
                 )
             made = build(PARAMETRIZATIONS, link[0], link[1], {}, **where)
             try:
-                parametrize.register_parametrization(module, each.tensor, made)
+                parametrize_alone(module, each.tensor, made)
             except (IndexError, TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(
                     f"{each.names[0]!r}: {link[0]} does not fit its {each.tensor}: {error}"
@@ -255,6 +278,7 @@ class Refit:
     def _reshape(self) -> None:
         inside = {f"{name}." if name else "" for each in self.recipe.parametrized for name in each.names}
         modules, there = by_name(self.root), held(self.root)
+        changed: set[str] = set()
         for name, shape in self.recipe.tensors.items():
             owner, parametrized, rest = name.rpartition("parametrizations.")
             tensor, _, which = rest.partition(".")
@@ -262,9 +286,10 @@ class Refit:
                 if which != "original":
                     continue  # comes with the parametrization
                 name = f"{owner}{tensor}"
-            reshape(modules, name, shape)
-        for name, module in modules.items():
-            follow(module, name)
+            if reshape(modules, name, shape):
+                changed.add(name.rpartition(".")[0])
+        for name in sorted(changed):
+            follow(modules[name], name)
 
     def _compare(self) -> None:
         """Raises ValueError where the model is not the one of the recipe now."""
@@ -290,6 +315,17 @@ def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """The attributes of a module, and what is in those that a refit writes to."""
     tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
     return dict(vars(module)), {name: copy.copy(vars(module)[name]) for name in tables}
+
+
+def _given(module: nn.Module) -> set[str]:
+    """Attributes, and buffers outside of the state dict, of which no method of its class knows."""
+    methods = (value for cls in type(module).__mro__ for value in vars(cls).values())
+    known = {name for method in methods if inspect.isfunction(method) for name in method.__code__.co_names}
+    return {
+        name
+        for name in (*vars(module), *module._non_persistent_buffers_set)
+        if name not in known and not name.startswith("_")
+    }
 
 
 def _then(arguments: Mapping[str, Any]) -> Iterable[Any]:

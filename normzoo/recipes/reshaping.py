@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
+from ..conversion.layouts import layout_of
 from ..conversion.report import a
+from ..conversion.tying import untie
 from . import describing
 from .describing import held
 from .files import DTYPES, Shape
@@ -23,8 +25,11 @@ def kind_of(dtype: torch.dtype) -> str:
     return "floating" if dtype.is_floating_point else "complex" if dtype.is_complex else "integer"
 
 
-def reshape(modules: Find, name: str, wanted: Shape) -> None:
+def reshape(modules: Find, name: str, wanted: Shape) -> bool:
     """Gives the parameter `name` the shape that is wanted, or makes it where the module may have one.
+
+    Returns:
+        Whether it had another.
 
     Raises:
         ValueError: there is no such tensor, or it is no parameter whose shape anything can follow.
@@ -42,12 +47,15 @@ def reshape(modules: Find, name: str, wanted: Shape) -> None:
         like = next((p for p in around if p.is_floating_point()), torch.empty(0))
         new = torch.zeros(wanted.shape, dtype=like.dtype, device=like.device)
         table[leaf] = nn.Parameter(new, requires_grad=like.requires_grad)
-    elif (*tensor.shape,) != wanted.shape:
+        return True
+    if (*tensor.shape,) != wanted.shape:
         _refuse_shape(module, name, leaf, tensor, wanted)
         new = torch.zeros(wanted.shape, dtype=tensor.dtype, device=tensor.device)
         table[leaf] = nn.Parameter(new, requires_grad=tensor.requires_grad)
-    elif kind_of(tensor.dtype) != kind_of(DTYPES[wanted.dtype]):
+        return True
+    if kind_of(tensor.dtype) != kind_of(DTYPES[wanted.dtype]):
         raise ValueError(f"the recipe has {_said(name, wanted)}, and in the model it is of {tensor.dtype}")
+    return False
 
 
 def _said(name: str, wanted: Shape) -> str:
@@ -59,7 +67,7 @@ def _refuse_shape(module: nn.Module, name: str, leaf: str, tensor: Tensor, wante
     differ = f"the recipe has {_said(name, wanted)}, and in the model its shape is {(*tensor.shape,)}"
     if wanted.buffer or len(wanted.shape) != tensor.dim():
         raise ValueError(f"{differ}; make the model with the settings that it was converted with")
-    if _sizes(module, {"weight": wanted.shape}) is None and _of_torch(module):
+    if layout_of(module) is None and _of_torch(module):
         raise ValueError(f"{differ}, which {a(type(module).__name__)} cannot follow")
     kernel = wanted.shape[2:] != tensor.shape[2:]
     if isinstance(module, _ConvNd) and leaf == "weight" and kernel:
@@ -75,57 +83,17 @@ def _of_torch(module: nn.Module) -> bool:
     )
 
 
-def _sizes(module: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int] | None:
-    """The attributes that tell the shape of its weight, and what they are for these; None where it has none."""
-    shape = shapes.get("weight", ())
-    if isinstance(module, nn.Linear):
-        names = ("out_features", "in_features")
-    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        names = ("num_embeddings", "embedding_dim")
-    elif isinstance(module, _ConvNd):
-        turned = isinstance(module, _ConvTransposeNd)
-        names = ("in_channels", "out_channels") if turned else ("out_channels", "in_channels")
-        shape = (shape[0], shape[1] * module.groups) if len(shape) > 1 else shape
-    elif any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf"):
-        names = ("nx", "nf") if hasattr(module, "nx") else ("", "nf")
-    else:
-        return None
-    return {name: size for name, size in zip(names, shape, strict=False) if name}
-
-
-def follow(module: nn.Module, name: str) -> None:
-    """Lets the attributes of `module` say the shape that its weight has now.
-
-    Raises:
-        ValueError: weight and bias do not fit together.
-    """
-    own = {leaf: (*t.shape,) for leaf, t in module._parameters.items() if t is not None}
-    sizes = _sizes(module, own) if "weight" in own else None
-    if sizes is None:
-        return
-    for attribute, size in sizes.items():
-        setattr(module, attribute, size)
-    out = next((sizes[n] for n in ("out_features", "out_channels", "nf") if n in sizes), None)
-    if out is not None and own.get("bias", (out,)) != (out,):
-        raise ValueError(
-            f"{name}.bias has shape {own['bias']} in the recipe, and its weight makes {out} outputs"
-        )
-    groups = getattr(module, "groups", 1)
-    if isinstance(module, _ConvNd) and any(size % groups for size in sizes.values()):
-        raise ValueError(
-            f"{name}.weight has shape {own['weight']} in the recipe, which {groups} groups do not divide"
-        )
-
-
-def put(modules: Find, name: str, tensor: Tensor) -> None:
+def _table(modules: Find, name: str) -> dict[str, Any]:
+    """What holds a tensor."""
     parent, _, leaf = name.rpartition(".")
     module = modules[parent]
-    table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
-    table[leaf] = tensor
+    return module._parameters if leaf in module._parameters else module._buffers
 
 
-def tie(root: nn.Module, groups: Collection[tuple[str, ...]], kept: Collection[int]) -> None:
-    """Makes one tensor of every group of names, and of no others.
+def tie(
+    root: nn.Module, groups: Collection[tuple[str, ...]], kept: Collection[int]
+) -> Iterator[Callable[[], None]]:
+    """Makes one tensor of every group of names, and of no others; yields what undoes it outside of the tables.
 
     Args:
         kept: ids of tensors that go before others of their group.
@@ -136,19 +104,14 @@ def tie(root: nn.Module, groups: Collection[tuple[str, ...]], kept: Collection[i
     for name, tensor in now.items():
         names = of_group.get(name, (name,))
         if owner.setdefault(id(tensor), names) != names:
-            now[name] = _copy(tensor)
-            put(modules, name, now[name])
+            yield untie(root, name)
+            now[name] = _table(modules, name)[name.rpartition(".")[2]]
     for names in groups:
         found = [now[name] for name in names if name in now]
         first = next((t for t in found if id(t) in kept), *found[:1])
         for name in names:
             if now.get(name) is not first and name in now:
-                put(modules, name, first)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    copy = tensor.detach().clone()
-    return nn.Parameter(copy, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+                _table(modules, name)[name.rpartition(".")[2]] = first
 
 
 def by_name(root: nn.Module) -> dict[str, nn.Module]:

@@ -76,8 +76,9 @@ def apply_recipe(model: nn.Module, recipe: str | os.PathLike[str] | Mapping[str,
     `model` is of the class, and was made with the settings, of the model that was converted. Tensors that keep
     their name and shape stay the very objects they are, so that weights of the original may be in it already,
     and its dtype and device stay; it may be on the meta device. Parameters of another shape are zero until
-    weights are loaded. Nothing in the file is run, imported or unpickled: names of layers are looked up in a
-    fixed table, names of modules in the model alone.
+    weights are loaded. Hooks, attributes and buffers outside of the state dict that were given to a norm come
+    along; the state dict is that of the recipe. Nothing in the file is run, imported or unpickled: names of
+    layers are looked up in a fixed table, names of modules in the model alone.
 
     Args:
         model: any module, itself a norm perhaps.

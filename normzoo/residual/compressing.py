@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..conversion.layouts import follow
 from ..conversion.luggage import bring_along
 from ..conversion.norm import tensor
 from ..conversion.recognise import Site
-from ..conversion.surgery import Swap
 from ..layers.rms import CRMSNorm, RMSNorm
-from ..recipes.reshaping import follow
 from .consuming import Consumer
-from .editing import Edit, Undo, carry_out, without_fast_path, zero_mean
+from .editing import Edit, Undo, carry_out, exchange, names_of, tensor_at, write, zero_mean
 
 BASES = ("truncate", "orthonormal")
 
@@ -87,7 +85,7 @@ class CompressedEdit(Edit):
             *((name, ("reader", how, taken)) for name in sorted(each.name for each in self.consumers)),
         ]
 
-    def apply(self, model: nn.Module) -> Undo:
+    def apply(self, model: nn.Module) -> Callable[[], None]:
         steps = (self._untie, self._consume, self._compress, self._replace, self._follow)
         return carry_out(step(model) for step in steps)
 
@@ -96,16 +94,16 @@ class CompressedEdit(Edit):
         touched = {writer.name for writer in self.found.writers} | {each.name for each in self.consumers}
         for prefix in sorted({name.rpartition(".")[0] for name in touched}):
             owner = model.get_submodule(prefix)
-            before = {key: value for key, value in vars(owner).items() if isinstance(value, int)}
+            before = dict(vars(owner))
             follow(owner, prefix)
-            yield functools.partial(vars(owner).update, before)
+            changed = {key: value for key, value in before.items() if vars(owner)[key] is not value}
+            yield Undo(lambda prefix=prefix, to=changed: vars(model.get_submodule(prefix)).update(to))
 
     def _consume(self, model: nn.Module) -> Iterator[Undo]:
         """Weights behind a norm take up its weight and bias, then the new basis."""
         sites = {site.name: site for site in self.sites}
         for consumer in sorted(self.consumers, key=lambda c: c.name):
             prefix, _, _ = consumer.name.rpartition(".")
-            owner: Any = model.get_submodule(prefix)
             weight = model.get_parameter(consumer.name)
             gain, shift = affine(sites[consumer.norm], model.get_submodule(consumer.norm))
             wide = weight.detach().double()
@@ -113,7 +111,7 @@ class CompressedEdit(Edit):
             along = [-1 if d == consumer.axis else 1 for d in range(wide.dim())]
             if shift is not None and shift.any():
                 added = (wide * shift.view(along)).sum(consumer.axis)
-                yield _add_bias(owner, weight, added.flatten(1).sum(1) if added.dim() > 1 else added)
+                yield _add_bias(model, prefix, weight, added.flatten(1).sum(1) if added.dim() > 1 else added)
             wide = wide if gain is None else wide * gain.view(along)
             wide = reading(wide, consumer.axis, self.basis)
             if self.basis == "orthonormal":  # the norm divides by one entry less
@@ -143,9 +141,7 @@ class CompressedEdit(Edit):
                 new = RMSNorm(width - 1, norm.eps * width / (width - 1), elementwise_affine=False)
             bring_along(old, new, ("weight", "bias"))
             made[old] = new
-        swap = Swap(model, made, without_fast_path(model, made))
-        swap.do()
-        yield swap.undo
+        yield exchange(model, made)
 
 
 def affine(site: Site, norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
@@ -160,30 +156,30 @@ def affine(site: Site, norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 @torch.no_grad()
 def _resize(model: nn.Module, name: str, value: Tensor) -> Undo:
     """The same parameter or buffer with other numbers, of another shape; returns what undoes it."""
-    prefix, _, leaf = name.rpartition(".")
-    owner: Any = model.get_submodule(prefix)
-    held = getattr(owner, leaf)
-    before = held.data
-    held.data = value.to(before).contiguous()
+    tensor = tensor_at(model, name)
+    before, grad, names = tensor.data, tensor.grad, names_of(model, tensor)
+    tensor.grad = None
+    tensor.data = value.to(before).contiguous()
+
+    def now() -> list[Tensor]:
+        return [tensor_at(model, each, value.shape) for each in names]
 
     def undo() -> None:
-        held.data = before
+        for each in now():
+            each.grad = None
+            each.data = before.to(each)
+            each.grad = None if grad is None else grad.to(each)
 
-    return undo
+    return Undo(undo, now)
 
 
-@torch.no_grad()
-def _add_bias(owner: Any, weight: Tensor, added: Tensor) -> Undo:
+def _add_bias(model: nn.Module, prefix: str, weight: Tensor, added: Tensor) -> Undo:
     """Adds to the bias of a layer, which gets one where it has none; returns what undoes it."""
-    before = owner.bias
-    if before is None:
-        owner.bias = nn.Parameter(added.to(weight), requires_grad=weight.requires_grad)
-        return lambda: setattr(owner, "bias", None)
-    numbers = before.detach().clone()
-    before.copy_(before.double() + added)
-
-    def undo() -> None:
-        with torch.no_grad():
-            before.copy_(numbers)
-
-    return undo
+    owner: Any = model.get_submodule(prefix)
+    if owner.bias is not None:
+        return write(model, owner.bias, owner.bias.detach().double() + added)
+    owner.bias = nn.Parameter(added.to(weight), requires_grad=weight.requires_grad)
+    return Undo(
+        lambda: setattr(model.get_submodule(prefix), "bias", None),
+        lambda: tensor_at(model, f"{prefix}.bias", added.shape),
+    )

@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from ..conversion.layouts import layout_of
 from ..conversion.norm import tensor
 from ..conversion.recognise import Site
 from ..conversion.report import a
+from ..conversion.tying import holders
 from .finding import Found
-from .mapping import output_axis
 from .operators import passes_to, source
 from .recording import NORM, Call, Recording, Value
 
@@ -66,15 +67,24 @@ def consumers(recording: Recording, found: Found, sites: Sequence[Site]) -> set[
     return {Consumer(leaf.name, axes[leaf], site.name) for leaf, site in weights.items()}
 
 
-def check_owner(model: nn.Module, consumer: Consumer) -> None:
-    """Raises Unread where the module of a weight cannot take another size, or the bias of a norm."""
+def check_owner(model: nn.Module, consumer: Consumer, untied: Collection[str]) -> None:
+    """Raises Unread where the module of a weight cannot take another size, or the bias of a norm.
+
+    Args:
+        untied: modules that will have a weight of their own.
+    """
     prefix, _, leaf = consumer.name.rpartition(".")
     owner: Any = model.get_submodule(prefix)
     kind = type(owner).__name__
-    if leaf != "weight" or output_axis(owner) is None:
+    if leaf != "weight" or layout_of(owner) is None:
         raise Unread(f"{consumer.name} reads {consumer.norm}, and {a(kind)} cannot take another size")
     if isinstance(owner, _ConvNd) and (isinstance(owner.padding, str) or any(owner.padding)):
         raise Unread(f"{prefix} reads {consumer.norm}, and pads with zeros, which its bias would not reach")
+    for own in ("weight", "bias"):
+        held = owner._parameters.get(own)
+        others = [] if held is None else [name for name, _ in holders(model, held) if name not in untied]
+        if len(others) > 1:
+            raise Unread(f"{prefix} reads {consumer.norm}, and its {own} belongs to {' and '.join(others)}")
 
 
 def _check_reader(call: Call, sites: Mapping[str, Site]) -> None:

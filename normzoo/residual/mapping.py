@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ..conversion.layouts import layout_of
 from ..conversion.report import a
 from ..conversion.rules import matches
 from .finding import Found
@@ -60,22 +60,12 @@ def _matching(pattern: str, names: Any, what: str, caller: str) -> set[str]:
 
 def _writers(name: str, module: nn.Module, caller: str) -> Iterator[Writer]:
     """Weight and bias of a module, along the dimension of what it returns."""
-    axis = output_axis(module)
-    if axis is None:
+    layout = layout_of(module)
+    if layout is None:
         raise ValueError(
             f"{caller}: {name!r} in module_map is {a(type(module).__name__)}, and it is not known along which "
             "dimension that writes; name its parameters whose last dimension is that of the stream"
         )
-    yield Writer(f"{name}.weight", axis)
+    yield Writer(f"{name}.weight", layout.out)
     if getattr(module, "bias", None) is not None:
         yield Writer(f"{name}.bias", 0)
-
-
-def output_axis(module: nn.Module) -> int | None:
-    """The dimension of its weight that is that of what a module returns: by its type, never by its shape."""
-    if isinstance(module, (nn.Linear, _ConvNd)):
-        return 1 if isinstance(module, _ConvTransposeNd) else 0
-    hugging_face = ("Conv1D", "transformers.pytorch_utils")
-    if any((cls.__name__, cls.__module__) == hugging_face for cls in type(module).__mro__):
-        return 1
-    return 1 if isinstance(module, nn.Embedding) else None

@@ -22,11 +22,12 @@ from ..conversion.rules import Names, seen, selector
 from ..conversion.surgery import refuse_wrapped
 from ..conversion.transfer import Choice, Refused, replacement
 from ..conversion.trial import short, undisturbed
+from ..conversion.tying import untie
 from ..model_source import sample_for
 from ..zoo import find
 from .compressing import BASES, CompressedEdit
 from .consuming import Unread, check_owner, consumers
-from .editing import Edit, untie
+from .editing import Edit, refuse_sparse
 from .finding import IDLE, Found, search
 from .mapping import ModuleMap, mapped
 from .probing import Probe
@@ -113,7 +114,7 @@ def planned(
     if tied == "untie":
         untied = [name for name in found.centered_outputs if _shares(twin, name)]
         for name in untied:
-            untie(twin, name)
+            untie(twin, f"{name}.weight")
         recording, found = _recorded(twin, probe, sites, baked, caller) if untied else (recording, found)
     probe.narrow = narrowed(recording, found.members)
     if module_map is not None:
@@ -134,6 +135,8 @@ def planned(
     if baked:
         _refuse_outside(model, found, caller)
     going = [site for site in sites if site.name in found.norms]
+    if not baked:
+        refuse_sparse(model, found.writers, caller)
     edit = Edit(going, found, not baked, untied)
     if to == "pre_crms_norm":
         edit = _compressed(model, edit, recording, basis, caller)
@@ -184,7 +187,7 @@ def _compressed(model: nn.Module, edit: Edit, recording: Recording, basis: str, 
     try:
         found = consumers(recording, edit.found, edit.sites)
         for consumer in found:
-            check_owner(model, consumer)
+            check_owner(model, consumer, edit.untied)
         return CompressedEdit(edit.sites, edit.found, False, edit.untied, found, basis)
     except Unread as reason:
         raise ValueError(f"{caller}: {reason}; use to_pre_rms_norm, which leaves the readers alone") from reason

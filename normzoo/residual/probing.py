@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from ..conversion.proof import Outputs, Sample, outputs, tensors_in
 from ..conversion.trial import chance, distance, noise, short, undisturbed
-from .editing import Edit, untie
+from ..conversion.tying import untie
+from .editing import Edit
 from .finding import Found
 from .stream import Writer
 
@@ -108,7 +109,7 @@ class Probe:
         if not any(t.any() for t in before.values()):
             raise Unshown("every output of the model is zero on this sample, which shows nothing")
         for name in edit.untied:
-            untie(twin, name)
+            untie(twin, f"{name}.weight")
         shift, culprit = _shift(twin, self.sample, edit.found, before, tolerance)
         in_training = copy.deepcopy(twin) if edit.parametrized else None
         undo = edit.plain.apply(twin)

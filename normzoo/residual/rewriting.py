@@ -77,14 +77,24 @@ class Rewrite:
 
     @torch.inference_mode(False)
     def revert(self) -> nn.Module:
-        """Put norms and weights back as they were when :meth:`apply` was called; training in between is lost.
+        """Take the rewrite back; what has become of the rest of the model in between stays.
+
+        Weights that were centered, and what multiplied them, get the numbers that they had before
+        :meth:`apply`, so that training of these in between is lost; so do biases and weights behind norms that
+        took up those of the norms. Weights that are centered in every forward keep their training, and so do
+        weight and bias of norms, where the new norms have them. A weight that was untied is tied again. Dtype,
+        device and mode are those of the model now.
 
         Raises:
-            ValueError: the rewrite is not applied.
+            ValueError: the rewrite is not applied; a module or tensor that it is about is gone or has another
+                shape, as after ``bake``. The model is left as it was.
         """
         if self._undo is None:
             raise ValueError("Rewrite.revert: it is not applied; there is nothing to take back")
-        self._undo()
+        try:
+            self._undo()
+        except ValueError as error:
+            raise ValueError(f"Rewrite.revert: {error}; the model has changed too much since") from error
         self._undo = None
         return self.model
 
