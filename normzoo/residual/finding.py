@@ -46,82 +46,75 @@ def search(
     norms: Mapping[str, int],
     *,
     baked: bool,
-    ready: Collection[str] = (),
+    centered: Collection[str] = (),
 ) -> Found:
     """What can be done about the streams that `norms` read.
 
     Args:
         norms: names, and the axis that each normalizes.
         baked: weights are changed once, so that what multiplies them can be folded into them.
-        ready: modules whose output has its mean taken away whatever is found.
+        centered: modules whose output has its mean taken away whatever is found.
     """
     non_persistent, shared = _non_persistent(model), _shared(model, recording.outputs_of)
-    cuts = {*ready}
-    refused: dict[str, str] = {}
-    while True:
-        found = streams(recording, norms, cuts, non_persistent, shared)
-        ways = [_ways(model, recording, stream) for stream in found if stream.obstacles]
-        if not (new := set().union(*ways) - cuts):
+    outputs = {*centered}
+    while True:  # a stream that is cut may be several
+        found = streams(recording, norms, outputs, non_persistent, shared)
+        more = {name for stream in found for name in _worth_centering(model, recording, stream)}
+        if more <= outputs:
             break
-        cuts |= new
-    result = Found()
-    for stream in found:
-        why = _broken(stream, baked, shared)
-        if why:
-            refused |= dict.fromkeys(stream.norms, why)
-            continue
-        result.norms |= stream.norms
-        result.writers |= {*stream.writers}
-        result.members |= {*stream.members}
-    result.norms -= refused.keys()  # it may read several streams
-    for stream in found:
-        for value, (axis, _) in stream.members.items():
-            for name in cuts & {*value.returned_by} if value in result.members else ():
-                result.centered_outputs[name] = axis - len(value.shape)
-    for name in norms:
-        if name not in result.norms:
-            result.left[name] = refused.get(name, IDLE)
-    return result
+        outputs |= more
+    why = {stream: _broken(stream, baked, shared) for stream in found}
+    sound = [stream for stream in found if not why[stream]]
+    refused = {norm: why[stream] for stream in found if why[stream] for norm in stream.norms}
+    members = {value: axis for stream in sound for value, (axis, _) in stream.members.items()}
+    going = {norm for stream in sound for norm in stream.norms} - refused.keys()  # a norm may read several
+    return Found(
+        going,
+        {writer for stream in sound for writer in stream.writers},
+        {
+            name: axis - len(value.shape)
+            for value, axis in members.items()
+            for name in outputs.intersection(value.returned_by)
+        },
+        {norm: refused.get(norm, IDLE) for norm in norms if norm not in going},
+        {*members},
+    )
 
 
-def _ways(model: nn.Module, recording: Recording, stream: Stream) -> set[str]:
-    """Modules to be cut off so that nothing is in the way of `stream`; none where that is no gain.
+def _worth_centering(model: nn.Module, recording: Recording, stream: Stream) -> set[str]:
+    """Modules whose output, less its mean, leaves nothing in the way of `stream`; none where that is no gain.
 
     A mean that is taken away costs what a norm saves. Behind dropout there is no other way: with means of zero
     before it other numbers would come out.
     """
-    cuts: set[str] = set()
+    needed: set[str] = set()
     dropped: set[str] = set()
     for obstacle in stream.obstacles:
         way = way_out(stream, obstacle)
-        if not way:
+        if not way or not all(_can_center(model.get_submodule(name), name, recording, stream) for name in way):
             return set()
-        for name in way:
-            module = model.get_submodule(name)
-            if "forward" in vars(module):  # which would go on in place of that of another class
-                return set()
-            if any(value not in stream.members for value in recording.outputs_of[name]):
-                return set()
-            made_there = obstacle.value.call is not None and obstacle.value.call.module == name
-            if made_there and model.training and isinstance(module, _DropoutNd):
-                dropped.add(name)
-            cuts.add(name)
-    return cuts if 2 * len(cuts - dropped) <= len(stream.norms) else set()
+        needed.update(way)
+        call = obstacle.value.call
+        if model.training and call is not None and call.module in way:
+            dropped.update([call.module] if isinstance(model.get_submodule(call.module), _DropoutNd) else [])
+    return needed if 2 * len(needed - dropped) <= len(stream.norms) else set()
+
+
+def _can_center(module: nn.Module, name: str, recording: Recording, stream: Stream) -> bool:
+    """Whether all that a module returns is of the stream, by the forward of its class."""
+    inside = all(value in stream.members for value in recording.outputs_of[name])
+    return inside and "forward" not in vars(module)  # which would go on in place of that of another class
 
 
 def _broken(stream: Stream, baked: bool, shared: Mapping[str, str]) -> str:
     """Why the norms of a stream stay; empty where they need not."""
     if stream.obstacles:
-        # What the user can help goes first: a tied head reads the stream too, and has a way out.
-        ways = {
-            each: way_out(stream, each)
-            for each in sorted(stream.obstacles, key=lambda o: "sample" not in o.why)
-        }
+        ways = {obstacle: way_out(stream, obstacle) for obstacle in stream.obstacles}
         stuck = next((obstacle.why for obstacle, way in ways.items() if not way), "")
         if not stuck:
-            outputs = len({name for way in ways.values() for name in way})
+            outputs = count(len({name for way in ways.values() for name in way}), "module")
             norms = count(len(stream.norms), "norm")
-            stuck = f"taking the mean away behind {count(outputs, 'module')} costs what it saves {norms}"
+            stuck = f"taking the mean away behind {outputs} costs what it saves {norms}"
         others = (obstacle.why for obstacle, way in ways.items() if way and not obstacle.read)
         return "; ".join(filter(None, (next(others, ""), stuck)))
     scales = sorted({name for writer in stream.writers for name in writer.scale})

@@ -279,7 +279,7 @@ def _recorded(
     sites: list[Site],
     baked: bool,
     caller: str,
-    ready: Collection[str] = (),
+    centered: Collection[str] = (),
 ) -> tuple[Recording, Found]:
     """One run of a copy, and what it shows."""
     norms: dict[str, int] = {site.name: site.norm.axis for site in sites if site.norm}
@@ -301,7 +301,7 @@ def _recorded(
         with torch.no_grad():
             for b, value in buffers:
                 b.copy_(value)
-    return recording, search(twin, recording, norms, baked=baked, ready=ready)
+    return recording, search(twin, recording, norms, baked=baked, centered=centered)
 
 
 def _shares(model: nn.Module, name: str) -> bool:
