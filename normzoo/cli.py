@@ -175,6 +175,14 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
+    if target := rewriting.near_rewrite(arguments.name):
+        print(
+            f"normzoo info: {target} is no layer but a rewrite of a whole model, which keeps its function: "
+            f"normzoo convert MODEL --to {target}, in Python normzoo.to_{target}; "
+            "docs/layernorm-rmsnorm.md tells of it",
+            file=sys.stderr,
+        )
+        return 2
     try:
         entry = find(arguments.name)
     except ValueError as error:

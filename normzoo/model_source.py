@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .conversion.report import a
+
 FORMS = "module:factory, path.py:factory, hf:FOLDER, hf:CONFIG-CLASS, hf:MODEL-TYPE or timm:NAME"
 
 LARGEST = 200_000_000
@@ -178,7 +180,9 @@ def _factory(place: str, name: str, arguments: Mapping[str, Any]) -> Source:
         made = made(**arguments)
     model, sample = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise SourceError(f"{place}:{name} returned a {type(model).__name__}; it must return a torch.nn.Module")
+        raise SourceError(
+            f"{place}:{name} returned {a(type(model).__name__)}; it must return a torch.nn.Module"
+        )
     return Source(model, sample)
 
 

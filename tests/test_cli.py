@@ -124,6 +124,11 @@ def test_usage_errors(capsys):
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and err.endswith(f"; did you mean {near}?\n")
         assert f"no layer called {wrong!r}" in err and all(entry.name in err for entry in normzoo.ZOO)
+    for wrong in ("pre_rms_norm", "to_pre_rms_norm", "PreRMSNorm"):
+        assert cli.main(["info", wrong, "--json"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and "pre_rms_norm is no layer but a rewrite of a whole model" in err
+        assert "normzoo convert MODEL --to pre_rms_norm" in err and "docs/layernorm-rmsnorm.md" in err
     for wrong in ([], ["lst"], ["list", "--jsn"], ["info"]):
         assert cli.main(wrong) == 2
         out, err = capsys.readouterr()

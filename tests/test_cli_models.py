@@ -73,6 +73,8 @@ def raising():
 
 def leaving():
     raise SystemExit(0)
+
+number = lambda: 3
 '''
 GPT2 = "n_embd=16 n_layer=2 n_head=2 vocab_size=40 n_positions=32"
 LLAMA = "hidden_size=16 intermediate_size=24 num_hidden_layers=2 num_attention_heads=2 vocab_size=40"
@@ -258,6 +260,7 @@ REFUSED = {
     "inspect none.py:f": "there is no file 'none.py'",
     "inspect none:f": "there is no module 'none' here",
     "inspect own.py:text": "own.py:text returned a str; it must return a torch.nn.Module",
+    "inspect own.py:number": "own.py:number returned an int; it must return a torch.nn.Module",
     "inspect own.py:WIDTH": "own.py:WIDTH is of type int; it must be a model, or make one",
     "inspect own.py:raising": "MODEL 'own.py:raising': KeyError: 'no\\nluck' (own.py, line 51)",
     "inspect own.py:leaving": "MODEL 'own.py:leaving': SystemExit: 0",
@@ -269,18 +272,23 @@ REFUSED = {
     "inspect timm:resnet19": "has no model 'resnet19'; did you mean resnet18",
     "inspect timm:resnet18 --arg pretrained=true": "--arg pretrained: nothing is downloaded",
     "inspect timm:resnet18 --arg checkpoint_path=a.pth": "--arg checkpoint_path: nothing is downloaded",
-    "convert own.py:small": "say --dry-run to see the plan, or --out FILE",
-    "convert own.py:small --dry-run --out new": "say --dry-run to see the plan, or --out FILE",
+    "convert own.py:small": "say --dry-run to see the plan, or --out NAME.safetensors",
+    "convert own.py:small --dry-run --out new": "--dry-run writes nothing, and --out a file; give one of them",
+    "convert own.py:small --out new.pt": "safetensors are written, so name it new.safetensors",
     "convert own.py:small --out own.py": "--out is 'own.py', which exists already",
     "convert own.py:small --out no/new": "there is no folder 'no'; make it first",
     "convert own.py:small --out own.py/new": "there is no folder 'own.py'; make it first",
-    "convert own.py:on_meta --out new": "--out: the model has no weights to write",
+    "convert own.py:on_meta --out new.safetensors": "--out: the model has no weights to write",
     "convert own.py:small --dry-run --to rms": "there is no layer called 'rms'; there are layer_norm",
+    "convert own.py:small --dry-run --to other": "'same' or 'keep', and the rewrites pre_rms_norm and pre_",
+    "convert own.py:small --dry-run --to to_pre_rms_norm": "did you mean --to pre_rms_norm?",
+    "convert own.py:small --dry-run --to 1=PreCRMSNrom": "did you mean --to pre_crms_norm?",
+    "convert own.py:small --dry-run --to crms_norm": "with the norm: take --to pre_crms_norm",
     "convert own.py:small --dry-run --to 9=same": "the rule '9' matches no norm",
     "convert own.py:small --dry-run --to re:(=same": "'(' after re: is no regular expression",
     "convert own.py:small --dry-run --to same --to keep": "--to is given twice for _default",
     "convert own.py:small --dry-run --to keep": "1, 3: as asked",
-    "convert own.py:small --dry-run --include 9": "'9' in include matches no norm",
+    "convert own.py:small --dry-run --include 9": "'9' in --include matches no norm",
     "convert own.py:small --dry-run --types rms": "1, 3: filtered out",
     "convert own.py:small --dry-run --option p=1": "LayerNorm takes no 'p'; it takes normalized_shape",
     "convert own.py:small --dry-run --option eps": "--option is 'eps'; it must be KEY=VALUE",
@@ -330,7 +338,7 @@ def test_rules_and_filters(run):
         assert (first["action"], first["reason"]) == ("keep", "filtered out")
         assert (second["action"], second["exactness"]) == ("convert", "approximate")
     code, out, err = run("convert", *with_arguments("hf:mamba2", SSM), "--dry-run", "--strict")
-    assert code == 2 and out == "" and "strict=True, and some norms cannot be converted" in err
+    assert code == 2 and out == "" and "--strict, and some norms cannot be converted" in err
 
 
 def test_an_input_of_given_sizes(run):

@@ -9,6 +9,7 @@ import torchvision_ops  # noqa: F401
 
 import normzoo
 from normzoo import cli, model_source
+from normzoo.commands import common
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
@@ -55,6 +56,12 @@ class Picky(nn.Module):
         return self.norm(self.linear(x)) * (1.5 if "RMS" in type(self.norm).__name__ else 1)
 
 picky = lambda: (Picky(), torch.randn(2, 8))
+
+class ByWidth(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x if self[0].weight.shape[1] == 8 else x.view(2, 8))
+
+by_width = lambda: (ByWidth(*make(Block)[0]), torch.randint(9, (2, 6)))
 """
 GPT2 = ["n_embd=16", "n_layer=2", "n_head=2", "vocab_size=40", "n_positions=32"]
 
@@ -100,13 +107,14 @@ REFUSED = {
     "own.py:post --dry-run": "the stream holds the output of a norm, as in a post-LN model",
     "own.py:alone --dry-run": "has to run the model, and no input is known for it; give one with --input",
     "own.py:cut --dry-run": "the model does not run on the sample",
-    "own.py:gated --dry-run --input 3,5": "the model does not run on the sample",
+    "own.py:gated --dry-run --input 3,5": "--input is 3,5, and the model does not run on random numbers",
+    "own.py:pre --dry-run --input 2,6": "for other inputs name a factory that returns (model, sample)",
     "own.py:gated --dry-run --input x": "--input is 'x'; it must be sizes",
     "own.py:on_meta --dry-run": "the model is on the meta device, where nothing can be shown; load it first",
-    "own.py:on_meta --out new": "--out: the model has no weights to write",
-    "own.py:pre": "say --dry-run to see the plan, or --out FILE",
+    "own.py:on_meta --out new.safetensors": "--out: the model has no weights to write",
+    "own.py:pre": "say --dry-run to see the plan, or --out NAME.safetensors",
     "own.py:pre --out own.py": "--out is 'own.py', which exists already",
-    "own.py:pre --dry-run --include nothing": "'nothing' in include matches no norm",
+    "own.py:pre --dry-run --include nothing": "'nothing' in --include matches no norm",
     "own.py:pre --dry-run --include re:(": "'(' after re: is no regular expression",
     "own.py:pre --dry-run --to same": "--to pre_rms_norm is a rewrite of the whole model; no other --to goes",
     "own.py:pre --dry-run --types layer": "--types does not go with --to pre_rms_norm",
@@ -142,8 +150,29 @@ def test_no_proof(run, here):
     silent = "silent = lambda: (nn.Sequential(*gated(), nn.Threshold(1e9, 0.0)), torch.randn(2, 4))"
     (here / "mute.py").write_text(OWN + silent)
     code, out, err = run("mute.py:silent", "--out", "new.safetensors", "--to", "pre_rms_norm")
-    assert code == 2 and "1 rewritten" in out and "proof" not in out and not (here / "new.safetensors").exists()
-    assert "normzoo convert: there is no proof: every output of the model is zero" in err
+    assert (code, out) == (2, "") and not (here / "new.safetensors").exists()
+    assert (
+        "normzoo convert: there is no proof, and nothing is written: every output of the model is zero" in err
+    )
+    for last in (["--dry-run"], ["--out", "new.safetensors", "--json"]):
+        code, out, err = run("own.py:by_width", "--to", "pre_crms_norm", *last)
+        assert (code, out) == (2, "") and not list(here.glob("new*"))
+        assert (
+            "nothing is written: the rewritten model does not run (RuntimeError: shape '[2, 8]' is inv" in err
+        )
+
+
+def test_words_of_python_as_the_command_line_takes_them():
+    for python, ours in {
+        "name the others in include: 1": "name the others in --include: 1",
+        "the plan fails, and the model is left as it was:": "the plan fails:",
+        "it failed; the model is left as it was": "it failed",
+        'zero_mean_writers="bake", tied="untie"': "--zero-mean-writers bake, --tied untie",
+        "use to_pre_rms_norm, which": "use --to pre_rms_norm, which",
+        "call normzoo.to_pre_crms_norm(model, sample)": "take --to pre_crms_norm",
+        "pass num_tasks=": "pass --option num_tasks=N",
+    }.items():
+        assert common.spelt(python) == ours
 
 
 def test_a_failed_proof_writes_nothing(run, here):

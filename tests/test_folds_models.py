@@ -145,15 +145,17 @@ def test_the_command(run, tmp_path):
         (("own.py:odd", "--dry-run"), 1, "proof: FAILED: the model computes another function"),
         (("own.py:square", "--dry-run"), 2, "its input has 3 dimensions, its channels in another one"),
         (("own.py:rows", "--dry-run"), 2, "normzoo fold: nothing can be folded; norm classes seen: 1 torch.nn"),
-        (("own.py:small", "--dry-run", "--include", "x"), 2, "normzoo fold: 'x' in include matches no norm"),
+        (("own.py:small", "--dry-run", "--include", "x"), 2, "normzoo fold: 'x' in --include matches no norm"),
         (
             ("own.py:small", "--dry-run", "--strict"),
             2,
-            "fold: strict=True, and some norms cannot be folded",
+            "fold: --strict, and some norms cannot be folded",
         ),
         (("own.py:small", "--dry-run", "--include", "re:("), 2, "'(' after re: is no regular expression"),
         (("own.py:small", "--dry-run", "--input", "2,9"), 2, "does not run on random numbers of these sizes"),
-        (("own.py:small",), 2, "say --dry-run to see the plan, or --out FILE"),
+        (("own.py:small",), 2, "say --dry-run to see the plan, or --out NAME.safetensors"),
+        (("own.py:small", "--out", "f.pt"), 2, "--out is 'f.pt'; safetensors are written, so name it f.saf"),
+        (("--help",), 0, "write the folded weights to a new file"),
     ):
         code, out, err = run(*arguments)
         assert code == wanted and words in out + err, arguments

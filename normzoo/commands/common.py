@@ -9,24 +9,47 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from ..conversion.proof import Proof
+from ..conversion.change import PARAMETERS_CHANGE
+from ..conversion.proof import Proof, Sample, outputs
 from ..files import whole
-from ..model_source import Source, SourceError, said
+from ..model_source import Source, SourceError, load, pairs, said
 from ..recipes.files import KEY, text_of
 from ..recipes.saving import recipe_of
 from ..side_inputs import MissingInput
+from ..terminal import say, table
 
 WRAP = ("computes", "notes")
 
 
-def result_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of commands that change a model: what it is tried on, and where the result goes."""
+EXITS = (
+    "Exit codes: 0 fine, 1 the proof failed and nothing is written, 2 wrong usage or a refusal that says why, "
+    "130 interrupted."
+)
+
+_WORDS = (
+    (r"\bpass (\w+)=(?!\w)", r"pass --option \1=N"),
+    (r"\bstrict=True\b", "--strict"),
+    (r"\bin (include|exclude)\b", r"in --\1"),
+    (r"\bas a key of to\b", "as the PATTERN of --to"),
+    (r", or 'same'(?=;|$)", ", 'same' or 'keep', and the rewrites pre_rms_norm and pre_crms_norm"),
+    (r"\bcall (normzoo\.to_pre_)", r"take \1"),
+    (r"(?:normzoo\.)?\bto_(pre_c?rms_norm)\b(?:\(model, sample\))?", r"--to \1"),
+    (r'\bzero_mean_writers="(\w+)"', r"--zero-mean-writers \1"),
+    (r'\b(tied|basis)="(\w+)"', r"--\1 \2"),
+    (r"(?:, and|;) the model is left as it was", ""),
+)
+"""What messages say to people who write Python, and what the command line takes instead."""
+
+
+def result_arguments(parser: argparse.ArgumentParser, result: str) -> None:
+    """The arguments of commands that change a model: what it is tried on, and where the `result` goes."""
     parser.add_argument(
         "--input", metavar="SIZES", help="sizes of a random input to try the model on, such as 2,3,224,224"
     )
@@ -35,7 +58,7 @@ def result_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="write the converted weights to a new file, as safetensors; this or --dry-run is needed",
+        help=f"write the {result} weights to a new file NAME.safetensors; this or --dry-run is needed",
     )
 
 
@@ -57,18 +80,83 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class Provable(Protocol):
+class Change(Protocol):
+    """What is shown, proved and applied: a plan, or a rewrite."""
+
+    def rows(self) -> tuple[Sequence[str], Sequence[tuple[str, ...]]]: ...
+
+    def summary(self) -> str: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def to_json(self) -> str: ...
+
+    def apply(self) -> nn.Module: ...
+
+
+class Provable(Change, Protocol):
     """What can be tried on a sample: a plan."""
 
     def verify(self, sample: Any) -> Proof: ...
 
 
-class Change(Protocol):
-    """What is written once it is applied: a plan, or a rewrite."""
+class Shown(Protocol):
+    """A proof."""
 
-    def apply(self) -> nn.Module: ...
+    @property
+    def passed(self) -> bool: ...
 
-    def to_json(self) -> str: ...
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+Planned = TypeVar("Planned", bound=Change)
+
+
+def run(
+    command: str,
+    arguments: argparse.Namespace,
+    plan: Callable[[Source, torch.Tensor | None], Planned],
+    prove: Callable[[Planned, Source, torch.Tensor | None], tuple[Shown | None, str]],
+) -> int:
+    """Loads a model, plans a change, proves it, shows both, and writes the result; returns the exit code.
+
+    Args:
+        plan: makes the change, of the model and the input that was asked for. Raises ValueError or TypeError
+            where there is none.
+        prove: the proof, or None and why it is left out. Raises SourceError where nothing may come of that.
+    """
+    try:
+        check_out(arguments)
+        with aside():
+            source = load(arguments.model, pairs("--arg", arguments.arg))
+            if arguments.out is not None:
+                check_weights(source)
+            given = None if arguments.input is None else random_sample(arguments.input, source.model)
+            made = plan(source, given)
+            proof, why_not = prove(made, source, given)
+    except re.error as error:
+        return usage(command, f"{error.pattern!r} after re: is no regular expression: {error}")
+    except (ValueError, TypeError) as error:
+        return usage(command, error)
+    if arguments.json:
+        dump(
+            arguments,
+            source,
+            made.to_dict() | {"proof": proof and proof.to_dict(), "no_proof": why_not or None},
+        )
+    else:
+        header, rows = made.rows()
+        table(title(arguments.model, source), header, [tuple(map(spelt, row)) for row in rows], wrap=WRAP)
+        say("\n".join(spelt(line) for line in made.summary().splitlines() if line != PARAMETERS_CHANGE))
+        say(f"proof: {proof or why_not}")
+    if proof is not None and not proof.passed:
+        return 1
+    if arguments.out is not None:
+        try:
+            write(made, arguments.out)
+        except SourceError as error:
+            return usage(command, error)
+    return 0
 
 
 def aside() -> contextlib.redirect_stdout:
@@ -78,13 +166,15 @@ def aside() -> contextlib.redirect_stdout:
 
 def usage(command: str, error: Exception | str) -> int:
     """Says what is wrong; the exit code."""
-    print(f"normzoo {command}: {spelt(str(error).removeprefix('convert: '))}", file=sys.stderr)
+    print(f"normzoo {command}: {spelt(str(error).removeprefix(f'{command}: '))}", file=sys.stderr)
     return 2
 
 
 def spelt(text: str) -> str:
-    """`text` with a constructor argument that is asked for as the command line takes it."""
-    return re.sub(r"\bpass (\w+)=(?!\w)", r"pass --option \1=N", text)
+    """`text` with arguments and functions of Python as the command line takes them."""
+    for python, ours in _WORDS:
+        text = re.sub(python, ours, text)
+    return text
 
 
 def title(name: str, source: Source) -> str:
@@ -140,24 +230,40 @@ def prove(made: Provable, source: Source, given: torch.Tensor | None) -> tuple[P
             return None, f"left out: {str(error).removeprefix('verify: ')}"
         if given is None:
             return None, f"left out: the model does not run on its sample ({said(error)})"
-        sizes = ",".join(map(str, given.shape))
-        raise SourceError(
-            f"--input is {sizes}, and the model does not run on random numbers of these sizes "
-            f"({said(error)}); for other inputs name a factory that returns (model, sample)"
-        ) from error
+        raise _misfit(given, error) from error
+
+
+def check_input(model: nn.Module, given: torch.Tensor) -> None:
+    """Raises SourceError unless the model runs on the input that was `given`."""
+    try:
+        outputs(model, Sample(given))
+    except Exception as error:  # of the model, which is the user's
+        raise _misfit(given, error) from error
+
+
+def _misfit(given: torch.Tensor, error: Exception) -> SourceError:
+    sizes = ",".join(map(str, given.shape))
+    return SourceError(
+        f"--input is {sizes}, and the model does not run on random numbers of these sizes "
+        f"({said(error)}); for other inputs name a factory that returns (model, sample)"
+    )
 
 
 def check_out(arguments: argparse.Namespace) -> None:
     """Raises SourceError unless there is one of ``--dry-run`` and ``--out``, and that names a new file."""
     out = arguments.out
-    if arguments.dry_run == (out is not None):
-        raise SourceError("say --dry-run to see the plan, or --out FILE to write the converted weights")
-    if out is None:
+    if arguments.dry_run and out is not None:
+        raise SourceError("--dry-run writes nothing, and --out a file; give one of them")
+    if arguments.dry_run:
         return
+    if out is None:
+        raise SourceError("say --dry-run to see the plan, or --out NAME.safetensors to write the new weights")
     if out.exists():
         raise SourceError(f"--out is {str(out)!r}, which exists already; name another file")
     if not out.parent.is_dir():
         raise SourceError(f"--out is {str(out)!r}, and there is no folder {str(out.parent)!r}; make it first")
+    if out.suffix != ".safetensors":
+        raise SourceError(f"--out is {str(out)!r}; safetensors are written, so name it {out.stem}.safetensors")
     if importlib.util.find_spec("safetensors") is None:
         raise SourceError("--out needs safetensors; pip install safetensors")
 

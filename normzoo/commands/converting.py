@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import re
 from typing import Any
 
-from ..conversion.change import PARAMETERS_CHANGE
+from torch import Tensor
+
+from ..conversion.change import Plan
 from ..conversion.examine import inspect
 from ..conversion.planning import plan
-from ..model_source import SourceError, load, pairs
+from ..model_source import Source, SourceError, load, pairs
 from ..terminal import say, table
 from . import common
 
@@ -24,8 +25,8 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``normzoo convert``."""
     common.model_arguments(parser)
     parser.epilog = (
-        "Exit codes: 0 fine, 1 the proof failed and nothing is written, 2 wrong usage, 130 interrupted. "
-        "For example: normzoo convert hf:gpt2 --to 'h.*.ln_1=rms_norm' --to _default=same --dry-run"
+        f"{common.EXITS} For example: normzoo convert hf:gpt2 --to 'h.*.ln_1=rms_norm' --to _default=same "
+        "--dry-run"
     )
     parser.add_argument(
         "--to",
@@ -33,7 +34,8 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LAYER|PATTERN=LAYER",
         help="what norms become: a layer of `normzoo list`, `same` for the layer of the same mathematics (the "
         "default), `weight_standardize` for the layers before them, or `keep`; PATTERN is a name, a glob, "
-        "re:EXPRESSION or _default, for all others, which else are kept; may be repeated",
+        "re:EXPRESSION or _default, for all others, which else are kept; may be repeated. Or a rewrite of the "
+        "whole model: `pre_rms_norm` or `pre_crms_norm`, see below",
     )
     parser.add_argument(
         "--include",
@@ -54,7 +56,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="a constructor argument of the new layers; VALUE as for --arg; may be repeated",
     )
     parser.add_argument("--strict", action="store_true", help="a norm that cannot be converted is an error")
-    common.result_arguments(parser)
+    common.result_arguments(parser, "converted")
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
@@ -79,45 +81,12 @@ def run_inspect(arguments: argparse.Namespace) -> int:
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Shows what a conversion does to a model, and writes the result."""
-    try:
-        common.check_out(arguments)
-        with common.aside():
-            source = load(arguments.model, pairs("--arg", arguments.arg))
-            if arguments.out is not None:
-                common.check_weights(source)
-            options = pairs("--option", arguments.option)
-            made = plan(source.model, _target(arguments.to), **_filters(arguments), **options)
-            given = None if arguments.input is None else common.random_sample(arguments.input, source.model)
-    except re.error as error:
-        return common.usage("convert", f"{error.pattern!r} after re: is no regular expression: {error}")
-    except (ValueError, TypeError) as error:
-        return common.usage("convert", error)
-    if not arguments.json:
-        header, rows = made.rows()
-        spelt = [tuple(map(common.spelt, row)) for row in rows]
-        table(common.title(arguments.model, source), header, spelt, wrap=common.WRAP)
-        say("\n".join(line for line in made.summary().splitlines() if line != PARAMETERS_CHANGE))
-    try:
-        with common.aside():
-            proof, why_not = common.prove(made, source, given)
-    except SourceError as error:
-        return common.usage("convert", error)
-    if arguments.json:
-        common.dump(
-            arguments,
-            source,
-            made.to_dict() | {"proof": proof and proof.to_dict(), "no_proof": why_not or None},
-        )
-    else:
-        say(f"proof: {proof or why_not}")
-    if proof is not None and not proof.passed:
-        return 1
-    if arguments.out is not None:
-        try:
-            common.write(made, arguments.out)
-        except SourceError as error:
-            return common.usage("convert", error)
-    return 0
+
+    def planned(source: Source, given: Tensor | None) -> Plan:
+        options = pairs("--option", arguments.option)
+        return plan(source.model, _target(arguments.to), **_filters(arguments), **options)
+
+    return common.run("convert", arguments, planned, common.prove)
 
 
 def _target(given: list[str] | None) -> Any:

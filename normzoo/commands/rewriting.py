@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import re
+import difflib
 from typing import Any
 
-from ..model_source import SourceError, load, pairs, said
+from torch import Tensor
+
+from ..entry import spelling
+from ..model_source import Source, SourceError, said
 from ..residual.compressing import BASES
 from ..residual.planning import TARGETS, TIED, WRITERS, planned
-from ..terminal import say, table
+from ..residual.probing import StreamProof, Unshown
+from ..residual.rewriting import Rewrite
+from ..zoo import ZOO
 from . import common, converting
 
 _OF_TARGET = {"pre_rms_norm": ("zero_mean_writers", "tied"), "pre_crms_norm": ("basis",)}
@@ -57,14 +62,15 @@ def _target(arguments: argparse.Namespace) -> str | None:
         SourceError: options that do not go together.
     """
     given = arguments.to or []
-    known = {target.replace("_", ""): target for target in TARGETS}
-    found = [known.get(to.rpartition("=")[2].replace("_", "").lower()) for to in given]
-    target = next(filter(None, found), None)
+    layers = [to.rpartition("=")[2] for to in given]
+    target = next((target for layer in layers if (target := rewrite_called(layer))), None)
     for other, options in _OF_TARGET.items():
         for option in options:
             if getattr(arguments, option) is not None and other != target:
                 raise SourceError(f"--{option.replace('_', '-')} belongs to --to {other}")
     if target is None:
+        for layer in layers:
+            _refuse_misspelt(layer)
         return None
     if len(given) > 1:
         raise SourceError(f"--to {target} is a rewrite of the whole model; no other --to goes with it")
@@ -79,61 +85,57 @@ def _target(arguments: argparse.Namespace) -> str | None:
     return target
 
 
+def rewrite_called(name: str) -> str | None:
+    """The rewrite called `name`, in whatever spelling."""
+    return next((target for target in TARGETS if spelling(target) == spelling(name)), None)
+
+
+def near_rewrite(name: str) -> str | None:
+    """The rewrite that is meant by `name`, if that is no layer and nearer to a rewrite than to any."""
+    rewrites = {spelling(target): target for target in TARGETS}
+    layers = [spelling(text) for e in ZOO for text in (e.name, *(cls.__name__ for cls in e.exported))]
+    near = difflib.get_close_matches(spelling(name), [*layers, *rewrites], 1)
+    return rewrites.get(near[0]) if near else None
+
+
+def _refuse_misspelt(layer: str) -> None:
+    if target := near_rewrite(layer):
+        raise SourceError(f"there is no layer called {layer!r}; did you mean --to {target}?")
+
+
 def _rewrite(arguments: argparse.Namespace, target: str) -> int:
     """Shows a rewrite and its proof, and writes the result."""
+
+    def plan(source: Source, given: Tensor | None) -> Rewrite:
+        if given is not None and source.has_weights:
+            common.check_input(source.model, given)
+        sample = source.sample if given is None else given
+        if sample is None and source.has_weights:
+            raise SourceError(
+                f"--to {target} has to run the model, and no input is known for it; give one with --input, "
+                "or name a factory that returns (model, sample)"
+            )
+        return planned("convert", source.model, sample, to=target, **_options(arguments, target))
+
+    return common.run("convert", arguments, plan, _prove)
+
+
+def _prove(made: Rewrite, *_: Any) -> tuple[StreamProof, str]:
+    """The proof, without which there is no result.
+
+    Raises:
+        SourceError: nothing can be proved, and why.
+    """
     try:
-        common.check_out(arguments)
-        with common.aside():
-            source = load(arguments.model, pairs("--arg", arguments.arg))
-            if arguments.out is not None:
-                common.check_weights(source)
-            sample = source.sample
-            if arguments.input is not None:
-                sample = common.random_sample(arguments.input, source.model)
-            elif sample is None and source.has_weights:
-                raise SourceError(
-                    f"--to {target} has to run the model, and no input is known for it; give one with --input, "
-                    "or name a factory that returns (model, sample)"
-                )
-            made = planned("convert", source.model, sample, to=target, **_options(arguments, target))
-    except re.error as error:
-        return common.usage("convert", f"{error.pattern!r} after re: is no regular expression: {error}")
-    except (ValueError, TypeError) as error:
-        return common.usage("convert", _spelt(str(error)))
-    if not arguments.json:
-        table(common.title(arguments.model, source), *made.rows(), wrap=("notes",))
-        say(_spelt(made.summary()))
-    try:
-        with common.aside():
-            proof = made.verify()
-    except ValueError as error:
-        return common.usage("convert", f"there is no proof: {error}")
+        return made.verify(), ""
+    except Unshown as reason:
+        raise SourceError(f"there is no proof, and nothing is written: {reason}") from reason
     except Exception as error:  # of the model, which is the user's
-        return common.usage("convert", f"there is no proof: the rewritten model does not run ({said(error)})")
-    if arguments.json:
-        common.dump(arguments, source, made.to_dict() | {"proof": proof.to_dict()})
-    else:
-        say(f"proof: {proof}")
-    if not proof.passed:
-        return 1
-    if arguments.out is not None:
-        try:
-            common.write(made, arguments.out)
-        except SourceError as error:
-            return common.usage("convert", error)
-    return 0
+        raise SourceError(
+            f"there is no proof, and nothing is written: the rewritten model does not run ({said(error)})"
+        ) from error
 
 
 def _options(arguments: argparse.Namespace, target: str) -> dict[str, Any]:
     found = {name: getattr(arguments, name) for name in (*_OF_TARGET[target], "include", "exclude")}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _spelt(text: str) -> str:
-    """`text` with arguments and functions of Python as the command line takes them."""
-    text = re.sub(
-        r'\b(zero_mean_writers|tied|basis)="(\w+)"',
-        lambda match: f"--{match[1].replace('_', '-')} {match[2]}",
-        text,
-    )
-    return re.sub(r"\bto_(pre_c?rms_norm)\b", r"--to \1", text)
