@@ -124,11 +124,15 @@ def test_dimensions_of_centered_outputs():
 
 def test_what_a_norm_was_given_comes_along():
     fresh, recipe = pair(), recipe_of(normzoo.convert(pair(), "rms_norm", bias=True))
-    fresh[1].tag = "x"
+    fresh[1].tag, fresh[1].name = "x", "y"
     fresh[1].register_buffer("seen", torch.ones(2), persistent=False)
     seen = fresh[1].seen
     normzoo.apply_recipe(fresh, recipe)
-    assert fresh[1].tag == "x" and fresh[1].seen is seen and "1.seen" not in fresh.state_dict()
+    assert (
+        (fresh[1].tag, fresh[1].name) == ("x", "y")
+        and fresh[1].seen is seen
+        and "1.seen" not in fresh.state_dict()
+    )
     own = pair()
     own[1].forward = own[1].forward
     with pytest.raises(ValueError, match="'1': it has a forward of its own, which would be lost"):

@@ -319,7 +319,8 @@ def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _given(module: nn.Module) -> set[str]:
     """Attributes, and buffers outside of the state dict, of which no method of its class knows."""
-    methods = (value for cls in type(module).__mro__ for value in vars(cls).values())
+    classes = [cls for cls in type(module).__mro__ if cls is not nn.Module]
+    methods = (value for cls in classes for value in vars(cls).values())
     known = {name for method in methods if inspect.isfunction(method) for name in method.__code__.co_names}
     return {
         name
