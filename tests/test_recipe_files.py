@@ -185,7 +185,7 @@ BROKEN = [
     ),
     (changed("tensors", "encoder.linear1.bias", drop=True), "the model has a parameter 'encoder.linear1.bias'"),
     (changed("tensors", "encoder.linear1.bias", to=HUGE), r"would add 1000000000000\d+ entries to a model of"),
-    (changed("tensors", "encoder.linear1.bias", "shape", to=[5]), "linear1.bias has shape .5,. .*8 outputs"),
+    (changed("tensors", "encoder.linear1.bias", "shape", to=[5]), "which no conversion makes of it"),
     (changed("tensors", "encoder.linear1.bias", "shape", to=[1, 8]), "and in the model its shape is"),
     (changed("tensors", "encoder.linear1.bias", "dtype", to="int8"), "and in the model it is of torch.float32"),
     (
@@ -194,13 +194,19 @@ BROKEN = [
     ),
     (
         changed("tensors", "encoder.self_attn.in_proj_bias", "shape", to=[9]),
-        "a MultiheadAttention cannot follow",
+        r"and in the model its shape is \(\d+,\), which no conversion makes of it",
     ),
-    (changed("tensors", "conv.bias", "shape", to=[7]), r"conv.bias has shape \(7,\)"),
-    (changed("tensors", "conv.parametrizations.weight.original", "shape", to=[8, 4, 5]), "another kernel size"),
+    (
+        changed("tensors", "conv.bias", "shape", to=[7]),
+        r"conv.bias' of shape \(7,\).*which no conversion makes",
+    ),
+    (
+        changed("tensors", "conv.parametrizations.weight.original", "shape", to=[8, 4, 5]),
+        "which no conversion makes",
+    ),
     (
         changed("tensors", "conv.parametrizations.weight.original", "shape", to=[9, 4, 3]),
-        "9 outputs|do not divide",
+        "which no conversion makes",
     ),
     (changed("ties", to=[]), "the ties differ: the model has .*norm.weight.*, and the recipe does not"),
     (changed("layers", to=[]), "the recipe has|the model has"),

@@ -22,7 +22,7 @@ from ..folding.steps import Folded
 from .describing import PLAIN, describe, described, held, shapes, slow
 from .files import DTYPES, Layer, Parametrized, Recipe, Shape
 from .rebuilding import LAYERS, PARAMETRIZATIONS, build, layer_class, tensors
-from .reshaping import by_name, differences, kind_of, reshape, tie
+from .reshaping import by_name, changes_of, differences, kind_of, reshape, tie
 
 _ROOM = 1 << 24
 """Entries that a recipe may add to any model; beyond it must not grow by more than a factor of 4."""
@@ -41,6 +41,7 @@ class Refit:
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.root, self.recipe = model, recipe
+        self._changes = changes_of(recipe)
         self._before = [(module, type(module), *_state(module)) for module in model.modules()]
         self._first = held(model)
         self._made_anew = 0
@@ -177,6 +178,13 @@ class Refit:
             for name, t in own.items()
             if name in have and have[name].shape == t.shape and kind_of(have[name].dtype) == kind_of(t.dtype)
         }
+        for name, t in own.items():
+            before = (*have[name].shape,) if name in have else (*t.shape,)
+            if name in wanted and not self._changes.explain(before, (*t.shape,)):
+                raise ValueError(
+                    f"its {name} has shape {(*t.shape,)} in the recipe, and in the model {before}, which no "
+                    "conversion makes of it: make the model with the settings that it was converted with"
+                )
         required = sorted(shapes(sketch).keys() - wanted.keys() - {*_OPTIONAL})
         if required:
             raise ValueError(f"{a(layer.layer)} has a {required[0]}, and the recipe has none for it")
@@ -286,7 +294,7 @@ class Refit:
                 if which != "original":
                     continue  # comes with the parametrization
                 name = f"{owner}{tensor}"
-            if reshape(modules, name, shape):
+            if reshape(modules, name, shape, self._changes):
                 changed.add(name.rpartition(".")[0])
         for name in sorted(changed):
             follow(modules[name], name)

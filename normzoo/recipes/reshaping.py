@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from ..conversion.layouts import layout_of
 from ..conversion.report import a
 from ..conversion.tying import untie
+from ..folding.steps import Folded
 from . import describing
 from .describing import held
-from .files import DTYPES, Shape
+from .files import DTYPES, Recipe, Shape
 
 Find = Mapping[str, nn.Module]
 """Modules by all of their names."""
+
+
+_OTHER = "which no conversion makes of it: make the model with the settings that it was converted with"
 
 
 def kind_of(dtype: torch.dtype) -> str:
@@ -25,14 +29,40 @@ def kind_of(dtype: torch.dtype) -> str:
     return "floating" if dtype.is_floating_point else "complex" if dtype.is_complex else "integer"
 
 
-def reshape(modules: Find, name: str, wanted: Shape) -> bool:
-    """Gives the parameter `name` the shape that is wanted, or makes it where the module may have one.
+@dataclass(frozen=True)
+class Changes:
+    """What a conversion may have done to the tensors of modules that are none of this library's layers."""
+
+    widths: Collection[int]
+    """Those of norms: where a stream has one entry less, tensors become that wide."""
+    folded: Collection[str]
+    """Modules that a norm was folded into, which may have got a bias."""
+
+    def explain(self, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+        """Whether a tensor of one shape can have become one of the other."""
+        if len(old) != len(new):
+            return False
+        return all(a == b or (a == b + 1 and b in self.widths) for a, b in zip(old, new, strict=True))
+
+
+def changes_of(recipe: Recipe) -> Changes:
+    shapes = (layer.arguments.get("normalized_shape") for layer in recipe.layers)
+    widths = {
+        shape[0] for shape in shapes if isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int
+    }
+    into = (layer.arguments.get("into") for layer in recipe.layers if layer.layer == Folded.__name__)
+    names = [name for those in into if isinstance(those, list) for name in those if isinstance(name, str)]
+    return Changes(widths, {*names})
+
+
+def reshape(modules: Find, name: str, wanted: Shape, changes: Changes) -> bool:
+    """Gives the parameter `name` the shape that is wanted, or makes it where a conversion may have made one.
 
     Returns:
         Whether it had another.
 
     Raises:
-        ValueError: there is no such tensor, or it is no parameter whose shape anything can follow.
+        ValueError: there is no such tensor, or no conversion gives it that shape.
     """
     parent, _, leaf = name.rpartition(".")
     module = modules.get(parent)
@@ -43,13 +73,15 @@ def reshape(modules: Find, name: str, wanted: Shape) -> bool:
     if tensor is None:
         if wanted.buffer:
             raise ValueError(f"the recipe has {_said(name, wanted)}, and the model has None there")
+        if leaf != "bias" or not (parent in changes.folded or changes.widths):
+            raise ValueError(f"the recipe has {_said(name, wanted)}, and the model has None there, {_OTHER}")
         around = [*module.parameters(), *(p for each in modules.values() for p in each.parameters())]
         like = next((p for p in around if p.is_floating_point()), torch.empty(0))
         new = torch.zeros(wanted.shape, dtype=like.dtype, device=like.device)
         table[leaf] = nn.Parameter(new, requires_grad=like.requires_grad)
         return True
     if (*tensor.shape,) != wanted.shape:
-        _refuse_shape(module, name, leaf, tensor, wanted)
+        _refuse_shape(module, name, leaf, tensor, wanted, changes)
         new = torch.zeros(wanted.shape, dtype=tensor.dtype, device=tensor.device)
         table[leaf] = nn.Parameter(new, requires_grad=tensor.requires_grad)
         return True
@@ -62,16 +94,15 @@ def _said(name: str, wanted: Shape) -> str:
     return f"a {'buffer' if wanted.buffer else 'parameter'} {name!r} of shape {wanted.shape} in {wanted.dtype}"
 
 
-def _refuse_shape(module: nn.Module, name: str, leaf: str, tensor: Tensor, wanted: Shape) -> None:
+def _refuse_shape(
+    module: nn.Module, name: str, leaf: str, tensor: Tensor, wanted: Shape, changes: Changes
+) -> None:
     """Raises ValueError where the rest of the module would not follow."""
     differ = f"the recipe has {_said(name, wanted)}, and in the model its shape is {(*tensor.shape,)}"
-    if wanted.buffer or len(wanted.shape) != tensor.dim():
-        raise ValueError(f"{differ}; make the model with the settings that it was converted with")
+    if wanted.buffer or not changes.explain((*tensor.shape,), wanted.shape):
+        raise ValueError(f"{differ}, {_OTHER}")
     if layout_of(module) is None and _of_torch(module):
         raise ValueError(f"{differ}, which {a(type(module).__name__)} cannot follow")
-    kernel = wanted.shape[2:] != tensor.shape[2:]
-    if isinstance(module, _ConvNd) and leaf == "weight" and kernel:
-        raise ValueError(f"{differ}: another kernel size")
 
 
 def _of_torch(module: nn.Module) -> bool:
