@@ -99,7 +99,7 @@ def test_what_would_be_made_is_counted_first():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for model, each in ((pair(), recipe), (nn.Sequential(nn.BatchNorm1d(4)), frozen)):
         said = repr(model)
-        with pytest.raises(ValueError, match="would add 100000000 entries to a model of|which no conversion makes"):
+        with pytest.raises(ValueError, match=r"would add 100000000 entries|which no conversion makes"):
             normzoo.apply_recipe(model, each)
         assert repr(model) == said
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes

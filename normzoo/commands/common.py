@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from ..conversion.change import PARAMETERS_CHANGE
-from ..conversion.proof import Proof, Sample, outputs
+from ..conversion.proof import Proof
+from ..conversion.samples import Sample, outputs
 from ..files import whole
 from ..model_source import Source, SourceError, load, pairs, said
 from ..recipes.files import KEY, text_of

@@ -6,7 +6,7 @@ import argparse
 
 from torch import Tensor
 
-from ..conversion.proof import Sample, outputs
+from ..conversion.samples import Sample, outputs
 from ..folding.planning import plan_fold
 from ..folding.steps import FoldPlan
 from ..model_source import Source

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from ..side_inputs import MissingInput
 from ..terminal import plain
 from . import bypass, report
-from .proof import Proof, Sample, Trained, prove, trains_by_itself
+from .proof import Proof, prove, trains_by_itself
 from .recognise import Site, recognise
+from .samples import Sample, Trained
 from .surgery import Exchange, Swap, edit
 from .transfer import UNCHANGED, Choice, Exactness, Refused, Replacement, replacement
 

@@ -14,10 +14,10 @@ from ..conversion import bypass, report
 from ..conversion.baking import baker
 from ..conversion.examine import examine, look_around
 from ..conversion.following import Unclear
-from ..conversion.proof import Sample, outputs
 from ..conversion.recognise import Site
 from ..conversion.report import a
 from ..conversion.rules import Names, seen, selector
+from ..conversion.samples import Sample, outputs
 from ..conversion.surgery import references, refuse_wrapped
 from ..conversion.weights import weight_sites
 from .adjacent import Neighbours

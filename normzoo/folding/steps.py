@@ -13,8 +13,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..conversion import report
 from ..conversion.luggage import bring_along
-from ..conversion.proof import Proof, Sample, prove
+from ..conversion.proof import Proof, prove
 from ..conversion.recognise import Site
+from ..conversion.samples import Sample
 from ..conversion.surgery import Swap
 from ..terminal import plain
 from .layers import Unfoldable, into_next, into_previous

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..conversion.proof import tensors_in
+from ..conversion.samples import tensors_in
 from ..conversion.trial import distance, noise, short
 from .projecting import groups_over
 from .rehearsing import EpsAside, Rehearsal, Unfit

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..conversion.proof import fresh
+from ..conversion.samples import fresh
 from ..conversion.trial import noise, undisturbed
 from ..dispatch import backend
 from ..radial import sharded

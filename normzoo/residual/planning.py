@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 from .. import checks
 from ..conversion import bypass, report
 from ..conversion.examine import examine
-from ..conversion.proof import Sample, fresh
 from ..conversion.recognise import Site
 from ..conversion.rules import Names, seen, selector
+from ..conversion.samples import Sample, fresh
 from ..conversion.surgery import refuse_wrapped
 from ..conversion.transfer import Choice, Refused, replacement
 from ..conversion.trial import short, undisturbed

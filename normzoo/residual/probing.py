@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..conversion.proof import Outputs, Sample, outputs, tensors_in
+from ..conversion.samples import Outputs, Sample, outputs, tensors_in
 from ..conversion.trial import chance, distance, noise, short, undisturbed
 from ..conversion.tying import untie
 from .editing import Edit

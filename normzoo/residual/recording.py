@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..conversion.proof import opened
+from ..conversion.samples import opened
 
 NORM = "norm"
 """The operator of a box."""
