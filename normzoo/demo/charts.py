@@ -12,18 +12,15 @@ _DASHES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), "-")  # or lines would be t
 
 def loss_curve(curve: Sequence[tuple[int, float]], held_out: float, by_frequency: float) -> str:
     """Bits a character against steps, between what frequencies alone give and what held-out text needs."""
-    with figure(2.4) as (axes, svg):
-        axes.plot(*zip(*curve, strict=True), color=OURS, linewidth=1.5)
-        last = curve[-1][0]
-        levels = [(by_frequency, "by frequencies of characters"), (held_out, "held-out text, after training")]
-        for (level, text), side in zip(sorted(levels), (-1, 1), strict=True):
-            axes.axhline(level, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-            outside = {"xytext": (0, 2 * side), "va": "bottom" if side > 0 else "top"}
-            axes.annotate(text, (last, level), textcoords="offset points", ha="right", **outside)
+    with figure(2.9) as (axes, svg):
+        axes.axhline(by_frequency, color=INK, linewidth=1, linestyle=":", label="by frequencies of characters")
+        axes.axhline(held_out, color=INK, linewidth=1, linestyle="--", label="held-out text, after training")
+        axes.plot(*zip(*curve, strict=True), color=OURS, linewidth=1.5, label="training text")
         axes.set_ylim(bottom=0)
-        axes.set_xlim(0, last)
+        axes.set_xlim(0, curve[-1][0])
         axes.set_xlabel("steps")
         axes.set_ylabel("bits per character")
+        axes.figure.legend(loc="outside upper center", ncols=2, frameon=False, handlelength=3)
     return svg()
 
 
