@@ -31,7 +31,7 @@ def test_models_and_steps():
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     assert len(norms) == 3 and all(norm.weight.std() > 0.1 < norm.bias.std() for norm in norms)
     ids = batches[0][:, :-1]
-    with pre_rms_norm._quiet():
+    with pre_rms_norm.quiet():
         for name, rewrite in pre_rms_norm.REWRITES.items():
             made = rewrite(copy.deepcopy(model), ids)
             kind = CRMSNorm if "truncated" in name else RMSNorm

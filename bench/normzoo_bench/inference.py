@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +13,7 @@ import normzoo
 from . import checks
 from .clocks import Rotation
 from .measure import Settings, forget_compiled, timed
+from .quiet import quiet
 from .results import Document
 from .step import Block
 
@@ -93,21 +91,10 @@ def measure_inference(case: Inference, settings: Settings, document: Document) -
 def built(name: str, model: nn.Module, tokens: Tensor) -> nn.Module:
     own = copy.deepcopy(model)
     if "pre-rms" in name:
-        with _quiet():
+        with quiet():
             normzoo.to_pre_rms_norm(own, tokens, exclude="*norm_[qk]")
     if name.startswith("normzoo"):
         normzoo.convert(own)
     if name.endswith(("compile", "compiled")):
         own.compile(dynamic=False, fullgraph=True)
     return own
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("normzoo")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

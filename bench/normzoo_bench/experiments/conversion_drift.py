@@ -4,7 +4,6 @@ recalibration brings back."""
 from __future__ import annotations
 
 import copy
-import logging
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from normzoo import AdaptiveLayerNorm, AdaptiveRMSNorm
 from normzoo.conversion import TRANSFERS, Exactness
 
 from ..figures import figure
+from ..quiet import quiet
 from .digits import CLASSES, SmallCNN, Split, load, train
 from .experiment import COLORS, Experiment, Table, spread
 
@@ -207,25 +207,13 @@ def _run(settings: Settings, seed: int) -> list[tuple[dict, dict]]:
         return networks[family]
 
     found = []
-    with _quiet():
+    with quiet():
         for rule in rules(settings.families):
             before = network(rule.norm)
             torch.manual_seed(seed)
             claim, numbers = convert(before, rule, training, test, settings.batch)
             found.append(({"norm": rule.norm, "becomes": rule.becomes, "class": claim.value}, numbers))
     return found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A conversion warns where it changes the function, as all of these do."""
-    logger = logging.getLogger("normzoo")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _mean(row: dict, name: str, places: int = 2) -> str:

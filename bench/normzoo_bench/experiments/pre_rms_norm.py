@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from normzoo import to_pre_crms_norm, to_pre_rms_norm
 
 from ..figures import figure
+from ..quiet import quiet
 from .characters import CHARACTERS, CharacterModel
 from .experiment import COLORS, Experiment, Table, spread, values
 
@@ -51,7 +50,7 @@ class Settings:
 def _run(settings: Settings, seed: int) -> list[tuple[dict, dict]]:
     model, batches = start(settings, seed)
     found = []
-    with _quiet():
+    with quiet():
         for name, rewrite in REWRITES.items():
             for called, optimizer in OPTIMIZERS.items():
                 logits = []
@@ -91,17 +90,6 @@ def train(
         nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
         stepping.step()
     return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("normzoo")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def shown(document: dict, model: str, optimizer: str) -> str:
