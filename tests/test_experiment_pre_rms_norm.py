@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,4 @@ def test_a_forward_pass_is_timed(capsys):
     assert pre_norm.main(["--quick", "--runs", "2"]) == 0
     out = capsys.readouterr().out
     assert "64 x 1, 1 x 8" in out and "Pre-CRMSNorm, orthonormal" in out and "threads of" in out
+    assert logging.getLogger("normzoo").level == logging.NOTSET  # which later warnings go by

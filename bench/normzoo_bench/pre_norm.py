@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,6 +21,7 @@ from normzoo.terminal import say, table
 from . import timing
 from .environment import environment
 from .experiments.characters import CHARACTERS, CharacterModel
+from .quiet import quiet
 from .tables import spread
 
 REWRITES: dict[str, Callable[..., nn.Module]] = {
@@ -74,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one small size, to see that it works")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     arguments = parser.parse_args(argv)
-    logging.getLogger("normzoo").setLevel(logging.ERROR)
     sizes = ((64, 1, 1, 8),) if arguments.quick else SIZES
     try:
-        rows = [row for each in sizes for row in measure(each, arguments.runs, arguments.compile)]
+        with quiet():
+            rows = [row for each in sizes for row in measure(each, arguments.runs, arguments.compile)]
     except KeyboardInterrupt:
         return 130
     found = environment("cpu")
