@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..side_inputs import MissingInput
-from ..terminal import plain
 from . import bypass, report
+from .account import Account
 from .proof import Proof, prove, trains_by_itself
 from .recognise import Site, recognise
 from .samples import Sample, Trained
@@ -71,7 +70,7 @@ class Step:
         return self.site.to_dict() | plan
 
 
-class Plan:
+class Plan(Account):
     """What :func:`normzoo.plan` found: one :class:`Step` a norm. Nothing happens before :meth:`apply`.
 
     ``print(plan)`` shows the table.
@@ -145,19 +144,9 @@ class Plan:
             lines.append(f"{name} calls {', '.join(functions)} as a function, out of reach of a conversion")
         return "\n".join(lines)
 
-    def table(self) -> str:
-        """The plan as text; norms that differ by a number in their name share a row."""
-        return f"{plain(*self.rows())}\n\n{self.summary()}"
-
-    __str__ = table
-
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {"steps": [step.to_dict() for step in self.steps], "functional": dict(self.functional)}
-
-    def to_json(self) -> str:
-        """Every step with all that is known about it."""
-        return json.dumps(self.to_dict(), indent=2)
 
     def apply(self, optimizer: Optimizer | None = None) -> nn.Module:
         """Convert the model in place, all of it or nothing.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +11,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..conversion import report
+from ..conversion.account import Account
 from ..conversion.luggage import bring_along
 from ..conversion.proof import Proof, prove
 from ..conversion.recognise import Site
 from ..conversion.samples import Sample
 from ..conversion.surgery import Swap
-from ..terminal import plain
 from .layers import Unfoldable, into_next, into_previous
 
 BEFORE, AFTER = "before", "after"
@@ -139,7 +138,7 @@ def replacements(folds: Sequence[Fold]) -> dict[nn.Module, nn.Module]:
 _ENDED = {"fold": "folded", "bake": "baked", "keep": "kept", "refuse": "refused", "unknown": "unknown"}
 
 
-class FoldPlan:
+class FoldPlan(Account):
     """What :func:`normzoo.folding.plan_fold` found: one :class:`Fold` a norm. Nothing happens before
     :meth:`apply`, and nothing takes that back.
 
@@ -199,19 +198,9 @@ class FoldPlan:
             lines.append(f"{name} calls {', '.join(functions)} as a function, which stays")
         return "\n".join(lines)
 
-    def table(self) -> str:
-        """The plan as text; norms that differ by a number in their name share a row."""
-        return f"{plain(*self.rows())}\n\n{self.summary()}"
-
-    __str__ = table
-
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {"steps": [step.to_dict() for step in self.steps], "functional": dict(self.functional)}
-
-    def to_json(self) -> str:
-        """Every step with all that is known about it."""
-        return json.dumps(self.to_dict(), indent=2)
 
     def apply(self) -> nn.Module:
         """Fold, in place, all of it or nothing. It cannot be taken back: the norms are gone.

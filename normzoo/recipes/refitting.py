@@ -22,7 +22,7 @@ from ..folding.steps import Folded
 from .describing import PLAIN, describe, described, held, shapes, slow
 from .files import DTYPES, Layer, Parametrized, Recipe, Shape
 from .rebuilding import LAYERS, PARAMETRIZATIONS, build, layer_class, tensors
-from .reshaping import by_name, changes_of, differences, kind_of, reshape, tie
+from .reshaping import OTHER, by_name, changes_of, differences, kind_of, reshape, tie
 
 _ROOM = 1 << 24
 """Entries that a recipe may add to any model; beyond it must not grow by more than a factor of 4."""
@@ -182,8 +182,7 @@ class Refit:
             before = (*have[name].shape,) if name in have else (*t.shape,)
             if name in wanted and not self._changes.explain(before, (*t.shape,)):
                 raise ValueError(
-                    f"its {name} has shape {(*t.shape,)} in the recipe, and in the model {before}, which no "
-                    "conversion makes of it: make the model with the settings that it was converted with"
+                    f"its {name} has shape {(*t.shape,)} in the recipe, and in the model {before}, {OTHER}"
                 )
         required = sorted(shapes(sketch).keys() - wanted.keys() - {*_OPTIONAL})
         if required:

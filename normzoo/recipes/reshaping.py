@@ -21,7 +21,7 @@ Find = Mapping[str, nn.Module]
 """Modules by all of their names."""
 
 
-_OTHER = "which no conversion makes of it: make the model with the settings that it was converted with"
+OTHER = "which no conversion makes of it: make the model with the settings that it was converted with"
 
 
 def kind_of(dtype: torch.dtype) -> str:
@@ -74,7 +74,7 @@ def reshape(modules: Find, name: str, wanted: Shape, changes: Changes) -> bool:
         if wanted.buffer:
             raise ValueError(f"the recipe has {_said(name, wanted)}, and the model has None there")
         if leaf != "bias" or not (parent in changes.folded or changes.widths):
-            raise ValueError(f"the recipe has {_said(name, wanted)}, and the model has None there, {_OTHER}")
+            raise ValueError(f"the recipe has {_said(name, wanted)}, and the model has None there, {OTHER}")
         around = [*module.parameters(), *(p for each in modules.values() for p in each.parameters())]
         like = next((p for p in around if p.is_floating_point()), torch.empty(0))
         new = torch.zeros(wanted.shape, dtype=like.dtype, device=like.device)
@@ -100,7 +100,7 @@ def _refuse_shape(
     """Raises ValueError where the rest of the module would not follow."""
     differ = f"the recipe has {_said(name, wanted)}, and in the model its shape is {(*tensor.shape,)}"
     if wanted.buffer or not changes.explain((*tensor.shape,), wanted.shape):
-        raise ValueError(f"{differ}, {_OTHER}")
+        raise ValueError(f"{differ}, {OTHER}")
     if layout_of(module) is None and _of_torch(module):
         raise ValueError(f"{differ}, which {a(type(module).__name__)} cannot follow")
 

@@ -16,7 +16,7 @@ from ..conversion.norm import tensor
 from ..conversion.recognise import Site
 from ..layers.rms import CRMSNorm, RMSNorm
 from .consuming import Consumer
-from .editing import Edit, Undo, carry_out, exchange, names_of, tensor_at, write, zero_mean
+from .editing import Edit, Undo, along, carry_out, exchange, names_of, tensor_at, write, zero_mean
 
 BASES = ("truncate", "orthonormal")
 
@@ -108,11 +108,10 @@ class CompressedEdit(Edit):
             gain, shift = affine(sites[consumer.norm], model.get_submodule(consumer.norm))
             wide = weight.detach().double()
             width = wide.shape[consumer.axis]
-            along = [-1 if d == consumer.axis else 1 for d in range(wide.dim())]
             if shift is not None and shift.any():
-                added = (wide * shift.view(along)).sum(consumer.axis)
+                added = (wide * along(shift, wide, consumer.axis)).sum(consumer.axis)
                 yield _add_bias(model, prefix, weight, added.flatten(1).sum(1) if added.dim() > 1 else added)
-            wide = wide if gain is None else wide * gain.view(along)
+            wide = wide if gain is None else wide * along(gain, wide, consumer.axis)
             wide = reading(wide, consumer.axis, self.basis)
             if self.basis == "orthonormal":  # the norm divides by one entry less
                 wide = wide * math.sqrt(width / (width - 1))

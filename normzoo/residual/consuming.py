@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..conversion.layouts import layout_of
@@ -95,17 +95,13 @@ def _check_reader(call: Call, sites: Mapping[str, Site]) -> None:
 
 def _alike(one: Site, other: Site) -> bool:
     """Whether two norms have the same weight and bias."""
-    if one is other:
-        return True
-    held = [
-        [
-            None if site.norm is None else tensor(site.module, name)
-            for name in (site.norm.weight, site.norm.bias)
-        ]
-        for site in (one, other)
-        if site.norm
-    ]
-    return all(a is b for a, b in zip(*held, strict=True))
+    return one is other or all(a is b for a, b in zip(_held(one), _held(other), strict=True))
+
+
+def _held(site: Site) -> list[Tensor | None]:
+    """The weight and the bias of a norm."""
+    names = () if site.norm is None else (site.norm.weight, site.norm.bias)
+    return [tensor(site.module, name) for name in names]
 
 
 def _read(recording: Recording, start: Value, axis: int, norm: str) -> list[tuple[Call, Value, int]]:

@@ -137,12 +137,16 @@ def without_fast_path(model: nn.Module, made: Collection[nn.Module]) -> list[tup
     return bypass.without_fast_path(model, slowed)
 
 
+def along(values: Tensor, tensor: Tensor, axis: int) -> Tensor:
+    """`values`, one for each entry of `tensor` along `axis`, so that they broadcast with it."""
+    return values.reshape(-1, *(1 for _ in range(tensor.dim() - axis % tensor.dim() - 1)))
+
+
 def zero_mean(tensor: Tensor, writer: Writer, tensors: dict[str, Any]) -> Tensor:
     """`tensor` less its mean along the axis of `writer`, after what multiplies it: in float64."""
     wide = tensor.detach().double()
     for name in writer.scale:
-        gain = tensors[name].detach().double()
-        wide = wide * gain.reshape(-1, *(1 for _ in range(wide.dim() - writer.axis % wide.dim() - 1)))
+        wide = wide * along(tensors[name].detach().double(), wide, writer.axis)
     return wide - wide.mean(writer.axis, keepdim=True)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..conversion.layouts import layout_of
 from ..conversion.report import a
-from ..conversion.rules import matches
+from ..conversion.rules import matches, patterns
 from .finding import Found
 from .stream import Writer
 
@@ -35,7 +35,7 @@ def mapped(model: nn.Module, module_map: ModuleMap, norms: Sequence[str], caller
         raise TypeError(f"{caller}: module_map is {a(type(module_map).__name__)}; it must be a mapping")
     if unknown := sorted(set(module_map) - {*KEYS}):
         raise ValueError(f"{caller}: module_map has the key {unknown[0]!r}; it takes {', '.join(KEYS)}")
-    named = {key: (value,) if isinstance(value, str) else tuple(value) for key, value in module_map.items()}
+    named = {key: patterns(caller, f"module_map[{key!r}]", value) for key, value in module_map.items()}
     modules, tensors = dict(model.named_modules()), dict(model.named_parameters())
     found = Found()
     for pattern in named.get("norms", ()):

@@ -22,7 +22,7 @@ from ..conversion.samples import Sample, fresh
 from ..conversion.surgery import refuse_wrapped
 from ..conversion.transfer import Choice, Refused, replacement
 from ..conversion.trial import short, undisturbed
-from ..conversion.tying import untie
+from ..conversion.tying import holders, untie
 from ..model_source import sample_for
 from ..zoo import find
 from .compressing import BASES, CompressedEdit
@@ -201,7 +201,7 @@ def check_module(model: nn.Module, caller: str) -> None:
 def _meant(model: nn.Module, include: Names, exclude: Names, caller: str) -> tuple[list[Site], dict[str, str]]:
     """The norms of rows or channels that take a mean away, and why others of them have to stay."""
     found = examine(model, caller)
-    families = ("layer",) if _has_layer(found) else None
+    families = ("layer",) if any(site.family == "layer" for site in found) else None
     chosen = selector(include, exclude, families, None, found, caller=caller)
     sites = [
         site
@@ -229,10 +229,6 @@ def _refusal(site: Site) -> str:
     except Refused as reason:
         return str(reason)
     return f"{site.outside} holds it too, outside of the module tree" if site.outside else ""
-
-
-def _has_layer(found: list[Site]) -> bool:
-    return any(site.family == "layer" for site in found)
 
 
 def _sample(model: nn.Module, sample: Any, caller: str) -> Sample:
@@ -307,12 +303,7 @@ def _recorded(
 def _shares(model: nn.Module, name: str) -> bool:
     """Whether the weight of a module is that of another, too."""
     weight = model.get_submodule(name)._parameters.get("weight")
-    held = [
-        module
-        for module in model.modules()
-        if weight is not None and module._parameters.get("weight") is weight
-    ]
-    return len(held) > 1
+    return weight is not None and [leaf for _, leaf in holders(model, weight)].count("weight") > 1
 
 
 def reasons(left: Mapping[str, str]) -> str:

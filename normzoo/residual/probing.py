@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from ..conversion.samples import Outputs, Sample, outputs, tensors_in
 from ..conversion.trial import chance, distance, noise, short, undisturbed
 from ..conversion.tying import untie
-from .editing import Edit
+from .editing import Edit, along
 from .finding import Found
 from .stream import Writer
 
@@ -102,6 +102,7 @@ class Probe:
         except Exception as error:  # it ran in float64
             raise Unshown(f"the model does not run on the sample: {short(error)}") from error
         twin = self.twin()
+        exact = outputs(twin, self.sample)
         _stir(twin)
         before = outputs(twin, self.sample)
         if not before:
@@ -111,7 +112,7 @@ class Probe:
         for name in edit.untied:
             untie(twin, f"{name}.weight")
         shift, culprit = _shift(twin, self.sample, edit.found, before, tolerance)
-        in_training = copy.deepcopy(twin) if edit.parametrized else None
+        untouched = copy.deepcopy(twin) if edit.parametrized else None
         undo = edit.plain.apply(twin)
         with _means(twin, [site.name for site in edit.sites]) as means:
             output = apart(outputs(twin, self.sample), before)
@@ -119,36 +120,28 @@ class Probe:
             undo()
             edit.apply(twin)
             output = max(output, apart(outputs(twin, self.sample), before))
-        if in_training is not None:
-            output = max(output, _in_training(in_training, self.sample, edit))
+        if untouched is not None:
+            output = max(output, apart(*(_in_training(each, self.sample) for each in (twin, untouched))))
         mean = max(means.get(site.name, math.inf) for site in edit.sites)
         if not culprit and mean > tolerance:
             culprit = max((site.name for site in edit.sites), key=lambda name: means.get(name, math.inf))
-        return StreamProof(shift, mean, output, *self._rounding(edit, own), tolerance, culprit)
+        rounding = apart(self._rewritten(edit), exact)
+        return StreamProof(shift, mean, output, rounding, apart(own, exact), tolerance, culprit)
 
-    def _rounding(self, edit: Edit, own: Outputs) -> tuple[float, float]:
-        """How far the model is from itself in float64, after and before, when it returned `own`.
-
-        It is the model itself that runs: what it shares with others, or holds in a closure, a copy does not.
-        """
-        exact = outputs(self.twin(), self.sample)
+    def _rewritten(self, edit: Edit) -> Outputs:
+        """What the model itself returns with the edit: what it shares with others, or holds in a closure, a
+        copy does not."""
         undo = edit.apply(self.model)
         try:
-            rewritten = outputs(self.model, self.sample)
+            return outputs(self.model, self.sample)
         finally:
             undo()
-        return apart(rewritten, exact), apart(own, exact)
 
 
-def _in_training(twin: nn.Module, sample: Sample, edit: Edit) -> float:
-    """How far outputs in training mode are from those before, with the same random numbers."""
-    found = []
-    for model in (copy.deepcopy(twin), twin):
-        if model is twin:
-            edit.apply(model)
-        with undisturbed():
-            found.append(tensors_in(sample.run(model.train())))
-    return apart(found[1], found[0])
+def _in_training(twin: nn.Module, sample: Sample) -> Outputs:
+    """What a copy returns in training mode, the random numbers the same each time."""
+    with undisturbed():
+        return tensors_in(sample.run(twin.train()))
 
 
 def _widen(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -210,7 +203,7 @@ def _shifted(twin: nn.Module, writers: Sequence[Writer], cuts: Mapping[str, int]
                 tensor = tensors[writer.name]
                 by = shift(tensor, writer.axis)
                 for name in writer.scale:
-                    gain = tensors[name].reshape(-1, *(1 for _ in range(tensor.dim() - writer.axis - 1)))
+                    gain = along(tensors[name], tensor, writer.axis)
                     by = by * gain.abs().mean() / gain
                 if by.isfinite().all():  # what is multiplied by zero has no shift
                     tensor.add_(by)

@@ -6,8 +6,6 @@ Transformers*, 2023, arXiv:2305.14858; code ZixuanJiang/pre-rmsnorm-transformer.
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,15 +13,13 @@ import torch
 from torch import nn
 
 from ..conversion import report
+from ..conversion.account import Account
 from ..conversion.recognise import recognise
-from ..terminal import plain
 from .editing import Edit
 from .probing import Probe, StreamProof
 
-logger = logging.getLogger("normzoo")
 
-
-class Rewrite:
+class Rewrite(Account):
     """What :func:`plan_rewrite` found. Nothing happens before :meth:`apply`; ``print()`` shows it."""
 
     def __init__(
@@ -55,8 +51,7 @@ class Rewrite:
 
         Raises:
             ValueError: the rewrite was applied already, or the model has changed since it was planned; the
-                model does not run on the sample, or all that it
-                returns is zero.
+                model does not run on the sample, or all that it returns is zero.
         """
         self._check("verify")
         return self._probe.prove(self.edit)
@@ -125,19 +120,9 @@ class Rewrite:
         lines += [self.edit.training] if self.edit.training else []
         return "\n".join(lines)
 
-    def table(self) -> str:
-        """The rewrite as text; names that differ in a number share a row."""
-        return f"{plain(*self.rows())}\n\n{self.summary()}"
-
-    __str__ = table
-
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return self.edit.to_dict() | {"left": dict(self.left), "unread": [*self.unread]}
-
-    def to_json(self) -> str:
-        """All of it."""
-        return json.dumps(self.to_dict(), indent=2)
 
     def _check(self, method: str) -> None:
         if self._undo is not None:
