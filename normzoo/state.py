@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from . import checks
+from .dispatch import insisted, or_none, use_kernel
 
 NONFINITE = ("propagate", "skip")
 
@@ -94,18 +95,64 @@ def moved(
 ) -> list[tuple[Tensor, Tensor]]:
     """Of each (running, new) pair the running tensor and the value it moves to, for :func:`commit`.
 
-    `count`: values that the new statistics were taken over; of nothing, nothing moves.
+    A new value (N, C) stands for its mean over the samples. `count`: values that the new statistics were taken
+    over; of nothing, nothing moves.
     """
+    pairs = [(old, of_batch(new)) for old, new in pairs]
     if not isinstance(count, Tensor):
         return [(old, average(old, new, factor).to(old.dtype)) for old, new in pairs] if count else []
     some = (count != 0).all()  # across ranks, all of which may have empty batches; a NaN goes on
     return [(old, torch.where(some, average(old, new, factor).to(old.dtype), old)) for old, new in pairs]
 
 
+def of_batch(statistic: Tensor) -> Tensor:
+    """The mean over the samples of a statistic (N, C); one of the batch, (C,), as it is."""
+    return statistic.mean(0) if statistic.dim() == 2 else statistic
+
+
 def advance(running: Sequence[Tensor], statistics: Sequence[Any] | None, momentum: float) -> None:
-    """Moves a running mean and variance, if there are any, by (mean, variance, count) of a batch."""
+    """Moves running statistics, if there are any, by (one or two statistics, count) of a batch."""
     if running and statistics and not recomputing():
-        commit(moved(zip(running, statistics, strict=False), statistics[-1], momentum))
+        pairs = list(zip(running, statistics[:-1], strict=True))
+        if not moved_by_kernel(pairs, statistics[-1], momentum):
+            commit(moved(pairs, statistics[-1], momentum))
+
+
+def moved_by_kernel(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    count: Any,
+    factor: float | Tensor | None,
+    tracked: Tensor | None = None,
+    skipped: Tensor | None = None,
+    batches: Any = 0,
+) -> bool:
+    """Whether a kernel has done all of :func:`moved` and :func:`commit`, counters included, in one launch.
+
+    Args:
+        pairs: one or two of (running, new).
+        factor: the weight of the new; None for batches / tracked.
+        tracked, skipped: as in :class:`Running`.
+        batches: how many of them to add to `tracked`.
+    """
+    tensors = [t.detach() for pair in pairs for t in pair]
+    # What a compiled graph has in their place, it fuses with its neighbours.
+    if torch.compiler.is_compiling() or not (isinstance(count, int) and count > 0 and isinstance(batches, int)):
+        return False
+    if any(new.dtype != torch.float32 for _, new in pairs) or not use_kernel(tensors[-1], *tensors):
+        return False
+    if not all(old.is_contiguous() for old, _ in pairs):
+        return False
+    rate = factor.detach() if isinstance(factor, Tensor) else None
+    number = None if factor is None or rate is not None else float(factor)
+    state: list[Any] = [None, None, *tensors]
+
+    def launched() -> bool:
+        from normzoo_kernels import tracking
+
+        tracking.track(*[*state[-4:], tracked, skipped, rate, number, batches])
+        return True
+
+    return or_none(insisted(), launched) or False
 
 
 def finite(*statistics: Tensor) -> Tensor:
@@ -269,10 +316,15 @@ class Running(Guarded):
         running_mean, running_var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
         if running_mean is None or running_var is None or recomputing():
             return
-        number = None if tracked is None else tracked + batches
+        pairs = ((running_mean, mean), (running_var, var))
         if factor is None:
             factor = self.momentum
+        if factor is None and tracked is None:
+            factor = 0.0
+        if moved_by_kernel(pairs, count, factor, tracked, self.batches_skipped, batches):
+            return
+        number = None if tracked is None else tracked + batches
         if factor is None:
             factor = 0.0 if number is None else batches / number.to(mean.dtype)
         counted = [] if tracked is None or number is None else [(tracked, number)]
-        self._commit(moved(((running_mean, mean), (running_var, var)), count, factor), counted)
+        self._commit(moved(pairs, count, factor), counted)

@@ -9,15 +9,14 @@ import triton.language as tl
 from ._channels import rebased
 
 
-@triton.jit(do_not_specialize=["size", "parts"])
-def merge_moments(part_ptr, pivot_ptr, delta_ptr, m2_ptr, size, parts, P: tl.constexpr, E: tl.constexpr):
-    """`size` moments, each of `parts` <= P parts."""
+@triton.jit
+def added_moments(part_ptr, entry, size, parts, P: tl.constexpr):
+    """(pivot, delta, m2) of the entries [1, E], each of `parts` <= P parts."""
     part = tl.arange(0, P)[:, None]
-    block = tl.program_id(0)
-    entry = tl.cast(block, tl.int64) * E + tl.arange(0, E)[None, :]
     inside = (part < parts) & (entry < size)
-    at = part_ptr + part * tl.cast(size, tl.int64) + entry
-    array = tl.cast(size, tl.int64) * parts
+    size = tl.cast(size, tl.int64)
+    at = part_ptr + part * size + entry
+    array = size * parts
     count = tl.load(at, mask=inside, other=0.0)
     pivot = tl.load(at + array, mask=inside, other=0.0)
     delta = tl.load(at + 2 * array, mask=inside, other=0.0)
@@ -29,23 +28,38 @@ def merge_moments(part_ptr, pivot_ptr, delta_ptr, m2_ptr, size, parts, P: tl.con
     left = tl.sum(weight * gap, axis=0)[None, :]
     m2 = tl.sum(m2 + count * (gap - left) * (gap - left), axis=0)[None, :]
     mean, left = rebased(mean, left)
-    tl.store(pivot_ptr + entry, mean, mask=entry < size)
-    tl.store(delta_ptr + entry, left, mask=entry < size)
+    return mean, left, m2
+
+
+@triton.jit
+def added_sums(part_ptr, entry, size, parts, P: tl.constexpr):
+    """Two sums of the entries [1, E], each of `parts` <= P parts."""
+    part = tl.arange(0, P)[:, None]
+    inside = (part < parts) & (entry < size)
+    size = tl.cast(size, tl.int64)
+    at = part_ptr + part * size + entry
+    first = tl.load(at, mask=inside, other=0.0)
+    second = tl.load(at + size * parts, mask=inside, other=0.0)
+    return tl.sum(first, axis=0)[None, :], tl.sum(second, axis=0)[None, :]
+
+
+@triton.jit(do_not_specialize=["size", "parts"])
+def merge_moments(part_ptr, pivot_ptr, delta_ptr, m2_ptr, size, parts, P: tl.constexpr, E: tl.constexpr):
+    """`size` moments, each of `parts` <= P parts."""
+    entry = tl.cast(tl.program_id(0), tl.int64) * E + tl.arange(0, E)[None, :]
+    pivot, delta, m2 = added_moments(part_ptr, entry, size, parts, P)
+    tl.store(pivot_ptr + entry, pivot, mask=entry < size)
+    tl.store(delta_ptr + entry, delta, mask=entry < size)
     tl.store(m2_ptr + entry, m2, mask=entry < size)
 
 
 @triton.jit(do_not_specialize=["size", "parts"])
 def merge_sums(part_ptr, dy_sum_ptr, dyx_sum_ptr, size, parts, P: tl.constexpr, E: tl.constexpr):
     """`size` pairs of sums, each of `parts` <= P parts."""
-    part = tl.arange(0, P)[:, None]
-    block = tl.program_id(0)
-    entry = tl.cast(block, tl.int64) * E + tl.arange(0, E)[None, :]
-    inside = (part < parts) & (entry < size)
-    at = part_ptr + part * tl.cast(size, tl.int64) + entry
-    dy = tl.load(at, mask=inside, other=0.0)
-    dyx = tl.load(at + tl.cast(size, tl.int64) * parts, mask=inside, other=0.0)
-    tl.store(dy_sum_ptr + entry, tl.sum(dy, axis=0)[None, :], mask=entry < size)
-    tl.store(dyx_sum_ptr + entry, tl.sum(dyx, axis=0)[None, :], mask=entry < size)
+    entry = tl.cast(tl.program_id(0), tl.int64) * E + tl.arange(0, E)[None, :]
+    dy, dyx = added_sums(part_ptr, entry, size, parts, P)
+    tl.store(dy_sum_ptr + entry, dy, mask=entry < size)
+    tl.store(dyx_sum_ptr + entry, dyx, mask=entry < size)
 
 
 @triton.jit(do_not_specialize=["size", "parts"])

@@ -52,7 +52,13 @@ def moments(x, mask, per_sample):
     outputs = _statistics(x, mask, per_sample, 3)
     if x.numel() == 0:
         return tuple(t.zero_() for t in outputs)
-    x, view = in_place(x)
+    form, parts = find_moments(*in_place(x), mask, per_sample, outputs)
+    merge(merge_moments, form, parts, outputs)
+    return outputs
+
+
+def find_moments(x, view, mask, per_sample, outputs):
+    """Launches the statistics; into `outputs` and (form, None), or (form, what is to be merged)."""
     problem, (view,) = problem_of(x, mask, not per_sample, per_sample, view)
     vectors = may_read_vectors(problem) and reads_past(x, view, problem.vector)
     form = moments_form(problem, vectors)
@@ -61,8 +67,7 @@ def moments(x, mask, per_sample):
     numbers, constants = lies(problem, view)
     constants |= form.constants
     launch(form.kernel, form.programs, x.device, *tensors, *numbers, form.parts, **constants)
-    merge(merge_moments, form, targets[-1], outputs)
-    return outputs
+    return form, targets[-1]
 
 
 def _sums_like(dy, x, mask, pivot, per_sample):
@@ -79,7 +84,13 @@ def sums(dy, x, mask, pivot, per_sample):
     if x.numel() == 0:
         return tuple(t.zero_() for t in outputs)
     x, view = in_place(x)
-    dy, dy_view = beside(dy, x, view.tokens)
+    form, parts = find_sums(*beside(dy, x, view.tokens), x, view, mask, pivot, per_sample, outputs)
+    merge(merge_sums, form, parts, outputs)
+    return outputs
+
+
+def find_sums(dy, dy_view, x, view, mask, pivot, per_sample, outputs):
+    """As :func:`find_moments`."""
     pivots = _each_sample(pivot, mask)
     problem, (view, dy_view) = problem_of(x, mask, not (per_sample or pivots), per_sample, view, dy_view)
     vectors = may_read_vectors(problem) and reads_past(x, view, problem.vector)
@@ -90,8 +101,7 @@ def sums(dy, x, mask, pivot, per_sample):
     numbers, constants = lies(problem, view, dy_view)
     constants |= form.constants | {"PIVOTS": pivots}
     launch(form.kernel, form.programs, x.device, *tensors, *numbers, form.parts, **constants)
-    merge(merge_sums, form, targets[-1], outputs)
-    return outputs
+    return form, targets[-1]
 
 
 def _map(x, dy, mask, pivot, scale, slope, offset):
@@ -99,9 +109,13 @@ def _map(x, dy, mask, pivot, scale, slope, offset):
     if x.numel() == 0:
         return out
     x, view = in_place(x)
-    dy_view = view
-    if dy is not None:
-        dy, dy_view = beside(dy, x, view.tokens)
+    dy, dy_view = (None, view) if dy is None else beside(dy, x, view.tokens)
+    write_map(out, x, view, dy, dy_view, mask, pivot, scale, slope, offset)
+    return out
+
+
+def write_map(out, x, view, dy, dy_view, mask, pivot, scale, slope, offset):
+    """out = scale * dy + slope * (x - pivot) + offset, without the first term where dy is None."""
     each = {
         name: _each_sample(t, mask) for name, t in (("PIVOTS", pivot), ("SCALES", scale), ("SLOPES", slope))
     }
@@ -115,7 +129,6 @@ def _map(x, dy, mask, pivot, scale, slope, offset):
     tensors = (x, dy, *regions, *parameters, out)
     constants |= each | form.constants
     launch(form.kernel, form.programs, x.device, *tensors, *numbers, form.parts, **constants)
-    return out
 
 
 def _apply_like(x, mask, pivot, scale, shift):

@@ -16,6 +16,7 @@ from .. import checks, ranks
 from ..dispatch import use_kernel
 from ..engine import normalize
 from ..moments import Moments
+from ..standardized import by_kernels
 from ..state import Running, advance
 from . import native
 
@@ -81,7 +82,8 @@ def with_batch(
     count = x.numel() // x.shape[1] if x.numel() else 0
     if not sync:
         checks.several_values(layer, x, " or eval mode")
-    if sync or use_kernel(x, weight, bias, fusible=False):
+    kernels = use_kernel(x, weight, bias, fusible=False)
+    if sync or (kernels and not x.numel()):
 
         def combine(m: Moments):
             m = m.across_ranks(process_group) if sync else m
@@ -89,6 +91,15 @@ def with_batch(
             return *m.standardize(weight, bias, eps), statistics
 
         return normalize(x, combine)
+
+    if kernels:
+
+        def eager(x, weight, bias):
+            return with_batch(layer, x, weight, bias, eps, wanted=False)[0]
+
+        found = by_kernels(x, weight, bias, 0, eps, eager)
+        if found is not None:
+            return found[0], (*found[1], count) if wanted else None
 
     mean, var = native.fresh_statistics(x) if wanted else (None, None)
     weight, bias = native.in_statistics_dtype(x, weight, bias)

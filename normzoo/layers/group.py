@@ -13,6 +13,7 @@ from .. import checks
 from ..dispatch import use_kernel
 from ..engine import normalize
 from ..moments import Moments
+from ..standardized import by_kernels
 from . import native
 
 
@@ -62,12 +63,21 @@ def _group_norm(
             f"{layer}: Expected more than 1 value per group, got input size {tuple(x.shape)} for {num_groups} "
             "groups; use fewer groups"
         )
-    if not x.numel() or use_kernel(x, weight, bias, fusible=False):  # torch: NaN gradients of nothing
+    if not x.numel():  # torch: NaN gradients of nothing
 
         def combine(m: Moments):
             return m.over_groups(num_groups).standardize(weight, bias, eps)
 
         return normalize(x, combine, per_sample=True)[0]
+
+    if use_kernel(x, weight, bias, fusible=False):
+
+        def eager(x, weight, bias):
+            return group_norm(x, num_groups, weight, bias, eps)
+
+        found = by_kernels(x, weight, bias, num_groups, eps, eager)
+        if found is not None:
+            return found[0]
 
     h, weight, bias = native.in_one_dtype(x, weight, bias)
     # Contiguous: for channels_last torch's operator on a CPU sums squares around zero.

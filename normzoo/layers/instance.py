@@ -17,7 +17,8 @@ from .. import checks, ranks
 from ..dispatch import use_kernel
 from ..engine import normalize
 from ..moments import Moments
-from ..state import Running, advance
+from ..standardized import by_kernels
+from ..state import Running, advance, of_batch
 from . import native
 from .batch import Statistics
 
@@ -68,19 +69,26 @@ def instance_norm(
 def _with_own(
     layer: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, wanted: bool
 ) -> tuple[Tensor, Statistics | None]:
-    """(y, statistics): means over the samples, and how many samples there are; None where not `wanted`."""
+    """(y, statistics): of samples or their means, and how many samples there are; None where not `wanted`."""
     if x.shape[2:].numel() == 1:
         raise ValueError(
             f"{layer}: Expected more than 1 spatial element when training, got input size {tuple(x.shape)}"
         )
-    if not x.numel() or use_kernel(x, weight, bias, fusible=False):  # torch's operator fails at nothing
+    if not x.numel():  # torch's operator fails at nothing
 
         def combine(m: Moments):
-            samples = x.shape[0] if x.numel() else 0
-            statistics = (m.sets.mean.mean(0), m.sets.unbiased_var.mean(0), samples) if wanted else None
-            return *m.standardize(weight, bias, eps), statistics
+            return *m.standardize(weight, bias, eps), (m.sets.mean, m.sets.unbiased_var, 0) if wanted else None
 
         return normalize(x, combine, per_sample=True)
+
+    if use_kernel(x, weight, bias, fusible=False):
+
+        def eager(x, weight, bias):
+            return _with_own(layer, x, weight, bias, eps, wanted=False)[0]
+
+        found = by_kernels(x, weight, bias, x.shape[1], eps, eager)
+        if found is not None:
+            return found[0], (*found[1], x.shape[0]) if wanted else None
 
     mean, var = native.fresh_statistics(x) if wanted else (None, None)
     weight, bias = native.in_statistics_dtype(x, weight, bias)
@@ -129,7 +137,8 @@ class _InstanceNorm(Running):
         y, statistics = _with_own(layer, x, self.weight, self.bias, self.eps, wanted)
         if statistics:
             if self.sync:
-                statistics = ranks.average(*statistics, self.process_group)
+                mean, var, count = statistics
+                statistics = ranks.average(of_batch(mean), of_batch(var), count, self.process_group)
             # torch counts no batches here, and takes momentum=None for zero, other than in BatchNorm.
             self._track(*statistics, batches=0, factor=self.momentum or 0.0)
         return y
