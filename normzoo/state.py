@@ -134,15 +134,15 @@ def moved_by_kernel(
         tracked, skipped: as in :class:`Running`.
         batches: how many of them to add to `tracked`.
     """
-    tensors = [t.detach() for pair in pairs for t in pair]
+    tensors = [t for pair in pairs for t in pair]
     # What a compiled graph has in their place, it fuses with its neighbours.
     if torch.compiler.is_compiling() or not (isinstance(count, int) and count > 0 and isinstance(batches, int)):
         return False
-    if any(new.dtype != torch.float32 for _, new in pairs) or not use_kernel(tensors[-1], *tensors):
+    if any(new.dtype != torch.float32 or not old.is_contiguous() for old, new in pairs):
         return False
-    if not all(old.is_contiguous() for old, _ in pairs):
+    if not use_kernel(tensors[-1], *tensors[:-1]):
         return False
-    rate = factor.detach() if isinstance(factor, Tensor) else None
+    rate = factor if isinstance(factor, Tensor) else None
     number = None if factor is None or rate is not None else float(factor)
     state: list[Any] = [None, None, *tensors]
 

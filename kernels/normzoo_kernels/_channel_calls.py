@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from ._channel_forms import Form, Problem, merge_tile
-from ._channel_layout import View, like, one_sample, positions, unit, view_as, view_of
+from ._channel_layout import View, like, one_sample, unit, view_as, view_of
 from ._launch import launch
 
 
@@ -33,14 +36,30 @@ def contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.resolve_neg().contiguous()
 
 
+class Call(NamedTuple):
+    """What a launcher has to know of a call before it can say how to launch."""
+
+    shape: torch.Size
+    itemsize: int
+    device: torch.device
+    masked: bool
+
+    @staticmethod
+    def of(x: Tensor, mask: Tensor | None = None) -> Call:
+        return Call(x.shape, x.element_size(), x.device, mask is not None)
+
+    def problem(self, together: bool, per_sample: bool, *views: View) -> tuple[Problem, tuple[View, ...]]:
+        """(problem, views), the tokens of all samples as one where nothing tells samples apart (`together`)."""
+        samples, channels, count = self.shape[0], self.shape[1], self.shape[2:].numel()
+        rows = [one_sample(view, samples, count) for view in views] if together else [None]
+        if all(rows):
+            samples, count, views = 1, samples * count, tuple(rows)
+        what = (views[0].tokens, per_sample, self.masked, self.device)
+        return Problem(samples, channels, count, self.itemsize, *what), views
+
+
 def problem_of(x: Tensor, mask: Tensor | None, together: bool, per_sample: bool, *views: View):
-    """(problem, views), the tokens of all samples as one where nothing tells samples apart (`together`)."""
-    samples, count = x.shape[0], positions(x)
-    rows = [one_sample(view, samples, count) for view in views] if together else [None]
-    if all(rows):
-        samples, count, views = 1, samples * count, tuple(rows)
-    masked, tokens = mask is not None, views[0].tokens
-    return Problem(samples, x.shape[1], count, x.element_size(), tokens, per_sample, masked, x.device), views
+    return Call.of(x, mask).problem(together, per_sample, *views)
 
 
 def lies(problem: Problem, view: View, dy: View | None = None) -> tuple[tuple, dict]:

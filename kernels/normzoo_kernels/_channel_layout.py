@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ._launch import remembered
 from ._layout import one_stride, unit_of
 
 
@@ -30,11 +31,16 @@ def positions(x: Tensor) -> int:
 
 def view_as(x: Tensor, tokens: bool, *, broadcast: bool = False) -> View | None:
     """x in this order of axes, if it lies so. `broadcast` also takes an inner axis that is one entry."""
-    step = one_stride(x.shape[2:], x.stride()[2:])
+    return _view_as(x.shape, x.stride(), tokens, broadcast)
+
+
+@remembered
+def _view_as(sizes: torch.Size, strides: tuple[int, ...], tokens: bool, broadcast: bool) -> View | None:
+    step = one_stride(sizes[2:], strides[2:])
     if step is None:
         return None
-    sample = x.stride(0) if x.shape[0] > 1 else 0
-    channel, alone = x.stride(1), (x.shape[1] == 1, positions(x) == 1)
+    sample = strides[0] if sizes[0] > 1 else 0
+    channel, alone = strides[1], (sizes[1] == 1, sizes[2:].numel() == 1)
     if tokens:
         inner, alone_inner, step = channel, alone[0], step
     else:
@@ -46,9 +52,15 @@ def view_as(x: Tensor, tokens: bool, *, broadcast: bool = False) -> View | None:
 
 def view_of(x: Tensor) -> View | None:
     """x in the order of axes that suits it; None where it has to be copied."""
+    return _view_of(x.shape, x.stride())
+
+
+@remembered
+def _view_of(sizes: torch.Size, strides: tuple[int, ...]) -> View | None:
     # A single position: the channels are what can lie side by side.
-    first = positions(x) == 1
-    return view_as(x, first) or (None if first and x.shape[1] > 1 else view_as(x, not first))
+    first = sizes[2:].numel() == 1
+    found = _view_as(sizes, strides, first, False)
+    return found or (None if first and sizes[1] > 1 else _view_as(sizes, strides, not first, False))
 
 
 def one_sample(view: View, samples: int, count: int) -> View | None:
@@ -76,11 +88,18 @@ def reads_past(x: Tensor, view: View, vector: int) -> bool:
 
 def like(x: Tensor) -> Tensor:
     """An output for x: dense, in the memory order of x."""
-    view = view_of(x)
-    tokens = view is not None and view.tokens and not x.is_contiguous()
-    strides, outer = [], x.shape[1] if tokens else 1
-    for size in reversed(x.shape[2:]):
-        strides.insert(0, outer)
+    if x.is_contiguous():
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_strided(x.shape, _dense(x.shape, x.stride()), dtype=x.dtype, device=x.device)
+
+
+@remembered
+def _dense(sizes: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+    view = _view_of(sizes, strides)
+    tokens = view is not None and view.tokens
+    inner, outer = [], sizes[1] if tokens else 1
+    for size in reversed(sizes[2:]):
+        inner.insert(0, outer)
         outer *= max(size, 1)
-    steps = (outer, 1) if tokens else (outer * x.shape[1], outer)
-    return torch.empty_strided(x.shape, (*steps, *strides), dtype=x.dtype, device=x.device)
+    steps = (outer, 1) if tokens else (outer * sizes[1], outer)
+    return (*steps, *inner)

@@ -6,7 +6,9 @@ import collections
 import contextlib
 import functools
 import warnings
+from collections.abc import Callable
 from subprocess import CalledProcessError
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +17,22 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 launches: collections.Counter[str] = collections.Counter()
 """Launches by kernel name since the start: a test that compares a kernel sees here that it ran."""
+
+_memories: list[Any] = []
+
+
+def remembered(function: Callable) -> Callable:
+    """Keeps what `function` returns for the latest arguments: a pure function of what a call looks like, which
+    takes longer than to look it up."""
+    _memories.append(functools.lru_cache(maxsize=2048)(function))
+    return _memories[-1]
+
+
+def forget() -> None:
+    """Empties what :func:`remembered` keeps, for tests that change what it comes from."""
+    for memory in _memories:
+        memory.cache_clear()
+
 
 # Programs of a persistent grid on a CPU, where the interpreter runs them one after another.
 _INTERPRETED_PROGRAMS = 4
@@ -59,8 +77,7 @@ def launch(kernel, grid: int, device: torch.device, *args, **meta) -> None:
     launches[kernel.__name__] += 1
     if _broken and _variant(kernel, args, meta) in _broken:
         raise KernelUnavailable(_broken[_variant(kernel, args, meta)])
-    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
+    with _on(device):
         try:
             kernel[(grid,)](*args, **meta)
         except Exception as error:
@@ -70,6 +87,15 @@ def launch(kernel, grid: int, device: torch.device, *args, **meta) -> None:
             if not isinstance(error, OSError):  # a cache that failed to open may open next time
                 _broken[_variant(kernel, args, meta)] = cause
             raise KernelUnavailable(cause) from error
+
+
+_HERE = contextlib.nullcontext()
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """A block that launches there; to change the device takes longer than to look at it."""
+    here = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return _HERE if here else torch.cuda.device(device)
 
 
 def _of_compiler(error: Exception) -> bool:

@@ -1,11 +1,13 @@
 """What lies between the passes of batch, group and instance norm, and its gradient: numbers of channels, not x.
 
 y = w * (x - mean) * r + b with r = 1 / sqrt(var + EPS). An entry is (sample, channel), or a channel where the
-statistics are those of the batch. `stats` holds five arrays of all entries, float32: pivot; delta, the mean of
-the entry's set less the pivot; r; and, where each entry is a set, its mean and unbiased variance. Before, the
-second array is delta of the entry alone and the last one m2. The results for the passes over x are
-arrays in `map`: scale and shift of y = (x - pivot) * scale + shift, or scale, slope and offset of
-dx = scale * dy + slope * (x - pivot) + offset.
+statistics are those of the batch; arrays of float32 numbers have one of each entry.
+
+    stats   pivot; delta, the mean of the entry's set less the pivot; r; where each entry is a set, its mean and
+            unbiased variance; scale and shift of y = (x - pivot) * scale + shift. Before, the second is delta
+            of the entry alone and the fifth its m2
+    found   the sums of dy and of dy * (x - pivot); scale, slope and offset of
+            dx = scale * dy + slope * (x - pivot) + offset
 """
 
 from __future__ import annotations
@@ -25,17 +27,17 @@ def _parameter(ptr, c, inside, otherwise: tl.constexpr):
 
 
 @triton.jit
-def _store_map(stats_ptr, map_ptr, w_ptr, b_ptr, at, c, inside, size, delta, r):
+def _store_map(stats_ptr, w_ptr, b_ptr, at, c, inside, size, delta, r):
     scale = _parameter(w_ptr, c, inside, 1.0) * r
     tl.store(stats_ptr + size + at, delta, mask=inside)
     tl.store(stats_ptr + 2 * size + at, r, mask=inside)
-    tl.store(map_ptr + at, scale, mask=inside)
-    tl.store(map_ptr + size + at, _parameter(b_ptr, c, inside, 0.0) - delta * scale, mask=inside)
+    tl.store(stats_ptr + 5 * size + at, scale, mask=inside)
+    tl.store(stats_ptr + 6 * size + at, _parameter(b_ptr, c, inside, 0.0) - delta * scale, mask=inside)
 
 
 @triton.jit(do_not_specialize=["size", "C", "count", "parts"])
 def channel_standardize(
-    part_ptr, stats_ptr, w_ptr, b_ptr, map_ptr, size, C, count, parts,
+    part_ptr, stats_ptr, w_ptr, b_ptr, size, C, count, parts,
     EPS: tl.constexpr, P: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """A set an entry, of `count` values, in `parts` <= P parts, or without part_ptr as one in `stats`."""
@@ -50,7 +52,7 @@ def channel_standardize(
         delta = tl.load(stats_ptr + size + at, mask=inside, other=0.0)
         m2 = tl.load(stats_ptr + 4 * size + at, mask=inside, other=0.0)
     n = tl.cast(count, tl.float32)
-    _store_map(stats_ptr, map_ptr, w_ptr, b_ptr, at, at % C, inside, size, delta, tl.rsqrt(m2 / n + EPS))
+    _store_map(stats_ptr, w_ptr, b_ptr, at, at % C, inside, size, delta, tl.rsqrt(m2 / n + EPS))
     tl.store(stats_ptr + 3 * size + at, pivot + delta, mask=inside)
     tl.store(stats_ptr + 4 * size + at, m2 / tl.maximum(n - 1.0, 1.0), mask=inside)
 
@@ -79,7 +81,7 @@ def _away(pivot_ptr, c, inside, size, mean):
 
 @triton.jit(do_not_specialize=["N", "C", "count", "width"])
 def group_standardize(
-    stats_ptr, w_ptr, b_ptr, map_ptr, N, C, count, width,
+    stats_ptr, w_ptr, b_ptr, N, C, count, width,
     EPS: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """A set a group of `width` channels of a sample, of `count` values each. A program has G groups, W channels
@@ -87,7 +89,6 @@ def group_standardize(
     size = tl.cast(N, tl.int64) * C
     n, base, there, lane = _groups_of(C, width, G, W)
     stats_ptr += n * C
-    map_ptr += n * C
     values = tl.cast(count, tl.float32) * tl.cast(width, tl.float32)
     total = tl.zeros([G, W], tl.float32)
     for start in tl.range(0, width, W):
@@ -108,30 +109,30 @@ def group_standardize(
     for start in tl.range(0, width, W):
         c, inside = base + start + lane, there & (start + lane < width)
         delta = (mean - tl.load(stats_ptr + c, mask=inside, other=0.0)) + left
-        _store_map(stats_ptr, map_ptr, w_ptr, b_ptr, c, c, inside, size, delta, r)
+        _store_map(stats_ptr, w_ptr, b_ptr, c, c, inside, size, delta, r)
 
 
 @triton.jit(do_not_specialize=["C", "count", "parts"])
 def batch_standardize_grad(
-    part_ptr, sums_ptr, stats_ptr, w_ptr, map_ptr, dw_ptr, db_ptr, C, count, parts,
+    part_ptr, found_ptr, stats_ptr, w_ptr, dw_ptr, db_ptr, C, count, parts,
     P: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """From the sums of dy and of dy * (x - pivot), in parts or as one in `sums`."""
+    """From the sums of dy and of dy * (x - pivot), in parts or as one in `found`."""
     c = tl.program_id(0) * E + tl.arange(0, E)[None, :]
     inside = c < C
     if part_ptr is not None:
         s1, s2 = added_sums(part_ptr, c, C, parts, P)
     else:
-        s1 = tl.load(sums_ptr + c, mask=inside, other=0.0)
-        s2 = tl.load(sums_ptr + C + c, mask=inside, other=0.0)
+        s1 = tl.load(found_ptr + c, mask=inside, other=0.0)
+        s2 = tl.load(found_ptr + C + c, mask=inside, other=0.0)
     delta = tl.load(stats_ptr + C + c, mask=inside, other=0.0)
     r = tl.load(stats_ptr + 2 * C + c, mask=inside, other=0.0)
     dr = s2 - delta * s1  # the sum of dy * (x - mean)
     scale = _parameter(w_ptr, c, inside, 1.0) * r
     slope = -scale * r * r * dr / count
-    tl.store(map_ptr + c, scale, mask=inside)
-    tl.store(map_ptr + C + c, slope, mask=inside)
-    tl.store(map_ptr + 2 * C + c, -scale * s1 / count - slope * delta, mask=inside)
+    tl.store(found_ptr + 2 * C + c, scale, mask=inside)
+    tl.store(found_ptr + 3 * C + c, slope, mask=inside)
+    tl.store(found_ptr + 4 * C + c, -scale * s1 / count - slope * delta, mask=inside)
     if dw_ptr is not None:
         tl.store(dw_ptr + c, (dr * r).to(dw_ptr.dtype.element_ty), mask=inside)
     if db_ptr is not None:
@@ -139,17 +140,17 @@ def batch_standardize_grad(
 
 
 @triton.jit
-def _sums_of(sums_ptr, stats_ptr, c, inside, size):
+def _sums_of(found_ptr, stats_ptr, c, inside, size):
     """(sum of dy, sum of dy * (x - mean), delta, r) of entries."""
-    s1 = tl.load(sums_ptr + c, mask=inside, other=0.0)
-    s2 = tl.load(sums_ptr + size + c, mask=inside, other=0.0)
+    s1 = tl.load(found_ptr + c, mask=inside, other=0.0)
+    s2 = tl.load(found_ptr + size + c, mask=inside, other=0.0)
     delta = tl.load(stats_ptr + size + c, mask=inside, other=0.0)
     return s1, s2 - delta * s1, delta, tl.load(stats_ptr + 2 * size + c, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["N", "C", "count", "width", "maps"])
 def group_standardize_grad(
-    sums_ptr, stats_ptr, w_ptr, map_ptr, dw_ptr, db_ptr, N, C, count, width, maps,
+    found_ptr, stats_ptr, w_ptr, dw_ptr, db_ptr, N, C, count, width, maps,
     G: tl.constexpr, W: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """The first `maps` programs have G groups of a sample each, the others E channels of all samples, R at a
@@ -157,14 +158,13 @@ def group_standardize_grad(
     size = tl.cast(N, tl.int64) * C
     if tl.program_id(0) < maps:
         n, base, there, lane = _groups_of(C, width, G, W)
-        sums_ptr += n * C
+        found_ptr += n * C
         stats_ptr += n * C
-        map_ptr += n * C
         of_mean = tl.zeros([G, W], tl.float32)
         of_r = tl.zeros([G, W], tl.float32)
         for start in tl.range(0, width, W):
             c, inside = base + start + lane, there & (start + lane < width)
-            s1, dr, _delta, _r = _sums_of(sums_ptr, stats_ptr, c, inside, size)
+            s1, dr, _delta, _r = _sums_of(found_ptr, stats_ptr, c, inside, size)
             w = _parameter(w_ptr, c, inside, 1.0)
             of_mean += w * s1
             of_r += w * dr
@@ -173,11 +173,11 @@ def group_standardize_grad(
         of_r = tl.sum(of_r, axis=1)[:, None] / values
         for start in tl.range(0, width, W):
             c, inside = base + start + lane, there & (start + lane < width)
-            _s1, _dr, delta, r = _sums_of(sums_ptr, stats_ptr, c, inside, size)
+            _s1, _dr, delta, r = _sums_of(found_ptr, stats_ptr, c, inside, size)
             slope = -r * r * r * of_r
-            tl.store(map_ptr + c, _parameter(w_ptr, c, inside, 1.0) * r, mask=inside)
-            tl.store(map_ptr + size + c, slope, mask=inside)
-            tl.store(map_ptr + 2 * size + c, -r * of_mean - slope * delta, mask=inside)
+            tl.store(found_ptr + 2 * size + c, _parameter(w_ptr, c, inside, 1.0) * r, mask=inside)
+            tl.store(found_ptr + 3 * size + c, slope, mask=inside)
+            tl.store(found_ptr + 4 * size + c, -r * of_mean - slope * delta, mask=inside)
     else:
         c = (tl.program_id(0) - maps) * E + tl.arange(0, E)[None, :]
         row = tl.arange(0, R)[:, None]
@@ -185,7 +185,7 @@ def group_standardize_grad(
         db = tl.zeros([R, E], tl.float32)
         for first in tl.range(0, N, R):
             at = (first + row).to(tl.int64) * C + c
-            s1, dr, _delta, r = _sums_of(sums_ptr, stats_ptr, at, (first + row < N) & (c < C), size)
+            s1, dr, _delta, r = _sums_of(found_ptr, stats_ptr, at, (first + row < N) & (c < C), size)
             dw += dr * r
             db += s1
         if dw_ptr is not None:

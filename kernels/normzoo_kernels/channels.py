@@ -8,24 +8,27 @@ leading axis of regions. Statistics and parameters are float32.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from ._channel_calls import (
+    Call,
     beside,
     contiguous,
     in_place,
     lies,
     lies_flat,
     merge,
-    problem_of,
     side_by_side,
     targets_of,
 )
-from ._channel_forms import flat_form, map_form, may_read_vectors, moments_form, sums_form
-from ._channel_layout import like, reads_past
+from ._channel_forms import Form, flat_form, map_form, may_read_vectors, moments_form, sums_form
+from ._channel_layout import View, like, reads_past
+from ._channels_map import channel_map_flat
 from ._channels_merge import merge_moments, merge_sums
-from ._launch import launch
+from ._launch import launch, remembered
 from ._op import op
 
 
@@ -57,17 +60,39 @@ def moments(x, mask, per_sample):
     return outputs
 
 
+class Plan(NamedTuple):
+    """A launch but for its tensors."""
+
+    form: Form
+    numbers: tuple
+    constants: dict[str, Any]
+    vector: int = 0
+    """Entries of the whole vectors in which planes that start anywhere may be read, if storage goes so far."""
+
+    def launch(self, *tensors: Tensor | None) -> None:
+        form = self.form
+        launch(
+            form.kernel, form.programs, tensors[0].device, *tensors, *self.numbers, form.parts, **self.constants
+        )
+
+
+@remembered
+def _plan_moments(call: Call, view: View, per_sample: bool, vectors: bool) -> Plan:
+    problem, (view,) = call.problem(not per_sample, per_sample, view)
+    numbers, constants = lies(problem, view)
+    form = moments_form(problem, vectors)
+    return Plan(form, numbers, constants | form.constants, problem.vector if may_read_vectors(problem) else 0)
+
+
 def find_moments(x, view, mask, per_sample, outputs):
     """Launches the statistics; into `outputs` and (form, None), or (form, what is to be merged)."""
-    problem, (view,) = problem_of(x, mask, not per_sample, per_sample, view)
-    vectors = may_read_vectors(problem) and reads_past(x, view, problem.vector)
-    form = moments_form(problem, vectors)
-    targets = targets_of(form, outputs, 4)
-    tensors = (x, *targets) if mask is None else (x, contiguous(mask), *targets)
-    numbers, constants = lies(problem, view)
-    constants |= form.constants
-    launch(form.kernel, form.programs, x.device, *tensors, *numbers, form.parts, **constants)
-    return form, targets[-1]
+    call = Call.of(x, mask)
+    plan = _plan_moments(call, view, per_sample, False)
+    if plan.vector and reads_past(x, view, plan.vector):
+        plan = _plan_moments(call, view, per_sample, True)
+    targets = targets_of(plan.form, outputs, 4)
+    plan.launch(x, *(() if mask is None else (contiguous(mask),)), *targets)
+    return plan.form, targets[-1]
 
 
 def _sums_like(dy, x, mask, pivot, per_sample):
@@ -84,24 +109,31 @@ def sums(dy, x, mask, pivot, per_sample):
     if x.numel() == 0:
         return tuple(t.zero_() for t in outputs)
     x, view = in_place(x)
+    pivot = pivot.contiguous()
     form, parts = find_sums(*beside(dy, x, view.tokens), x, view, mask, pivot, per_sample, outputs)
     merge(merge_sums, form, parts, outputs)
     return outputs
 
 
+@remembered
+def _plan_sums(call: Call, view: View, dy_view: View, per_sample: bool, pivots: bool, vectors: bool) -> Plan:
+    problem, views = call.problem(not (per_sample or pivots), per_sample, view, dy_view)
+    numbers, constants = lies(problem, *views)
+    form = sums_form(problem, vectors)
+    constants |= form.constants | {"PIVOTS": pivots}
+    return Plan(form, numbers, constants, problem.vector if may_read_vectors(problem) else 0)
+
+
 def find_sums(dy, dy_view, x, view, mask, pivot, per_sample, outputs):
     """As :func:`find_moments`."""
-    pivots = _each_sample(pivot, mask)
-    problem, (view, dy_view) = problem_of(x, mask, not (per_sample or pivots), per_sample, view, dy_view)
-    vectors = may_read_vectors(problem) and reads_past(x, view, problem.vector)
-    vectors &= dy_view.inner == 0 or (dy_view == view and reads_past(dy, dy_view, problem.vector))
-    form = sums_form(problem, vectors)
-    targets = targets_of(form, outputs, 2)
-    tensors = (dy, x, contiguous(mask), contiguous(pivot), *targets)
-    numbers, constants = lies(problem, view, dy_view)
-    constants |= form.constants | {"PIVOTS": pivots}
-    launch(form.kernel, form.programs, x.device, *tensors, *numbers, form.parts, **constants)
-    return form, targets[-1]
+    call, pivots = Call.of(x, mask), _each_sample(pivot, mask)
+    plan = _plan_sums(call, view, dy_view, per_sample, pivots, False)
+    if plan.vector and reads_past(x, view, plan.vector):
+        if dy_view.inner == 0 or (dy_view == view and reads_past(dy, dy_view, plan.vector)):
+            plan = _plan_sums(call, view, dy_view, per_sample, pivots, True)
+    targets = targets_of(plan.form, outputs, 2)
+    plan.launch(dy, x, contiguous(mask), pivot, *targets)
+    return plan.form, targets[-1]
 
 
 def _map(x, dy, mask, pivot, scale, slope, offset):
@@ -110,25 +142,30 @@ def _map(x, dy, mask, pivot, scale, slope, offset):
         return out
     x, view = in_place(x)
     dy, dy_view = (None, view) if dy is None else beside(dy, x, view.tokens)
-    write_map(out, x, view, dy, dy_view, mask, pivot, scale, slope, offset)
+    parameters = [contiguous(t) for t in (pivot, scale, slope, offset)]
+    write_map(out, x, view, dy, dy_view, mask, *parameters)
     return out
 
 
-def write_map(out, x, view, dy, dy_view, mask, pivot, scale, slope, offset):
-    """out = scale * dy + slope * (x - pivot) + offset, without the first term where dy is None."""
-    each = {
-        name: _each_sample(t, mask) for name, t in (("PIVOTS", pivot), ("SCALES", scale), ("SLOPES", slope))
-    }
-    per_sample = any(each.values())
-    problem, views = problem_of(x, mask, not per_sample, per_sample, view, dy_view)
+@remembered
+def _plan_map(call: Call, view: View, dy_view: View, backward: bool, each: tuple[bool, ...]) -> Plan:
+    """`each`: whether every sample has a pivot, a scale and a slope of its own."""
+    per_sample = any(each)
+    problem, views = call.problem(not per_sample, per_sample, view, dy_view)
     form = flat_form(problem) if all(side_by_side(view, problem) for view in views) else None
-    regions = (contiguous(mask),) if form is None else ()
     numbers, constants = lies(problem, *views) if form is None else lies_flat(problem, *views)
-    form = form or map_form(problem, dy is not None)
-    parameters = [contiguous(t) for t in (pivot, scale, slope, offset)]
-    tensors = (x, dy, *regions, *parameters, out)
-    constants |= each | form.constants
-    launch(form.kernel, form.programs, x.device, *tensors, *numbers, form.parts, **constants)
+    form = form or map_form(problem, backward)
+    constants |= dict(zip(("PIVOTS", "SCALES", "SLOPES"), each, strict=True))
+    return Plan(form, numbers, constants | form.constants)
+
+
+def write_map(out, x, view, dy, dy_view, mask, pivot, scale, slope, offset):
+    """out = scale * dy + slope * (x - pivot) + offset, without the first term where dy is None; of parameters that
+    are contiguous."""
+    each = tuple(_each_sample(t, mask) for t in (pivot, scale, slope))
+    plan = _plan_map(Call.of(x, mask), view, dy_view, dy is not None, each)
+    regions = () if plan.form.kernel is channel_map_flat else (contiguous(mask),)
+    plan.launch(x, dy, *regions, pivot, scale, slope, offset, out)
 
 
 def _apply_like(x, mask, pivot, scale, shift):

@@ -3,16 +3,16 @@ and what `_standardize.py` does between them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._channel_calls import beside, contiguous, in_place, merge
 from ._channel_forms import merge_tile, power_of_two
-from ._channel_layout import like, positions
+from ._channel_layout import like
 from ._channels_merge import merge_moments, merge_sums
-from ._launch import KernelUnavailable, launch, warn_once
+from ._launch import KernelUnavailable, launch, remembered, warn_once
 from ._op import differentiated, needs_grad, op, through_reference
 from ._standardize import (
     batch_standardize_grad,
@@ -21,6 +21,9 @@ from ._standardize import (
     group_standardize_grad,
 )
 from .channels import find_moments, find_sums, write_map
+
+_KEPT = 7
+"""Arrays of numbers that a forward pass leaves."""
 
 _TILE = 1024
 """Channels that a program for groups has at a time."""
@@ -32,17 +35,46 @@ def _numbers(x: Tensor, groups: int, count: int) -> Tensor:
     return torch.empty((count, *of), dtype=torch.float32, device=x.device)
 
 
-def _group_tile(width: int) -> dict[str, int]:
+def _outputs(x, weight, bias, groups, eps):
+    return like(x), _numbers(x, groups, _KEPT)
+
+
+class _Between(NamedTuple):
+    """The launch between two passes, but for its tensors."""
+
+    kernel: Any
+    programs: int
+    numbers: tuple[int, ...]
+    tile: dict[str, Any]
+
+
+@remembered
+def _between(shape: torch.Size, groups: int, parts: int, eps: float) -> _Between:
+    samples, channels, count = shape[0], shape[1], shape[2:].numel()
+    if groups in (0, channels):
+        tile, size = merge_tile(parts), channels * (samples if groups else 1)
+        numbers = (size, channels, count * (1 if groups else samples), parts)
+        return _Between(channel_standardize, -(-size // tile["E"]), numbers, tile | {"EPS": eps})
+    width, tile = channels // groups, _group_tile(channels // groups)
+    programs = samples * -(-groups // tile["G"])
+    return _Between(group_standardize, programs, (samples, channels, count, width), tile | {"EPS": eps})
+
+
+@remembered
+def _between_back(shape: torch.Size, groups: int, parts: int, dx: bool, parameters: bool) -> _Between:
+    samples, channels, count = shape[0], shape[1], shape[2:].numel()
+    if groups == 0:
+        tile, numbers = merge_tile(parts), (channels, samples * count, parts)
+        return _Between(batch_standardize_grad, -(-channels // tile["E"]), numbers, tile)
+    width, tile = channels // groups, _group_tile(channels // groups) | {"R": 32, "E": 32}
+    maps = samples * -(-groups // tile["G"]) if dx else 0
+    programs = maps + (-(-channels // tile["E"]) if parameters else 0)
+    return _Between(group_standardize_grad, programs, (samples, channels, count, width, maps), tile)
+
+
+def _group_tile(width: int) -> dict[str, Any]:
     lanes = min(power_of_two(width), _TILE)
     return {"G": _TILE // lanes, "W": lanes}
-
-
-def _group_programs(x: Tensor, groups: int, tile: dict[str, int]) -> int:
-    return x.shape[0] * -(-groups // tile["G"])
-
-
-def _outputs(x, weight, bias, groups, eps):
-    return like(x), _numbers(x, groups, 5)
 
 
 @op(
@@ -53,29 +85,22 @@ def forward(x, weight, bias, groups, eps):
     """(y, stats) for x (N, C, *), not empty; weight, bias: (C,).
 
     groups: of the channels of a sample, each standardized on its own; 0 standardizes channels over the batch.
-    stats, float32 (5, C) or (5, N, C): pivot, delta, 1 / std, and, unless several channels share these, the
-    mean and the unbiased variance.
+    stats, float32 (7, C) or (7, N, C): pivot, delta, 1 / std; unless several channels share these, the mean and
+    the unbiased variance; and the scale and shift that y was made by.
     """
     y, stats = _outputs(x, weight, bias, groups, eps)
     x, view = in_place(x)
-    count, channels = positions(x), x.shape[1]
-    found = _numbers(x, groups, 2)
-    own = (stats[0], stats[1], stats[4])
+    pivot, delta, _, _, m2, scale, shift = stats.unbind()
+    own = (pivot, delta, m2)
     form, parts = find_moments(x, view, None, groups > 0, own)
-    parameters = (contiguous(weight), contiguous(bias), found)
-    if groups in (0, channels):
-        tile, size = merge_tile(form.parts), stats[0].numel()
-        numbers = (size, channels, count if groups else x.shape[0] * count, form.parts)
-        tensors = (parts, stats, *parameters)
-        launch(channel_standardize, -(-size // tile["E"]), x.device, *tensors, *numbers, EPS=eps, **tile)
+    between = _between(x.shape, groups, form.parts, eps)
+    tensors = (stats, contiguous(weight), contiguous(bias), *between.numbers)
+    if between.kernel is channel_standardize:
+        tensors = (parts, *tensors)
     else:
         merge(merge_moments, form, parts, own)
-        tile = _group_tile(channels // groups)
-        tensors = (stats, *parameters, x.shape[0], channels, count, channels // groups)
-        programs = _group_programs(x, groups, tile)
-        launch(group_standardize, programs, x.device, *tensors, EPS=eps, **tile)
-    scale, shift = found
-    write_map(y, x, view, None, view, None, stats[0], None, scale, shift)
+    launch(between.kernel, between.programs, x.device, *tensors, **between.tile)
+    write_map(y, x, view, None, view, None, pivot, None, scale, shift)
     return y, stats
 
 
@@ -97,25 +122,19 @@ def backward(dy, x, stats, weight, bias, groups, needs):
     x, view = in_place(x)
     dy, dy_view = beside(dy, x, view.tokens)
     stats = stats.contiguous()
-    count, channels = positions(x), x.shape[1]
-    sums, found = _numbers(x, groups, 2), _numbers(x, groups, 3)
-    form, parts = find_sums(dy, dy_view, x, view, None, stats[0], groups > 0, tuple(sums))
-    if groups == 0:
-        tile = merge_tile(form.parts)
-        tensors = (parts, sums, stats, contiguous(weight), found, *gradients)
-        numbers = (channels, x.shape[0] * count, form.parts)
-        launch(batch_standardize_grad, -(-channels // tile["E"]), x.device, *tensors, *numbers, **tile)
+    pivot, found = stats[0], _numbers(x, groups, 5)
+    dy_sum, dyx_sum, scale, slope, offset = found.unbind()
+    sums = (dy_sum, dyx_sum)
+    form, parts = find_sums(dy, dy_view, x, view, None, pivot, groups > 0, sums)
+    between = _between_back(x.shape, groups, form.parts, needs[0], needs[1] or needs[2])
+    tensors = (found, stats, contiguous(weight), *gradients, *between.numbers)
+    if between.kernel is batch_standardize_grad:
+        tensors = (parts, *tensors)
     else:
-        merge(merge_sums, form, parts, tuple(sums))
-        tile = _group_tile(channels // groups) | {"R": 32, "E": 32}
-        maps = _group_programs(x, groups, tile) if needs[0] else 0
-        programs = maps + (-(-channels // tile["E"]) if any(needs[1:]) else 0)
-        tensors = (sums, stats, contiguous(weight), found, *gradients)
-        numbers = (x.shape[0], channels, count, channels // groups, maps)
-        launch(group_standardize_grad, programs, x.device, *tensors, *numbers, **tile)
+        merge(merge_sums, form, parts, sums)
+    launch(between.kernel, between.programs, x.device, *tensors, **between.tile)
     if needs[0]:
-        scale, slope, offset = found
-        write_map(dx, x, view, dy, dy_view, None, stats[0], scale, slope, offset)
+        write_map(dx, x, view, dy, dy_view, None, pivot, scale, slope, offset)
     return dx, dw, db
 
 

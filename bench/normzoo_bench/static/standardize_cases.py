@@ -38,7 +38,7 @@ class Standardized:
             x, dy = x.movedim(-1, 1), dy.movedim(-1, 1)
         weight, bias = (torch.empty(self.channels, device="meta") for _ in range(2))
         stats = torch.empty(
-            (5, *x.shape[: 2 if self.groups else 0], *[self.channels] * (not self.groups)), device="meta"
+            (7, *x.shape[: 2 if self.groups else 0], *[self.channels] * (not self.groups)), device="meta"
         )
 
         def forward() -> None:
