@@ -160,8 +160,8 @@ def _plan_map(call: Call, view: View, dy_view: View, backward: bool, each: tuple
 
 
 def write_map(out, x, view, dy, dy_view, mask, pivot, scale, slope, offset):
-    """out = scale * dy + slope * (x - pivot) + offset, without the first term where dy is None; of parameters that
-    are contiguous."""
+    """out = scale * dy + slope * (x - pivot) + offset, without the first term where dy is None; of contiguous
+    parameters."""
     each = tuple(_each_sample(t, mask) for t in (pivot, scale, slope))
     plan = _plan_map(Call.of(x, mask), view, dy_view, dy is not None, each)
     regions = () if plan.form.kernel is channel_map_flat else (contiguous(mask),)
