@@ -19,7 +19,8 @@ html_show_copyright = False
 # No intersphinx and no math renderer: the build needs no network, nor do the pages.
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 # Parts of pages, which include them.
-exclude_patterns = ["_build", "experiments/*.md"]
+exclude_patterns = ["_build", "experiments/*.md", "performance/*.md"]
+html_extra_path = ["performance/report.html"]
 myst_heading_anchors = 3
 # Single backticks in docstrings are code.
 default_role = "code"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 INK, _FAINT, OURS = "#26323b", "#b9c2c9", "#0b7a75"
@@ -40,20 +41,51 @@ def there() -> bool:
 def figure(height: float, width: float = _WIDTH, columns: int = 1, background: str = "none"):
     """Axes to draw on, an array of them where there are columns, which share the vertical axis; and a function
     that gives the SVG element once the block has ended. Sizes are inches."""
+    with sheet(height, width, columns=columns, background=background) as (panels, drawn):
+        yield panels, lambda: drawn.svg
+
+
+@dataclass
+class Drawn:
+    """A figure that is done."""
+
+    svg: str = ""
+    png: bytes = b""
+
+
+@contextmanager
+def sheet(
+    height: float,
+    width: float = _WIDTH,
+    rows: int = 1,
+    columns: int = 1,
+    background: str = "none",
+    share: str = "y",
+    colors: int = 0,
+):
+    """Axes to draw on, an array of them where there are several, which share an axis; and what is drawn once
+    the block has ended: an SVG element and, where `colors` are named, a PNG of so many."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    drawn = io.StringIO()
-
-    def svg() -> str:
-        text = drawn.getvalue()
-        return text[text.index("<svg") :]  # without the prolog of a file
-
+    drawn, text = Drawn(), io.StringIO()
     with matplotlib.rc_context(_STYLE):
         made = Figure(figsize=(width, height), layout="constrained", facecolor=background)
-        yield made.subplots(ncols=columns, sharey=True), svg
+        yield made.subplots(rows, columns, sharex=share == "x", sharey=share == "y"), drawn
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        made.savefig(drawn, format="svg", metadata=nothing)
+        made.savefig(text, format="svg", metadata=nothing)
+        if colors:
+            drawn.png = _png(made, colors, dpi=110)
+    drawn.svg = text.getvalue()[text.getvalue().index("<svg") :]  # without the prolog of a file
+
+
+def _png(made: Any, colors: int, dpi: int) -> bytes:
+    from PIL import Image
+
+    full, few = io.BytesIO(), io.BytesIO()
+    made.savefig(full, format="png", dpi=dpi)
+    Image.open(full).convert("RGB").quantize(colors, kmeans=4).save(few, format="png", optimize=True)
+    return few.getvalue()
 
 
 @contextmanager
@@ -62,14 +94,8 @@ def picture(height: float, width: float, rows: int, columns: int):
     the bytes of a PNG of 256 colors."""
     import matplotlib
     from matplotlib.figure import Figure
-    from PIL import Image
 
-    drawn = io.BytesIO()
-
-    def png() -> bytes:
-        few = io.BytesIO()
-        Image.open(drawn).convert("RGB").quantize(256, kmeans=4).save(few, format="png", optimize=True)
-        return few.getvalue()
+    drawn: list[bytes] = []
 
     with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
         made = Figure(figsize=(width, height), layout="constrained", facecolor="white")
@@ -77,5 +103,5 @@ def picture(height: float, width: float, rows: int, columns: int):
         for axes in panels.flat:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(True)
-        yield panels, png
-        made.savefig(drawn, format="png", dpi=100)
+        yield panels, lambda: drawn[0]
+        drawn.append(_png(made, 256, dpi=100))

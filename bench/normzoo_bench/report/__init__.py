@@ -1,0 +1,1 @@
+"""The page about speed, made of the documents in a folder: ``python -m normzoo_bench.report``."""

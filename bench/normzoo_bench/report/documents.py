@@ -1,0 +1,182 @@
+"""The documents of a folder, whatever command wrote them, as rows that know where they come from."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..results import load
+from ..workloads import SCALINGS
+
+Row = Mapping[str, Any]
+
+COMMANDS = {
+    "cpu-layers": "normzoo bench --device cpu --output bench/results/cpu-layers.json",
+    "cpu-scaling": "normzoo bench --device cpu --scaling rows --output bench/results/cpu-scaling.json",
+    "cpu-models": "python -m normzoo_bench.models --device cpu --output bench/results/cpu-models.json",
+    "host": "python -m normzoo_bench.host --output bench/results/host.json",
+    "launches": "python -m normzoo_bench.launches --output bench/results/launches.json",
+    "static": "python -m normzoo_bench.static --output bench/results/static.json",
+    "gpu": "python -m normzoo_bench.gpu --output bench/results/gpu",
+}
+"""What writes each, where it is not there to say so itself."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One document, without its rows."""
+
+    name: str
+    document: Mapping[str, Any]
+
+    @property
+    def environment(self) -> Mapping[str, Any]:
+        return self.document.get("environment") or {}
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self.document.get("settings") or {}
+
+    @property
+    def command(self) -> str:
+        """The command that wrote it, as it says or as its settings say; empty where neither does."""
+        for said in (self.document.get("command"), self.settings.get("command")):
+            if said:
+                return _without_places(said if isinstance(said, list) else shlex.split(said))
+        arguments = self.settings.get("arguments")
+        return _command(arguments, self.environment) if isinstance(arguments, Mapping) else ""
+
+    @property
+    def device(self) -> str:
+        return str(self.environment.get("device", "cpu"))
+
+    @property
+    def place(self) -> str:
+        """Machine, versions, commit and date, as a line below a plot."""
+        known = self.environment
+        machine = known.get("gpu") or known.get("cpu") or known.get("machine") or "machine not told"
+        if not known.get("gpu") and known.get("threads"):
+            machine += f", {_counted(known['threads'], 'thread')}"
+        versions = [f"{name} {known[name]}" for name in ("torch", "triton") if known.get(name)]
+        commit = str(known.get("commit") or "")[:10]
+        changed = " and changes" if known.get("changed") else ""
+        own = f"normzoo {known.get('normzoo', '?')}" + (f" at {commit}{changed}" if commit else "")
+        return "; ".join(filter(None, (machine, ", ".join([own, *versions]), self.date)))
+
+    @property
+    def date(self) -> str:
+        return str(self.settings.get("time") or self.document.get("time") or "")[:10]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What a folder holds, by the names of the files without their ending."""
+
+    sources: tuple[Source, ...] = ()
+    unread: tuple[tuple[str, str], ...] = ()
+    """(name, why it is no document that this page knows)."""
+    _rows: list[tuple[Source, Row]] = field(default_factory=list, repr=False)
+
+    def find(self, name: str) -> Source | None:
+        """The document called `name`."""
+        return next((source for source in self.sources if source.name == name), None)
+
+    def __iter__(self) -> Iterator[tuple[Source, Row]]:
+        """Every timing, with its document."""
+        return iter(self._rows)
+
+    def rows(self, device: str, **wanted: Any) -> list[tuple[Source, Row]]:
+        """The timings on a device whose entries are those `wanted`: a value, or one of several."""
+        return [
+            (source, row)
+            for source, row in self._rows
+            if source.device == device
+            and all(
+                row.get(k) in v if isinstance(v, (tuple, set)) else row.get(k) == v for k, v in wanted.items()
+            )
+        ]
+
+
+def read(folder: Path) -> Documents:
+    """All documents below `folder`; one that cannot be read is told in ``unread``, and the rest stands."""
+    sources, unread = [], []
+    for path in sorted(folder.rglob("*.json")):
+        name = path.stem
+        try:
+            document = _document(path)
+        except ValueError as error:
+            unread.append((name, str(error).replace(str(path), path.name)))
+            continue
+        if _rehearsed(document):
+            unread.append((name, "a rehearsal on a CPU, whose times mean nothing"))
+        elif any(source.name == name for source in sources):
+            unread.append((name, "there is another document of that name"))
+        else:
+            sources.append(Source(name, document))
+    timings = [(source, row) for source in sources for row in source.document["rows"] if _is_timing(row)]
+    return Documents(tuple(sources), tuple(unread), timings)
+
+
+def _document(path: Path) -> dict:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
+        raise ValueError("has no rows")
+    if any(map(_is_timing, document["rows"])):
+        return load(path)
+    if not all(isinstance(row, dict) for row in document["rows"]):
+        raise ValueError("has a row that is no dict")
+    return document
+
+
+def _is_timing(row: Any) -> bool:
+    return isinstance(row, dict) and "seconds" in row and "contender" in row
+
+
+def _rehearsed(document: dict) -> bool:
+    arguments = (document.get("settings") or {}).get("arguments")
+    return isinstance(arguments, dict) and bool(arguments.get("rehearse"))
+
+
+def _command(arguments: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    """The command line that `normzoo bench` or `normzoo_bench.gpu` were given."""
+    if "minutes" in arguments:
+        return f"python -m normzoo_bench.gpu --output DIR --minutes {arguments['minutes']:g}"
+    words = ["normzoo", "bench", *(arguments.get("layer") or ())]
+    words += ["--device", str(environment.get("device", "cpu"))]
+    for name in ("size", "scaling", "seconds"):
+        if arguments.get(name) is not None:
+            words += [f"--{name}", str(arguments[name])]
+    for name in ("dtype", "workload", "direction", "contender"):
+        if arguments.get(name):
+            words += [f"--{name}", ",".join(arguments[name])]
+    return shlex.join(words)
+
+
+def _without_places(words: Sequence[str]) -> str:
+    """A command line whose paths say nothing about the machine."""
+    return shlex.join(re.sub(r"(^|=)/\S*/", r"\1", str(word)) for word in words)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def is_sweep(row: Row) -> str:
+    """What is swept in the row's workload, or nothing."""
+    use = row["workload"].partition("-")[0]
+    return use if use in SCALINGS else ""
+
+
+def places(sources: Sequence[Source]) -> list[str]:
+    """The machines, versions and dates of some documents, each once."""
+    return list(dict.fromkeys(source.place for source in sources))

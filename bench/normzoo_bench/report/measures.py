@@ -1,0 +1,165 @@
+"""What the goals and the plots ask the documents: ratios, shares of the copy, launches, memory, predictions."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..results import KEY
+from .documents import Documents, Row, Source, is_sweep
+
+LAYER_DIRECTIONS = ("forward", "backward", "both")
+EMPTY = "normzoo-empty"
+"""The contender whose kernels do nothing."""
+_BUT_CONTENDER = tuple(name for name in KEY if name != "contender")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast as another, with the range of it."""
+
+    source: Source
+    row: Row
+    """Of normzoo."""
+    median: float
+    p20: float
+    p80: float
+
+    @property
+    def inverse(self) -> Ratio:
+        """How many times as long."""
+        return Ratio(self.source, self.row, 1 / self.median, 1 / self.p80, 1 / self.p20)
+
+
+class Counted(NamedTuple):
+    source: Source
+    layer: str
+    direction: str
+    launches: int
+
+
+class Prediction(NamedTuple):
+    """The share of a copy's speed that the bytes of a call allow, if nothing else took time."""
+
+    source: Source
+    layer: str
+    direction: str
+    case: str
+    share: float
+
+
+def ratios(documents: Documents, device: str, other: str, own: str = "normzoo", **wanted: Any) -> list[Ratio]:
+    """The ratios of `own` to `other` in all rows where both are; `wanted` as in :meth:`Documents.rows`."""
+    theirs = {
+        (source.name, *_place(row)): row for source, row in documents.rows(device, contender=other, **wanted)
+    }
+    found = []
+    for source, row in documents.rows(device, contender=own, **wanted):
+        if other_row := theirs.get((source.name, *_place(row))):
+            found.append(_ratio(source, row, other_row))
+    return found
+
+
+def _place(row: Row) -> tuple:
+    return tuple(row[name] for name in _BUT_CONTENDER)
+
+
+def _ratio(source: Source, row: Row, other: Row) -> Ratio:
+    """Round by round where the document has it, else of the two summaries, as wide as these allow."""
+    if row.get("baseline") == other["contender"] and row.get("speedup"):
+        return Ratio(source, row, *(row["speedup"][name] for name in ("median", "p20", "p80")))
+    own, their = row["seconds"], other["seconds"]
+    return Ratio(
+        source,
+        row,
+        their["median"] / own["median"],
+        their["p20"] / own["p80"],
+        their["p80"] / own["p20"],
+    )
+
+
+def shares(documents: Documents, device: str, **wanted: Any) -> list[tuple[Source, Row]]:
+    """Rows of normzoo that tell of memory: by a GPU's clock of kernels, with buffers that exceed the cache."""
+    clock = {"cuda": "kernel", "cpu": "wall"}[device]
+    found = documents.rows(device, contender="normzoo", clock=clock, **wanted)
+    return [(source, row) for source, row in found if row.get("share_of_copy") and row.get("cold")]
+
+
+def without_sweeps(rows: Iterable[Any]) -> list[Any]:
+    return [entry for entry in rows if not is_sweep(entry.row if isinstance(entry, Ratio) else entry[1])]
+
+
+def launches(documents: Documents) -> list[Counted]:
+    """Kernels and torch's own operators that a call starts, the most that was counted of each layer."""
+    most: dict[tuple[str, str], Counted] = {}
+    for source in documents.sources:
+        for row in source.document["rows"] if source.name == "launches" else ():
+            for direction in ("forward", "backward"):
+                number = _count(row, direction)
+                if number is not None:
+                    counted = Counted(source, str(row["layer"]), direction, number)
+                    key = counted.layer, direction
+                    most[key] = max(most.get(key, counted), counted, key=lambda one: one.launches)
+    return list(most.values())
+
+
+def _count(row: Row, direction: str) -> int | None:
+    if row.get("direction") == direction:
+        return row.get("launches")
+    return None if "direction" in row else row.get(direction)
+
+
+def memory(documents: Documents, device: str, what: str, direction: str) -> list[tuple[Source, Row, float]]:
+    """(document, row of normzoo, `what` of torch over that of normzoo)."""
+    by_place: dict[tuple, dict[str, tuple[Source, Row]]] = defaultdict(dict)
+    for source, row in documents.rows(device, direction=direction):
+        by_place[(source.name, *_place(row))][row["contender"]] = source, row
+    found = []
+    for of in by_place.values():
+        if {"normzoo", "torch"} <= set(of):
+            source, row = of["normzoo"]
+            theirs = of["torch"][1].get(what)
+            if row.get(what) and theirs:
+                found.append((source, row, row[what] / theirs))
+    return found
+
+
+_CASE = re.compile(r"^(?P<family>.*?)-(?P<direction>fwd|bwd)-(?P<rest>.*)$")
+_LAYERS = {
+    "ln": "layer_norm", "rms": "rms_norm", "crms": "crms_norm", "add-ln": "add_layer_norm",
+    "add-rms": "add_rms_norm", "bn": "batch_norm", "gn": "group_norm", "alpha": "alpha_batch_norm",
+    "pn": "power_norm", "un": "unified_norm", "bounded": "evo_norm_b0", "swish": "evo_norm_s0",
+    "mod-ln": "adaptive_layer_norm", "mod-rms": "adaptive_rms_norm", "ws": "weight_standardize",
+}  # fmt: skip
+_DIRECTIONS = {"fwd": "forward", "bwd": "backward"}
+
+
+def predictions(documents: Documents, target: str = "sm_90", dtype: str = "bf16") -> list[Prediction]:
+    """What bytes allow, by case of the static gate: the fewest passes over x, over all that the call moves."""
+    from normzoo.zoo import find
+
+    from ..workloads import passes
+
+    source = documents.find("static")
+    calls: dict[str, Row] = {}
+    for row in source.document["rows"] if source else ():
+        if row.get("target") == target and row.get("dtype") == dtype and "call" in row:
+            calls.setdefault(row["case"], row["call"])
+    found = []
+    for case, call in calls.items():
+        match = _CASE.match(case)
+        layer = _LAYERS.get(match["family"]) if match else None
+        if source is None or match is None or layer is None or "masked" in match["rest"]:
+            continue
+        direction = _DIRECTIONS[match["direction"]]
+        if layer.startswith("add_"):
+            fewest = 4
+        else:
+            entry = find(layer)
+            fewest = passes(entry, "training" if entry.couples_samples else "any", direction)
+        moved = call["l2_passes"] + call["copies"]
+        found.append(Prediction(source, layer, direction, case, min(1.0, fewest / moved)))
+    return found

@@ -1,0 +1,262 @@
+"""The page about speed says what the documents say: what is missed is missed, and nothing has no command."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from PIL import Image
+from report_documents import GPU, compiled, document, on_gpu, pair, put, row, spread
+
+from normzoo.zoo import ZOO
+from normzoo_bench.report import __main__ as command
+from normzoo_bench.report import bands, goals, pages, plots
+from normzoo_bench.report.documents import COMMANDS, read
+from normzoo_bench.report.judging import ABSENT, ELSEWHERE, MET, MISSED
+from normzoo_bench.report.table import lines
+
+
+def judged(folder, key):
+    (found,) = [line for line in lines(read(folder)) if line.goal.key == key]
+    return found
+
+
+def told(folder, key):
+    return judged(folder, key).finding.verdict
+
+
+@pytest.fixture
+def without_plots(monkeypatch):
+    """The files of words alone, which take no seconds."""
+    monkeypatch.setattr(pages, "PLOTS", ())
+
+
+def test_every_goal_says_what_it_asks_and_what_follows():
+    every = goals.goals()
+    assert len({goal.key for goal in every}) == len(every) > 40
+    assert all(goal.section and goal.what and goal.bound and goal.command and goal.ahead for goal in every)
+    known = {entry.name for entry in ZOO} | {entry.added.__name__ for entry in ZOO if entry.added}
+    named = {layer for layer, _, _ in goals.share_goals()} | {*goals.MANY_PASSES, *goals.FEW_LAUNCHES}
+    assert named <= known and set(goals.CAUSES) <= {goal.key for goal in every}
+
+
+@pytest.mark.parametrize(("speedup", "verdict"), [(0.9, MET), (1.3, MET), (0.899, MISSED), (0.2, MISSED)])
+def test_slower_than_torch_is_missed(tmp_path, speedup, verdict):
+    fine = pair(1.1, workload="resnet-9x64x8x8")
+    put(tmp_path, cpu_layers=document(*pair(speedup), *fine))
+    line = judged(tmp_path, "cpu-torch")
+    assert line.finding.verdict == verdict and line.command == "normzoo bench --planted"
+    assert f"{speedup:#.3g}".removesuffix(".") in line.finding.value
+    assert [name.split(" ")[1] for name in line.finding.missed] == ["resnet-8x64x8x8"] * (verdict == MISSED)
+    assert any("Next:" in said for said in line.follows) == (verdict == MISSED)
+
+
+def test_the_worst_rows_are_named_first(tmp_path):
+    rows = [one for i in range(6) for one in pair(0.3 + 0.1 * i, workload=f"resnet-{i}")]
+    put(tmp_path, cpu_layers=document(*rows))
+    missed = judged(tmp_path, "cpu-torch").finding.missed
+    assert [said.split(" ")[1] for said in missed[:3]] == ["resnet-0", "resnet-1", "resnet-2"]
+    assert missed[3:] == ("and 3 more",)
+
+
+def test_sweeps_are_a_goal_of_their_own(tmp_path):
+    put(tmp_path, cpu_layers=document(*pair(1.0)), cpu_scaling=document(*pair(0.5, workload="rows-8x64x8x8")))
+    assert told(tmp_path, "cpu-torch") == MET and told(tmp_path, "cpu-sweeps") == MISSED
+
+
+def test_the_authors_code_is_compared_whatever_the_baseline(tmp_path):
+    """Torch is the baseline of the document; the ratio to another is that of the times."""
+    known = {"layer": "power_norm", "direction": "both"}
+    slow = row("official", **known, seconds=spread(1e-3))
+    put(tmp_path, cpu_layers=document(row(**known), slow))
+    line = judged(tmp_path, "cpu-official")
+    assert line.finding.verdict == MET and "10.0 (9.61-10.4)" in line.finding.value
+    put(tmp_path, cpu_layers=document(row(**known), slow | {"seconds": spread(1.9e-4)}))
+    assert told(tmp_path, "cpu-official") == MISSED
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        (on_gpu(0.93), MET),
+        (on_gpu(0.91), MISSED),
+        (on_gpu(0.1, cold=False), ELSEWHERE),
+        (on_gpu(0.1, clock="host"), ELSEWHERE),
+        (on_gpu(0.1, dtype="float32"), ELSEWHERE),
+        (on_gpu(0.1, contender="torch"), ELSEWHERE),
+        (on_gpu(0.1, direction="backward"), ELSEWHERE),
+    ],
+)
+def test_share_of_a_copy_on_a_gpu(tmp_path, found, verdict):
+    put(tmp_path, bench=document(found, environment=GPU))
+    assert told(tmp_path, "rows-forward") == verdict
+
+
+def test_a_cpu_decides_nothing_about_a_gpu(tmp_path):
+    put(tmp_path, cpu_layers=document(on_gpu(0.99, clock="wall")))
+    assert told(tmp_path, "rows-forward") == ELSEWHERE
+
+
+def test_what_bytes_predict_is_no_measurement(tmp_path):
+    static = document(compiled("rms-fwd-4096", 2.5), compiled("ln-fwd-4096", 2.0), failures=[])
+    finding = judged(put(tmp_path, static=static), "rows-forward").finding
+    assert finding.verdict == ELSEWHERE and "allow 0.800 to 1.00 (predicted" in finding.value
+
+
+def test_gates_that_fall(tmp_path):
+    fallen = {"case": "c", "target": "sm_90", "measure": "spills", "measured": 8, "bound": "at most 0"}
+    excused = fallen | {"exception": "a reason"}
+    put(tmp_path, static=document(compiled("c", 2.0), failures=[excused]))
+    assert told(tmp_path, "gates") == MET
+    put(tmp_path, static=document(compiled("c", 2.0), failures=[excused, fallen | {"exception": None}]))
+    finding = judged(tmp_path, "gates").finding
+    assert finding.verdict == MISSED and finding.missed == ("c sm_90: spills 8, at most 0",)
+
+
+def test_host_time_is_that_of_forward_and_backward(tmp_path):
+    known = {"layer": "rms_norm", "workload": "tiny-4x64", "shape": [4, 64], "mode": "any"}
+
+    def with_ratio(both, forward):
+        rows = [
+            row("normzoo-empty", 1 / both, direction="both", **known),
+            row("torch", direction="both", **known),
+        ]
+        rows += [row("normzoo-empty", 1 / forward, **known), row("torch", **known)]
+        return put(tmp_path, host=document(*rows))
+
+    assert told(with_ratio(both=1.19, forward=3.0), "host-rows") == MET
+    line = judged(with_ratio(both=1.21, forward=1.0), "host-rows")
+    assert line.finding.verdict == MISSED and line.finding.value.endswith("1.21 (1.19-1.23)")
+
+
+def test_models_and_sweeps_that_are_not_there_are_named(tmp_path):
+    put(tmp_path, cpu_models=document(row(workload="gpt-6x4", direction="step")))
+    finding = judged(tmp_path, "models").finding
+    assert finding.verdict == MISSED and finding.value == "1 of 24 are there"
+    assert "gpt step torch.compile" in finding.missed and "gpt step normzoo" not in finding.missed
+
+
+def test_bytes_that_are_not_there_are_missed(tmp_path):
+    put(tmp_path, cpu_layers=document(*pair(1.0, direction="backward")))
+    assert told(tmp_path, "saved_bytes") == MET
+    put(tmp_path, cpu_layers=document(*pair(1.0, direction="backward", saved_bytes=None)))
+    assert told(tmp_path, "saved_bytes") == MISSED
+
+
+def test_a_row_without_a_command_is_refused(tmp_path, capsys, without_plots):
+    put(tmp_path, cpu_layers=document(*pair(1.0), command=""))
+    with pytest.raises(ValueError, match=r"'cpu-torch' has no command \(measured in cpu-layers\)"):
+        lines(read(tmp_path))
+    assert command.main(["--results", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert "has no command" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_command_of_a_document_that_tells_its_arguments(tmp_path):
+    content = document(*pair(1.0))
+    arguments = {"layer": ["batch_norm"], "size": "smoke", "contender": ["normzoo", "torch"], "seconds": None}
+    content["settings"] = {"arguments": arguments}
+    put(tmp_path, cpu_layers=content)
+    said = "normzoo bench batch_norm --device cpu --size smoke --contender normzoo,torch"
+    assert judged(tmp_path, "cpu-torch").command == said
+
+
+def test_nothing_is_there(tmp_path, without_plots):
+    found = lines(read(tmp_path / "no folder"))
+    assert {line.finding.verdict for line in found} == {ABSENT, ELSEWHERE}
+    assert {line.command for line in found} == set(COMMANDS.values())
+    assert command.main(["--results", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+
+
+def test_what_cannot_be_read_is_left_out_and_told(tmp_path, capsys, without_plots):
+    put(
+        tmp_path,
+        cpu_layers=document(*pair(1.0)),
+        host={"form": 1, "rows": 3},
+        old=document(row()) | {"form": 0},
+    )
+    (tmp_path / "broken.json").write_text("{", encoding="utf-8")
+    rehearsed = document(row())
+    rehearsed["settings"]["arguments"] = {"minutes": 8, "rehearse": True}
+    put(tmp_path, bench=rehearsed)
+    assert dict(read(tmp_path).unread).keys() == {"bench", "broken", "host", "old"}
+    assert told(tmp_path, "cpu-torch") == MET
+    command.main(["--results", str(tmp_path), "--output", str(tmp_path / "out")])
+    err = capsys.readouterr().err
+    assert "left out broken.json: is not JSON" in err and "left out bench.json: a rehearsal" in err
+    assert "left out: a rehearsal" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_goal_missed_for_no_known_reason_is_told_and_fails(tmp_path, capsys, monkeypatch, without_plots):
+    put(tmp_path, cpu_layers=document(*pair(0.5)))
+    out = tmp_path / "out"
+    assert command.main(["--results", str(tmp_path), "--output", str(out)]) == 1
+    assert "does not say why: cpu-torch" in capsys.readouterr().err
+    assert "Why: not found out yet." in (out / "goals.md").read_text(encoding="utf-8")
+    monkeypatch.setitem(goals.CAUSES, "cpu-torch", "planted, in `batch_norm`")
+    assert command.main(["--results", str(tmp_path), "--output", str(out)]) == 0
+    assert "Why: planted, in `batch_norm`." in (out / "goals.md").read_text(encoding="utf-8")
+    assert "Why: planted, in <code>batch_norm</code>." in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_documents_say_is_no_markup(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "PLOTS", [plot for plot in plots.PLOTS if plot.name == "ratios-torch"])
+    evil = "<script>alert(1)</script>"
+    content = document(*pair(0.5, layer=evil, workload=f"{evil}-1|2"), command=f"bench '{evil}'")
+    content["environment"] = content["environment"] | {"cpu": evil}
+    put(tmp_path, cpu_layers=content)
+    command.main(["--results", str(tmp_path), "--output", str(tmp_path / "out")])
+    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "alert(1)" in html and "<script" not in html
+    assert "<script" not in (tmp_path / "out" / "ratios-torch.svg").read_text(encoding="utf-8")
+    words = (tmp_path / "out" / "goals.md").read_text(encoding="utf-8")
+    assert "\\<script>alert" in words and "-1\\|2" in words
+
+
+def test_files_say_nothing_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "PLOTS", [plot for plot in plots.PLOTS if plot.name == "host"])
+    known = {"direction": "both", "layer": "rms_norm"}
+    rows = [row("normzoo-empty", **known), row("torch", **known)]
+    put(tmp_path, host=document(*rows, command=f"python -m host --output {tmp_path}/host.json"))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "stale.svg").write_text("an older plot", encoding="utf-8")
+    assert command.main(["--results", str(tmp_path), "--output", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "report.html",
+        "goals.md",
+        "plots.md",
+        "host.svg",
+        "host.png",
+    }
+    for path in out.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes()
+    assert "`python -m host --output host.json`" in (out / "goals.md").read_text(encoding="utf-8")
+
+
+def test_plots_name_machine_versions_date_and_commit(tmp_path):
+    predicted = document(compiled("bn-fwd-32x256x56x56", 3.2), failures=[])
+    put(tmp_path, bench=document(on_gpu(0.8), environment=GPU), static=predicted)
+    (plot,) = [plot for plot in plots.PLOTS if plot.name == "roofline-gpu"]
+    drawn = plot.draw(read(tmp_path))
+    assert drawn is not None
+    texts = re.findall(r">([^<>\n]+)</text", pages.compact(drawn.svg))
+    line = " ".join(texts)
+    for word in ("Planted GPU", "torch 7.7.7", "normzoo 0.0.9 at feedface00", "2031-02-03"):
+        assert word in line
+    assert {"rms_norm", "batch_norm", "predicted from bytes, not measured", "goal", "forward"} <= set(texts)
+    assert Image.open(io.BytesIO(drawn.png)).size[0] > 400
+
+
+def test_many_rows_make_no_large_file():
+    ticks = [bands.Tick(1 + i / 1000, 1.0, 2.0) for i in range(1000)]
+    kept = bands._thinned(ticks)
+    assert len(kept) == bands.MOST and kept[0] == ticks[0] and kept[-1] == ticks[-1]
+    assert bands._thinned(ticks[:5]) == ticks[:5]
+
+
+def test_compact_keeps_words_and_drops_digits():
+    svg = (
+        '<svg><g id="axes_1"><path d="M 1.23456 7.654321 \nL 3.25 7.654321 \n"/><text>torch 2.13.01</text></g>'
+    )
+    assert pages.compact(svg) == '<svg><g><path d="M1.2 7.7H3.2\n"/><text>torch 2.13.01</text></g>'
