@@ -125,7 +125,10 @@ def _normalize(
         pseudo, real = None, x  # Dynamo takes no tensor twice
     else:
         pivot, delta, m2, pseudo, real, *carriers = _Moments.apply(x, mask, per_sample, body)
-    m = Moments(passes.counts(x, mask, per_sample), pivot, delta, m2, regions=mask is not None)
+    # Inductor fuses the arithmetic of a combine itself.
+    kernels = body.kernels and not torch.compiler.is_compiling()
+    count = passes.counts(x, mask, per_sample)
+    m = Moments(count, pivot, delta, m2, regions=mask is not None, kernels=kernels)
     with without_autocast(x.device.type):
         parameters, aux = _combined(combine, m, curve)
     if not seen_through and needs_grad(pseudo, *parameters):

@@ -1,92 +1,19 @@
-r"""Mean and variance of sets of values, merged without losing digits.
-
-A mean is kept as pivot + delta: the pivot is a number near it, treated as a constant, and delta what is left.
-Sets are merged on differences of pivots by the formula of Chan, Golub and LeVeque, *Updating Formulae and a
-Pairwise Algorithm for Computing Sample Variances*, 1979. The sum pivot + delta is never formed on the way,
-because it would round away what delta knows.
-"""
+"""What a combine works with: the statistics of x, and the sets that they belong to."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from . import checks, ranks
 from .passes import divisor
+from .sets import Pending, Scaling, Sets, fits, less, root, spread, standardized, united, weighted
 
-
-@dataclass(frozen=True, eq=False)
-class Sets:
-    """Disjoint sets of values. Tensors are ([2 regions,] [sets of samples,] sets of channels).
-
-    With regions a merged batch leaves an axis of size 1.
-    """
-
-    count: Any
-    """Values in each set: a number, or a tensor that broadcasts with the others."""
-    pivot: Tensor
-    delta: Tensor
-    m2: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean, rounded."""
-        return self.pivot + self.delta
-
-    @property
-    def var(self) -> Tensor:
-        """The biased variance, m2 / count."""
-        return self.m2 / divisor(self.count)
-
-    @property
-    def unbiased_var(self) -> Tensor:
-        """m2 / (count − 1)."""
-        return self.m2 / divisor(self.count - 1)
-
-    def merged(self, dim: int, keepdim: bool = False) -> Sets:
-        """The unions of the sets along `dim`."""
-        if isinstance(self.count, Tensor):
-            count = self.count.expand(self.m2.shape)
-            n = count.sum(dim, keepdim=True)
-            share = count / divisor(n)
-        else:
-            count, n = self.count, self.count * self.m2.shape[dim]
-            share = 1 / max(self.m2.shape[dim], 1)
-        pivot = (share * self.pivot).sum(dim, keepdim=True).detach()
-        away = (self.pivot - pivot) + self.delta
-        delta = (share * away).sum(dim, keepdim=True)
-        m2 = (self.m2 + count * (away - delta).square()).sum(dim, keepdim=True)
-        found = Sets(n, pivot, delta, m2)
-        return found if keepdim else found.each(lambda t: t.squeeze(dim))
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> Sets:
-        """Every tensor changed."""
-        parts = (self.count, self.pivot, self.delta, self.m2)
-        return Sets(*(change(t) if isinstance(t, Tensor) else t for t in parts))
-
-    def counted(self) -> Sets:
-        """With a tensor for the count, as large as the others."""
-        count = self.count if isinstance(self.count, Tensor) else torch.full_like(self.m2, self.count)
-        return Sets(count.expand(self.m2.shape), self.pivot, self.delta, self.m2)
-
-
-def standardized(
-    delta: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of weight · (x − pivot − delta) / sqrt(var + eps) + bias, for statistics of any origin."""
-    scale = torch.rsqrt(var + eps)
-    if weight is not None:
-        scale = scale * weight
-    if bias is None:
-        return scale, -delta * scale
-    return scale, torch.addcmul(bias.to(scale.dtype), delta, scale, value=-1)
+__all__ = ["Moments", "Sets", "standardized"]
 
 
 class Moments:
@@ -109,20 +36,40 @@ class Moments:
         delta: mean − pivot, shaped like `pivot`.
         m2: the sum of (x − mean)², shaped like `pivot`.
         regions: whether there is that leading axis.
+        kernels: whether sets are merged, and scales made of them, by kernels; statistics are float32 then.
 
     :func:`normzoo.engine.normalize` makes them and hands them to a combine.
     """
 
-    def __init__(self, count: Any, pivot: Tensor, delta: Tensor, m2: Tensor, *, regions: bool = False) -> None:
+    def __init__(
+        self,
+        count: Any,
+        pivot: Tensor,
+        delta: Tensor,
+        m2: Tensor,
+        *,
+        regions: bool = False,
+        kernels: bool = False,
+    ) -> None:
         self.pivot = pivot
         """x − pivot is what scale and shift act on; of every entry, merged or not."""
-        self.sets = Sets(count, pivot, delta, m2)
-        """The distinct sets, each once, as stored statistics want them."""
+        self._sets: Sets | None = Sets(count, pivot, delta, m2)
+        self._pending: Pending | None = Pending(self._sets, "own", 1) if kernels and m2.numel() else None
+        """How kernels come from the entries to the sets; None where they do not."""
+        self._kernels = self._pending is not None
         self._regions = regions
         self._chunks: tuple[int, bool] | None = None
         """Samples of a set, and whether these are interleaved."""
         self._samples = pivot.dim() - regions == 2
         """Whether the sets still have an axis for samples."""
+
+    @property
+    def sets(self) -> Sets:
+        """The distinct sets, each once, as stored statistics want them."""
+        if self._sets is None:
+            assert self._pending is not None
+            self._sets = self._pending.found(Scaling())[1]
+        return self._sets
 
     @property
     def count(self) -> Any:
@@ -166,7 +113,31 @@ class Moments:
         """
         for name, t in (("weight", weight), ("bias", bias)):
             self._check_parameter("standardize", name, t)
-        return standardized(self.delta, self.var, weight, bias, eps)
+        found = self._by_kernel(Scaling("standardize", eps), weight, bias)
+        return found or standardized(self.delta, self.var, weight, bias, eps)
+
+    def inverse_deviation(
+        self, weight: Tensor | None = None, eps: float = 1e-5, about_zero: bool = False
+    ) -> Tensor:
+        """weight / sqrt(var + eps).
+
+        Args:
+            weight, eps: as for :meth:`standardize`.
+            about_zero: take the mean of x² in the place of the variance.
+
+        Raises:
+            ValueError: weight has another shape.
+        """
+        self._check_parameter("inverse_deviation", "weight", weight)
+        if found := self._by_kernel(Scaling("inverse", eps, about_zero), weight):
+            return found[0]
+        scale = root(self.var, self.mean if about_zero else None, eps, inverse=True)
+        return scale if weight is None else scale * weight
+
+    def deviation(self, eps: float = 1e-5, about_zero: bool = False) -> Tensor:
+        """sqrt(var + eps), or with `about_zero` the root of the mean of x², plus eps."""
+        found = self._by_kernel(Scaling("root", eps, about_zero))
+        return found[0] if found else root(self.var, self.mean if about_zero else None, eps)
 
     def over_batch(self, weights: Tensor | None = None, group: Any = None) -> Moments:
         """One set for all samples, and for all ranks of the process group `group`.
@@ -185,16 +156,13 @@ class Moments:
                 f"Moments.over_batch: weights is a {type(weights).__name__}; it must be a tensor of shape (N,)"
             )
         if self._samples:
-            sets = self.sets
-            if weights is not None:
-                if self._chunks or weights.shape != sets.m2.shape[-2:-1]:
-                    raise ValueError(
-                        f"Moments.over_batch: weights has shape {tuple(weights.shape)}; it must be (N,) = "
-                        f"{tuple(sets.m2.shape[-2:-1])}, and the samples not merged yet"
-                    )
-                w = weights.to(sets.m2.dtype).unsqueeze(-1)
-                sets = Sets(sets.count * w, sets.pivot, sets.delta, sets.m2 * w)
-            found = self._merged(sets.merged(-2, keepdim=self._regions))
+            shape = self.sets.m2.shape[-2:-1]
+            if weights is not None and (self._chunks or weights.shape != shape):
+                raise ValueError(
+                    f"Moments.over_batch: weights has shape {tuple(weights.shape)}; it must be (N,) = "
+                    f"{tuple(shape)}, and the samples not merged yet"
+                )
+            found = self._united("batch", 1, weights)
             found._samples, found._chunks = False, None
         elif weights is not None:
             raise ValueError("Moments.over_batch: weights need statistics of samples, from per_sample=True")
@@ -214,15 +182,9 @@ class Moments:
                 "Moments.over_chunks: needs statistics of samples (per_sample=True) that are not merged yet"
             )
         n = self.sets.m2.shape[-2]
-        short, count = -n % size, -(-n // size)
-        if interleaved and short:
+        if interleaved and n % size:
             raise ValueError(f"Moments.over_chunks: size is {size}; interleaved it must divide the {n} samples")
-        if interleaved:
-            sets = self.sets.counted().each(lambda t: t.unflatten(-2, (size, count))).merged(-3)
-        else:
-            padded = self.sets.counted().each(lambda t: F.pad(t, (0, 0, 0, short)))
-            sets = padded.each(lambda t: t.unflatten(-2, (count, size))).merged(-2)
-        found = self._merged(sets)
+        found = self._united("interleaved" if interleaved else "chunks", size)
         found._chunks = size, interleaved
         return found
 
@@ -240,9 +202,7 @@ class Moments:
         if channels % groups:
             what = "channels" if channels == self.pivot.shape[-1] else "groups that are left"
             raise ValueError(f"Moments.over_groups: groups is {groups}; it must divide the {channels} {what}")
-        size = channels // groups
-        sets = self.sets if not isinstance(self.sets.count, Tensor) else self.sets.counted()
-        return self._merged(sets.each(lambda t: t.unflatten(-1, (groups, size))).merged(-1))
+        return self._united("groups", channels // groups)
 
     def over_channels(self) -> Moments:
         """One set for all channels."""
@@ -282,7 +242,17 @@ class Moments:
             self._check_parameter("affine", name, t)
         delta = self.sets.delta * scale + shift
         m2 = (self.sets.m2 * scale.square()).expand(delta.shape)
-        return Moments(self.sets.count, torch.zeros_like(delta), delta, m2, regions=self._regions)
+        how = {"regions": self._regions, "kernels": self._kernels}
+        return Moments(self.sets.count, torch.zeros_like(delta), delta, m2, **how)
+
+    def _less(self, lost: Tensor) -> Moments:
+        """See :func:`normzoo.sets.less`, for weighted samples."""
+        found = copy.copy(self)
+        if self._pending and self._sets is None and self._pending.weights is not None:
+            found._pending = self._pending._replace(lost=lost)
+        else:
+            found._sets, found._pending = less(self.sets, lost), None
+        return found
 
     def _check_parameter(self, method: str, name: str, t: Tensor | None) -> None:
         shape = self.pivot.shape
@@ -294,24 +264,44 @@ class Moments:
                 f"broadcast with the statistics, {tuple(shape)}, and have as many dimensions"
             )
 
+    def _united(self, how: str, size: int, weights: Tensor | None = None) -> Moments:
+        sets, found = self.sets, copy.copy(self)
+        simple = not self._regions or how in ("batch", "groups")
+        # A gradient for counts have weights alone.
+        counts = sets.count.requires_grad if isinstance(sets.count, Tensor) else False
+        if self._kernels and simple and not counts and (weights is None or not self._regions):
+            w = None if weights is None else weights.to(sets.m2.dtype)
+            found._sets, found._pending = None, Pending(sets, how, size, self._regions, w)
+            return found
+        return self._merged(
+            united(sets if weights is None else weighted(sets, weights), how, size, self._regions)
+        )
+
     def _merged(self, sets: Sets) -> Moments:
         found = copy.copy(self)
-        found.sets = sets
+        found._sets, found._pending = sets, None
+        return found
+
+    def _by_kernel(
+        self, scaling: Scaling, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """What becomes of the entries; nothing where no kernel makes it."""
+        pending = self._pending
+        if pending is None or pending.source.pivot is not self.pivot or not fits(weight, bias):
+            return ()
+        found, sets = pending.found(scaling, weight, bias)
+        self._sets = self._sets or sets
         return found
 
     def _at_entries(self, t: Tensor) -> Tensor:
         """A statistic of the sets, where the entries of x can see it."""
         if not t.dim():
             return t
-        channels = self.pivot.shape[-1]
-        if t.shape[-1] != channels:
-            t = t.unsqueeze(-1).expand(*t.shape, channels // t.shape[-1]).flatten(-2)
-        if self._chunks is None:
-            return t
-        size, interleaved = self._chunks
-        if interleaved:
-            return t.repeat(*(1,) * (t.dim() - 2), size, 1)
-        return t.repeat_interleave(size, -2)[..., : self.pivot.shape[-2], :]
+        size, interleaved = self._chunks or (1, None)
+        how = {None: "own", False: "chunks", True: "interleaved"}[interleaved]
+        return spread(
+            t, how, size, *self.pivot.shape[-2:] if interleaved is False else (0, self.pivot.shape[-1])
+        )
 
 
 class _AcrossRanks(Function):

@@ -12,6 +12,7 @@ from .modulated_cases import modulated_cases
 from .pooling_cases import pooling_cases
 from .row_cases import row_cases
 from .running_cases import running_cases
+from .sets_cases import sets_cases
 from .standardize_cases import standardize_cases
 from .weight_cases import weight_cases
 
@@ -27,7 +28,7 @@ EXCEPTIONS: tuple[tuple[str, str, str], ...] = (
 
 CASES: tuple[Case, ...] = (
     *row_cases(), *modulated_cases(), *channel_cases(), *running_cases(), *curve_cases(), *pooling_cases(),
-    *weight_cases(), *standardize_cases(),
+    *weight_cases(), *standardize_cases(), *sets_cases(),
 )  # fmt: skip
 
 
