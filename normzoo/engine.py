@@ -117,8 +117,9 @@ def _normalize(
     x: Tensor, combine: Combine, mask: Tensor | None, per_sample: bool, curve: str
 ) -> tuple[Tensor, Any]:
     body = _body(curve, use_kernel(x, fusible=False))
-    # In eager PyTorch autograd is faster through a curve than the passes, which read x once more.
-    seen_through = transformed() or (curve != "affine" and not body.kernels)
+    # Where nothing goes in blocks, autograd is faster through a curve than the passes, which read x once more.
+    whole = torch.compiler.is_compiling() or x.device.type != "cpu"
+    seen_through = transformed() or (curve != "affine" and not body.kernels and whole)
     carriers = ()
     if seen_through or not needs_grad(x):
         pivot, delta, m2 = body.moments(x, mask, per_sample)

@@ -2,6 +2,9 @@
 
 x is (N, C, \\*); statistics are (C,), or (N, C) where each sample has its own. With a mask, uint8 (N, \\*) of 0
 and 1, every pixel belongs to one of two regions, and statistics have a leading axis of size 2 for them.
+
+On a CPU, where nothing is recorded, the passes go in blocks, and the pivots are zero where no mean lies further
+from zero than a deviation: this is near, and spares a subtraction in every pass.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blocks import Grid, Room, less, mapped, summed, total, unrecorded
 from .checks import at_least_float32, statistics_dtype
 
 
@@ -20,6 +24,8 @@ def moments(x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[Tensor, T
 
     delta holds what the rounding of the pivot lost, so that x − pivot − delta keeps its digits far from zero.
     """
+    if mask is None and unrecorded(x) and (grid := Grid.of(x, per_sample)):
+        return _moments_of_blocks(x, grid, per_sample)
     h = at_least_float32(x)
     n = divisor(counts(x, mask, per_sample))
     pivot = (_total(h, mask, per_sample) / n).detach()
@@ -29,17 +35,72 @@ def moments(x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[Tensor, T
     return pivot, delta, m2.clamp(min=0)
 
 
+def _moments_of_blocks(x: Tensor, grid: Grid, per_sample: bool) -> tuple[Tensor, Tensor, Tensor]:
+    n, room, memory = x.numel() // (x.shape[1] * (x.shape[0] if per_sample else 1)), Room(x), Room(x)
+
+    def around_zero(s, h):
+        h = room.wide(h)
+        return total(h), total(torch.mul(h, h, out=memory.like(h)))
+
+    mean, squares = summed(grid, (x,), around_zero, per_sample)
+    mean.div_(n)
+    of_mean = mean.square().mul_(n)
+    if (2 * of_mean <= squares).all():  # at most half of the squares cancels
+        return torch.zeros_like(mean), mean, squares.sub_(of_mean)
+    spread = grid.spread(mean)
+
+    def around_mean(s, h):
+        away = less(memory.like(h), h, spread[s])
+        return total(away), total(away.mul_(away))
+
+    delta, squares = summed(grid, (x,), around_mean, per_sample)
+    delta.div_(n)
+    return mean, delta, squares.sub_(delta.square().mul_(n)).clamp_(min=0)
+
+
 def apply(x: Tensor, mask: Tensor | None, pivot: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x − pivot) · scale + shift, in the dtype of x."""
+    if mask is None and unrecorded(x, pivot, scale, shift) and (grid := Grid.of(x, pivot.dim() == 2)):
+        return _applied_to_blocks(x, grid, pivot, scale, shift)
     pivot, scale, shift = (_spread(t, x, mask) for t in (pivot, scale, shift))
     return torch.addcmul(shift, at_least_float32(x) - pivot, scale).to(x.dtype)
 
 
+def _applied_to_blocks(x: Tensor, grid: Grid, pivot: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    at_zero = not pivot.any()
+    if at_zero and (y := grid.affine(x, scale, shift)) is not None:
+        return y
+    pivot, scale, shift = (grid.spread(t) for t in (pivot, scale, shift))
+
+    def body(out, s, h):
+        away = out.copy_(h) if at_zero else less(out, h, pivot[s])
+        away.mul_(scale[s]).add_(shift[s])
+
+    return mapped(x, grid, (x,), body)
+
+
 def sums(dy: Tensor, x: Tensor, mask: Tensor | None, pivot: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     """The sums of dy and of dy · (x − pivot)."""
+    if mask is None and unrecorded(dy, x, pivot) and (grid := Grid.of(x, per_sample)):
+        return _sums_of_blocks(dy, x, grid, pivot, per_sample)
     dy = at_least_float32(dy)
     away = at_least_float32(x) - _spread(pivot, x, mask)
     return _total(dy, mask, per_sample), _total(dy * away, mask, per_sample)
+
+
+def _sums_of_blocks(
+    dy: Tensor, x: Tensor, grid: Grid, pivot: Tensor, per_sample: bool
+) -> tuple[Tensor, Tensor]:
+    at_zero, pivot = not pivot.any(), grid.spread(pivot)
+    rooms = [Room(x) for _ in range(3)]
+
+    def body(s, dy, h):
+        dy, memory = rooms[0].wide(dy), rooms[1].like(h)
+        away = rooms[2].wide(h) if at_zero else less(memory, h, pivot[s])
+        return total(dy), total(torch.mul(away, dy, out=memory))
+
+    d_shift, d_scale = summed(grid, (dy, x), body, per_sample)
+    return d_shift, d_scale
 
 
 def dx(
@@ -52,9 +113,30 @@ def dx(
     offset: Tensor,
 ) -> Tensor:
     """scale · dy + slope · (x − pivot) + offset, in the dtype of x."""
-    pivot, scale, slope, offset = (_spread(t, x, mask) for t in (pivot, scale, slope, offset))
+    statistics = (pivot, scale, slope, offset)
+    if mask is None and unrecorded(dy, x, *statistics) and (grid := Grid.of(x, pivot.dim() == 2)):
+        return _dx_of_blocks(dy, x, grid, *statistics)
+    pivot, scale, slope, offset = (_spread(t, x, mask) for t in statistics)
     through_statistics = torch.addcmul(offset, at_least_float32(x) - pivot, slope)
     return torch.addcmul(through_statistics, at_least_float32(dy), scale).to(x.dtype)
+
+
+def _dx_of_blocks(dy: Tensor, x: Tensor, grid: Grid, *statistics: Tensor) -> Tensor:
+    at_zero = not statistics[0].any()
+    pivot, scale, slope, offset = (grid.spread(t) for t in statistics)
+    rooms = [Room(x) for _ in range(3)]
+
+    def body(out, s, dy, h):
+        dy = rooms[0].wide(dy)
+        away = rooms[1].wide(h) if at_zero else less(out, h, pivot[s])
+        if grid.last:  # where torch has a fast path for such parameters
+            torch.addcmul(offset[s], away, slope[s], out=out)
+            torch.addcmul(out, dy, scale[s], out=out)
+        else:
+            torch.mul(away, slope[s], out=out).add_(offset[s])
+            out.add_(torch.mul(dy, scale[s], out=rooms[2].like(out)))
+
+    return mapped(x, grid, (dy, x), body)
 
 
 def counts(x: Tensor, mask: Tensor | None, per_sample: bool) -> int | Tensor:

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from tolerance import alike
 from torch import Tensor, nn
 
 from normzoo import (
@@ -134,7 +135,8 @@ def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
 def close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], **how) -> None:
     assert found.keys() == expected.keys()
     for key, t in expected.items():
-        torch.testing.assert_close(found[key], t, equal_nan=True, msg=lambda m, k=key: f"{k}: {m}", **how)
+        about = how or alike(t)
+        torch.testing.assert_close(found[key], t, equal_nan=True, msg=lambda m, k=key: f"{k}: {m}", **about)
 
 
 def compiled_is_eager(eager: nn.Module, xs: list[Tensor]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from normzoo.zoo import Entry
 
-from .workloads import FAMILIES, Workload, fitted, memory_formats, passes, workloads
+from .workloads import FAMILIES, Workload, beside, fitted, memory_formats, passes, workloads
 
 DTYPES = {
     "float32": (torch.float32, torch.float32),
@@ -112,8 +112,8 @@ class Case:
         of them matters."""
         made = self.module(self.entry.cls, device)
         x = torch.empty((), device=device, dtype=self.parameter_dtype).expand(self.shape)
-        if beside := self.entry.beside(x):
-            made = Conditioned(made, beside).train(made.training)
+        if found := beside(self.entry, x):
+            made = Conditioned(made, found).train(made.training)
         chance = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for p in made.parameters():

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import normzoo
 
+from . import official
 from .cases import Case
-
-Call = Callable[[Tensor], Tensor]
+from .official import Call
 
 
 class Absent(Exception):
@@ -52,8 +52,10 @@ def contender(name: str, case: Case, layer: nn.Module, device: torch.device) -> 
 
 
 def usual(device: str) -> tuple[str, ...]:
-    """The contenders of a run that names none: tuning takes too long, and on a CPU any compilation."""
-    left_out = ("torch.compile-max",) if device == "cuda" else ("torch.compile", "torch.compile-max")
+    """The contenders of a run that names none: tuning takes too long, and on a CPU any compilation. The
+    authors' code is set against the eager bodies, which a GPU does not run."""
+    of_cpu = ("torch.compile", "torch.compile-max")
+    left_out = ("torch.compile-max", "official") if device == "cuda" else of_cpu
     return tuple(name for name in CONTENDERS if name not in left_out)
 
 
@@ -203,10 +205,18 @@ def _timm(case: Case, layer: nn.Module, device: torch.device) -> tuple[Call, nn.
     return module, module
 
 
+def _official(case: Case, layer: nn.Module, device: torch.device) -> tuple[Call, nn.Module]:
+    call = official.build(case, layer)
+    if isinstance(call, str):
+        raise Absent(call)
+    return call, layer
+
+
 CONTENDERS: dict[str, Callable[[Case, nn.Module, torch.device], tuple[Call, nn.Module]]] = {
     "normzoo": _normzoo,
     "reference": _reference,
     "torch": _torch,
+    "official": _official,
     "torch.compile": _compiled(None),
     "torch.compile-max": _compiled("max-autotune-no-cudagraphs"),
     "liger": _liger,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from normzoo.zoo import Entry
 
@@ -115,6 +118,11 @@ SCALINGS = tuple(sorted({name for family in FAMILIES.values() for name in family
 _PLAIN = {"power_norm": {"group_num": None}}
 """What makes a running norm of images comparable to batch norm: no sums over the channels of a pixel."""
 
+_BESIDE: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
+    "adab2n": lambda x: {"task_ids": torch.arange(x.shape[0], device=x.device) % 2}
+}
+"""What a call in training mostly has and the layer can do without: here samples of two tasks."""
+
 _TOKENS = 256
 """Of a sample, as a diffusion transformer has them."""
 
@@ -174,6 +182,11 @@ def fitted(entry: Entry, workload: Workload) -> tuple[tuple, dict[str, Any], tup
     arguments = tuple(channels if a == known else a for a in entry.arguments)
     keywords = {**entry.measured, **({"channel_dim": 1, **_PLAIN.get(entry.name, {})} if images else {})}
     return arguments, keywords, shape
+
+
+def beside(entry: Entry, x: Tensor) -> dict[str, Tensor]:
+    """What a call of `entry` has beside x, by name."""
+    return _BESIDE.get(entry.name, entry.beside)(x)
 
 
 def passes(entry: Entry, mode: str, direction: str) -> int:
