@@ -10,6 +10,8 @@ from PIL import Image
 from report_documents import GPU, compiled, document, on_gpu, pair, put, row, spread
 
 from normzoo.zoo import ZOO
+from normzoo_bench import passes
+from normzoo_bench.peers import Absent
 from normzoo_bench.report import __main__ as command
 from normzoo_bench.report import bands, goals, pages, plots
 from normzoo_bench.report.documents import COMMANDS, read
@@ -39,6 +41,18 @@ def test_every_goal_says_what_it_asks_and_what_follows():
     known = {entry.name for entry in ZOO} | {entry.added.__name__ for entry in ZOO if entry.added}
     named = {layer for layer, _, _ in goals.share_goals()} | {*goals.MANY_PASSES, *goals.FEW_LAUNCHES}
     assert named <= known and set(goals.CAUSES) <= {goal.key for goal in every}
+
+
+def test_whose_code_makes_many_passes():
+    """The goal is about a step, as the count of `normzoo_bench.passes` is."""
+    official = {}
+    for entry in ZOO:
+        try:
+            counted = passes.count(passes.case_of(entry.name), "official")
+        except Absent:
+            continue
+        official[entry.name] = round(sum(part.passes for part in counted.values()), 1)
+    assert {name for name, count in official.items() if count > passes.MANY} == set(goals.MANY_PASSES)
 
 
 @pytest.mark.parametrize(("speedup", "verdict"), [(0.9, MET), (1.3, MET), (0.899, MISSED), (0.2, MISSED)])
@@ -157,8 +171,19 @@ def test_the_command_of_a_document_that_tells_its_arguments(tmp_path):
     arguments = {"layer": ["batch_norm"], "size": "smoke", "contender": ["normzoo", "torch"], "seconds": None}
     content["settings"] = {"arguments": arguments}
     put(tmp_path, cpu_layers=content)
-    said = "normzoo bench batch_norm --device cpu --size smoke --contender normzoo,torch"
-    assert judged(tmp_path, "cpu-torch").command == said
+    said = "batch_norm --device cpu --size smoke --contender normzoo,torch"
+    assert judged(tmp_path, "cpu-torch").command == f"normzoo bench {said}"
+    arguments |= {
+        "model": ["gpt"],
+        "layer": None,
+        "json": False,
+        "list": True,
+        "output": "/away/from/here.json",
+    }
+    content["settings"]["command"] = "python -m models"
+    put(tmp_path, cpu_layers=content)
+    said = "gpt --device cpu --size smoke --contender normzoo,torch --list --output here.json"
+    assert judged(tmp_path, "cpu-torch").command == f"python -m models {said}"
 
 
 def test_nothing_is_there(tmp_path, without_plots):
@@ -244,8 +269,8 @@ def test_plots_name_machine_versions_date_and_commit(tmp_path):
     line = " ".join(texts)
     for word in ("Planted GPU", "torch 7.7.7", "normzoo 0.0.9 at feedface00", "2031-02-03"):
         assert word in line
-    assert {"rms_norm", "batch_norm", "predicted from bytes, not measured", "goal", "forward"} <= set(texts)
-    assert Image.open(io.BytesIO(drawn.png)).size[0] > 400
+    assert {"rms_norm", "batch_norm", "predicted from bytes", "goal", "forward"} <= set(texts)
+    assert Image.open(io.BytesIO(drawn.png())).size[0] > 400
 
 
 def test_many_rows_make_no_large_file():

@@ -18,7 +18,7 @@ AGAIN = "run `python -m normzoo_bench.report` and look at the page"
 
 @pytest.fixture(scope="module")
 def whole() -> tuple[dict[str, bytes], list[Line]]:
-    return made(read(ROOT / "bench" / "results"), "bench/results", "performance")
+    return made(read(ROOT / "bench" / "results"), "bench/results", "performance", png=False)
 
 
 def words(drawn: str) -> list[str]:

@@ -49,8 +49,13 @@ def figure(height: float, width: float = _WIDTH, columns: int = 1, background: s
 class Drawn:
     """A figure that is done."""
 
+    figure: Any
     svg: str = ""
-    png: bytes = b""
+    """An element that stands in a page."""
+
+    def png(self, colors: int = 48) -> bytes:
+        with rc_context():
+            return _png(self.figure, colors)
 
 
 @contextmanager
@@ -61,29 +66,33 @@ def sheet(
     columns: int = 1,
     background: str = "none",
     share: str = "y",
-    colors: int = 0,
 ):
     """Axes to draw on, an array of them where there are several, which share an axis; and what is drawn once
-    the block has ended: an SVG element and, where `colors` are named, a PNG of so many."""
-    import matplotlib
+    the block has ended. Sizes are inches."""
     from matplotlib.figure import Figure
 
-    drawn, text = Drawn(), io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    text = io.StringIO()
+    with rc_context():
         made = Figure(figsize=(width, height), layout="constrained", facecolor=background)
+        drawn = Drawn(made)
         yield made.subplots(rows, columns, sharex=share == "x", sharey=share == "y"), drawn
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         made.savefig(text, format="svg", metadata=nothing)
-        if colors:
-            drawn.png = _png(made, colors, dpi=110)
     drawn.svg = text.getvalue()[text.getvalue().index("<svg") :]  # without the prolog of a file
 
 
-def _png(made: Any, colors: int, dpi: int) -> bytes:
+def rc_context(**other: Any) -> Any:
+    """The style of the figures, for the length of a block."""
+    import matplotlib
+
+    return matplotlib.rc_context(_STYLE | other)
+
+
+def _png(made: Any, colors: int) -> bytes:
     from PIL import Image
 
     full, few = io.BytesIO(), io.BytesIO()
-    made.savefig(full, format="png", dpi=dpi)
+    made.savefig(full, format="png", dpi=100)
     Image.open(full).convert("RGB").quantize(colors, kmeans=4).save(few, format="png", optimize=True)
     return few.getvalue()
 
@@ -92,16 +101,15 @@ def _png(made: Any, colors: int, dpi: int) -> bytes:
 def picture(height: float, width: float, rows: int, columns: int):
     """The same for photos, on white: an array (rows, columns) of axes without ticks, and a function that gives
     the bytes of a PNG of 256 colors."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     drawn: list[bytes] = []
 
-    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
+    with rc_context(**{"axes.grid": False}):
         made = Figure(figsize=(width, height), layout="constrained", facecolor="white")
         panels = made.subplots(rows, columns, squeeze=False)
         for axes in panels.flat:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(True)
         yield panels, lambda: drawn[0]
-        drawn.append(_png(made, 256, dpi=100))
+        drawn.append(_png(made, 256))

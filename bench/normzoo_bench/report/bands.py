@@ -10,12 +10,19 @@ from typing import Any, NamedTuple
 from ..figures import INK, Drawn, sheet
 from .documents import Source, places
 
-COLORS = {"forward": "#0b7a75", "saving": "#0b7a75", "backward": "#d1682a", "both": "#5b5ea6"}
-_SAID = {"both": "forward and backward"}
+COLORS = {
+    "forward": "#0b7a75",
+    "saving": "#7a5f00",
+    "backward": "#d1682a",
+    "both": "#5b5ea6",
+    "inference": "#0b7a75",
+    "step": "#5b5ea6",
+}
+_SAID = {"both": "forward and backward", "saving": "forward, with gradients", "step": "training step"}
 WIDTH = 4.5  # inches; on a phone letters of 9 points are still read
-PNG_COLORS = 48
-MOST = 16
+MOST = 10
 """Ticks of one direction of a layer."""
+_STEPS = (1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.1, 1.2, 1.4, 1.7, 2, 3, 4, 5, 6, 7, 8, 9), range(10, 100)
 _BAND = 0.36
 _EDGES = 1.45
 """Inches above and below the bands."""
@@ -58,7 +65,7 @@ def bands(
     """A figure of ticks at the values of each layer, thin lines from low to high; `lines` are (value, dash)."""
     layers = [*found, *dict.fromkeys(mark.layer for mark in marks if mark.layer not in found)]
     directions = _directions(found, marks)
-    with sheet(_EDGES + _BAND * len(layers), WIDTH, background="white", colors=PNG_COLORS) as (axes, drawn):
+    with sheet(_EDGES + _BAND * len(layers), WIDTH, background="white") as (axes, drawn):
         for value, dash in lines:
             axes.axvline(value, color=INK, linewidth=1, linestyle=dash)
         for i in range(1, len(layers), 2):
@@ -74,9 +81,10 @@ def bands(
         if log:
             axes.set_xscale("log")
             axes.set_xlim(*(limits or _limits(found)))
-            _plain_numbers(axes)
+            plain_numbers(axes.xaxis, _STEPS)
         elif limits:
             axes.set_xlim(*limits)
+            axes.locator_params(axis="x", integer=limits[1] > 2, nbins=8)
         axes.set_yticks(range(len(layers)), layers)
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
@@ -128,17 +136,19 @@ def _limits(found: Mapping[str, Band]) -> tuple[float, float]:
     return min(0.8, min(values) / 1.15), max(1.25, max(values) * 1.15)
 
 
-def _plain_numbers(axes: Any) -> None:
+def plain_numbers(axis: Any, steps: Sequence[Sequence[float]]) -> None:
+    """Numbers as one says them on a logarithmic axis: of the `steps` in a decade, the first that are enough."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    low, high = axes.get_xlim()
-    steps = [m * 10.0**e for e in range(-4, 4) for m in (1, 2, 5)]
-    shown = [step for step in steps if low <= step <= high]
-    if len(shown) > 9:
-        shown = [step for step in shown if round(math.log10(step), 6).is_integer()]
-    axes.xaxis.set_major_locator(FixedLocator(shown))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = axis.get_view_interval()
+    shown: list[float] = []
+    for in_decade in steps:
+        shown = [m * 10.0**e for e in range(-6, 9) for m in in_decade if low <= m * 10.0**e <= high]
+        if len(shown) > 3:
+            break
+    axis.set_major_locator(FixedLocator(shown))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _legend(axes: Any, directions: Sequence[str], marks: Sequence[Mark]) -> None:
@@ -149,9 +159,10 @@ def _legend(axes: Any, directions: Sequence[str], marks: Sequence[Mark]) -> None
     ]
     for kind in dict.fromkeys(mark.kind for mark in marks):
         look = {"markeredgecolor": INK} | LOOKS[kind]
-        words = {"goal": "goal", "predicted": "predicted from bytes, not measured"}[kind]
+        words = {"goal": "goal", "predicted": "predicted from bytes"}[kind]
         shown.append(Line2D([], [], linestyle="none", label=words, **look))
-    axes.figure.legend(handles=shown, loc="outside upper left", ncols=3, frameon=False, handlelength=1.2)
+    columns = 2 if sum(len(line.get_label()) for line in shown) > 40 else 3
+    axes.figure.legend(handles=shown, loc="outside upper left", ncols=columns, frameon=False, handlelength=1.2)
 
 
 def foot(figure: Any, sources: Sequence[Source]) -> None:

@@ -45,11 +45,13 @@ class Source:
     @property
     def command(self) -> str:
         """The command that wrote it, as it says or as its settings say; empty where neither does."""
-        for said in (self.document.get("command"), self.settings.get("command")):
-            if said:
-                return _without_places(said if isinstance(said, list) else shlex.split(said))
+        said = self.document.get("command") or self.settings.get("command") or ""
+        words = list(said) if isinstance(said, list) else shlex.split(said)
         arguments = self.settings.get("arguments")
-        return _command(arguments, self.environment) if isinstance(arguments, Mapping) else ""
+        if isinstance(arguments, Mapping):
+            words = words or shlex.split(_PROGRAM["minutes" in arguments])
+            words += _options({"device": self.device} | dict(arguments))
+        return _without_places(words)
 
     @property
     def device(self) -> str:
@@ -147,19 +149,24 @@ def _rehearsed(document: dict) -> bool:
     return isinstance(arguments, dict) and bool(arguments.get("rehearse"))
 
 
-def _command(arguments: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
-    """The command line that `normzoo bench` or `normzoo_bench.gpu` were given."""
-    if "minutes" in arguments:
-        return f"python -m normzoo_bench.gpu --output DIR --minutes {arguments['minutes']:g}"
-    words = ["normzoo", "bench", *(arguments.get("layer") or ())]
-    words += ["--device", str(environment.get("device", "cpu"))]
-    for name in ("size", "scaling", "seconds"):
-        if arguments.get(name) is not None:
-            words += [f"--{name}", str(arguments[name])]
-    for name in ("dtype", "workload", "direction", "contender"):
-        if arguments.get(name):
-            words += [f"--{name}", ",".join(arguments[name])]
-    return shlex.join(words)
+_PROGRAM = {False: "normzoo bench", True: "python -m normzoo_bench.gpu"}
+"""What writes documents that only tell the arguments, with and without minutes."""
+_POSITIONAL = ("layer", "model")
+
+
+def _options(arguments: Mapping[str, Any]) -> list[str]:
+    """What stands behind a program with these arguments; what was not given is None, False or empty."""
+    words = [str(name) for place in _POSITIONAL for name in arguments.get(place) or ()]
+    for name, value in arguments.items():
+        if name in _POSITIONAL or value is None or value is False or value == []:
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            listed = isinstance(value, list | tuple)
+            words.append(
+                ",".join(map(str, value)) if listed else f"{value:g}" if isinstance(value, float) else value
+            )
+    return words
 
 
 def _without_places(words: Sequence[str]) -> str:

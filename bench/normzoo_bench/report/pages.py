@@ -50,16 +50,22 @@ def shown(documents: Documents) -> list[Shown]:
 def compact(svg: str) -> str:
     """Without the digits and names that nobody needs: a tenth of a point is less than a pixel."""
     svg = re.sub(r"<[^!>]+>", _shorter, svg)
+    svg = svg.replace("</style>", _TEXT + "</style>", 1)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     return re.sub(r"\s*\n\s*", "\n", svg)
+
+
+_TEXT = "text{font:9px 'DejaVu Sans',sans-serif;fill:#26323b}"
+"""What most text of a plot is set in, told once."""
 
 
 def _shorter(found: re.Match) -> str:
     tag = re.sub(r"-?\d+\.\d\d+", lambda n: f"{float(n[0]):.1f}".removesuffix(".0"), found[0])
     tag = re.sub(r"M (\S+) (\S+) \nL (\S+) \2 (?=\n)", r"M\1 \2H\3", tag)
     tag = re.sub(r"M (\S+) (\S+) \nL \1 (\S+) (?=\n)", r"M\1 \2V\3", tag)
-    tag = re.sub(r"font-family: [^;]*;", "font-family: 'DejaVu Sans', sans-serif;", tag)
     tag = re.sub(r' transform="rotate\(-?0 [^"]*"', "", tag)
+    if tag.startswith("<text"):
+        tag = re.sub(r"font-family: [^;]*; ?|font-size: 9px; ?|; fill: #26323b", "", tag)
     return re.sub(r'^<g id="[^"]*"', "<g", tag)
 
 

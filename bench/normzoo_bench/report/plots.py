@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..figures import INK, Drawn, sheet
-from .bands import PNG_COLORS, WIDTH, Band, Mark, Tick, bands, foot
+from .bands import WIDTH, Band, Mark, Tick, bands, foot, plain_numbers
 from .documents import COMMANDS, Documents, Row, Source, is_sweep
 from .goals import FEW_LAUNCHES, share_goals
 from .measures import (
@@ -52,7 +52,7 @@ def _banded(entries: Iterable[tuple[str, str, Tick]]) -> dict[str, Band]:
 
 
 def roofline_cpu(documents: Documents) -> Drawn | None:
-    rows = without_sweeps(shares(documents, "cpu", direction=set(LAYER_DIRECTIONS)))
+    rows = without_sweeps(shares(documents, "cpu", direction={"forward", "backward"}))
     if not rows:
         return None
     found = _banded((row["layer"], row["direction"], _share(row)) for _, row in rows)
@@ -142,14 +142,11 @@ def models(documents: Documents) -> Drawn | None:
     if not found:
         return None
     entries = [
-        (f"{_model(r.row)} {r.row['contender']}", _AS[r.row["direction"]], _tick(r))
+        (f"{_model(r.row)} {r.row['contender']}", r.row["direction"], _tick(r))
         for r in sorted(found, key=lambda r: (r.row["workload"], r.row["contender"]))
     ]
-    label = "times as fast as with torch's norms (teal: inference, purple: training step)"
+    label = "times as fast as with torch's norms"
     return bands(_banded(entries), label, _sources((r.source,) for r in found), [(1.0, "-")])
-
-
-_AS = {"inference": "forward", "step": "both"}
 
 
 def _model(row: Row) -> str:
@@ -169,7 +166,7 @@ def _memory(documents: Documents, what: str, label: str) -> Drawn | None:
     for direction in ("both", "backward", "step", "inference"):
         for source, row, value in memory(documents, "cpu", what, direction):
             name = row["layer"] if direction in LAYER_DIRECTIONS else _model(row)
-            entries.append((name, _AS.get(direction, direction), Tick(value, value, value)))
+            entries.append((name, direction, Tick(value, value, value)))
             sources.append((source,))
     if not entries:
         return None
@@ -188,7 +185,7 @@ def scaling(sweep: str) -> Callable[[Documents], Drawn | None]:
         chosen = _most_of(rows)
         if not chosen:
             return None
-        with sheet(5.6, WIDTH, rows=2, background="white", share="x", colors=PNG_COLORS) as (panels, drawn):
+        with sheet(5.6, WIDTH, rows=2, background="white", share="x") as (panels, drawn):
             _curves(panels, chosen, sweep)
             foot(panels[0].figure, _sources(chosen))
         return drawn
@@ -230,6 +227,8 @@ def _curves(panels: Any, chosen: Sequence[tuple[Source, Row]], sweep: str) -> No
     panels[1].axhline(bandwidth, color=INK, linewidth=1, linestyle=_DOTTED)
     panels[0].set(xscale="log", yscale="log", ylabel="time (µs)")
     panels[1].set(xscale="log", ylabel="GB/s", ylim=(0, None))
+    for axis in (panels[0].xaxis, panels[0].yaxis):
+        plain_numbers(axis, [(1,), (1, 2, 5)])
     panels[1].set_xlabel({"rows": "rows, or samples of a batch"}.get(sweep, sweep))
     what = "forward and backward" if row["direction"] == "both" else row["direction"]
     panels[0].set_title(f"{what}, {row['dtype']}", fontsize=9, loc="left")
@@ -254,8 +253,8 @@ PLOTS = (
         "roofline-gpu",
         "Roofline of a GPU",
         "The fewest bytes that a call can move over its time, as a share of a copy's speed: 1 is the limit of "
-        "memory. Bars are the goals. Hollow diamonds are no measurements: they are what the bytes that the "
-        "compiled kernels move would allow (sm_90, bfloat16), and say nothing about latency.",
+        "memory. Bars are the goals, of different shapes. Hollow diamonds are no measurements, but what "
+        "the bytes that the compiled kernels move would allow (sm_90, bfloat16); they know nothing of latency.",
         COMMANDS["gpu"],
         roofline_gpu,
     ),
