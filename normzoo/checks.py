@@ -81,7 +81,10 @@ def rows(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{layer}: the input is a {type(x).__name__}; it must be a torch.Tensor")
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape) if isinstance(shape, Sequence) else ()
+    if isinstance(shape, tuple):
+        sizes = shape
+    else:
+        sizes = (shape,) if isinstance(shape, int) else tuple(shape) if isinstance(shape, Sequence) else ()
     if not sizes or x.shape[-len(sizes) :] != sizes or 0 in sizes:
         sizes = normalized_shape(layer, shape)
         raise ValueError(

@@ -76,9 +76,12 @@ class Reference:
             return self.function(*args)
 
 
-def plain(x: Tensor | None) -> bool:
-    """Whether x is no subclass of a tensor, such as a DTensor; None is plain."""
-    return x is None or type(x) is Tensor or type(x) is torch.nn.Parameter
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether none is of a subclass of tensors, such as a DTensor; None is plain."""
+    for t in tensors:
+        if not (t is None or type(t) is Tensor or type(t) is torch.nn.Parameter):
+            return False
+    return True
 
 
 def transformed() -> bool:
@@ -118,7 +121,7 @@ def use_kernel(
         RuntimeError: ``backend("triton")`` was asked for and the inputs cannot run there.
     """
     name = _state.names[-1]
-    if name == "reference" or not all(map(plain, (x, residual, *parameters))) or transformed():
+    if name == "reference" or not plain(x, residual, *parameters) or transformed():
         return False
     if name == "triton":
         _insist(x)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -74,28 +73,26 @@ def launch(kernel, grid: int, device: torch.device, *args, **meta) -> None:
         KernelUnavailable: it does not compile here. Errors of the device itself, such as out of memory or an
             illegal access, pass through as they are.
     """
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # which takes longer than to see that there is nothing to change
+            _start(kernel, grid, args, meta)
+    else:
+        _start(kernel, grid, args, meta)
+
+
+def _start(kernel, grid: int, args: tuple, meta: dict) -> None:
     launches[kernel.__name__] += 1
     if _broken and _variant(kernel, args, meta) in _broken:
         raise KernelUnavailable(_broken[_variant(kernel, args, meta)])
-    with _on(device):
-        try:
-            kernel[(grid,)](*args, **meta)
-        except Exception as error:
-            if not _of_compiler(error):
-                raise
-            cause = f"{kernel.__name__}: {type(error).__name__}: {error}"
-            if not isinstance(error, OSError):  # a cache that failed to open may open next time
-                _broken[_variant(kernel, args, meta)] = cause
-            raise KernelUnavailable(cause) from error
-
-
-_HERE = contextlib.nullcontext()
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """A block that launches there; to change the device takes longer than to look at it."""
-    here = device.type != "cuda" or device.index == torch.cuda.current_device()
-    return _HERE if here else torch.cuda.device(device)
+    try:
+        kernel[(grid,)](*args, **meta)
+    except Exception as error:
+        if not _of_compiler(error):
+            raise
+        cause = f"{kernel.__name__}: {type(error).__name__}: {error}"
+        if not isinstance(error, OSError):  # a cache that failed to open may open next time
+            _broken[_variant(kernel, args, meta)] = cause
+        raise KernelUnavailable(cause) from error
 
 
 def _of_compiler(error: Exception) -> bool:

@@ -22,8 +22,8 @@ def op(schema: str, fake: Callable) -> Callable:
         name = schema.partition("(")[0]
         library.define(schema)
         for key in ("CPU", "CUDA"):
-            library.impl(name, launcher, key)
-        torch.library.register_fake(f"normzoo::{name}", fake, lib=library)
+            library.impl(name, _complete(launcher), key)
+        torch.library.register_fake(f"normzoo::{name}", _complete(fake), lib=library)
         opaque = getattr(torch.ops.normzoo, name).default
 
         @functools.wraps(launcher)
@@ -37,16 +37,32 @@ def op(schema: str, fake: Callable) -> Callable:
     return register
 
 
+def _complete(function: Callable) -> Callable:
+    """With an empty tensor for every output that is None, which an operator cannot return."""
+
+    def call(*args):
+        outputs = function(*args)
+        if not isinstance(outputs, (tuple, list)):
+            return outputs
+        return tuple(args[0].new_empty(0) if t is None else t for t in outputs)
+
+    return call
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an operation on these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def differentiated(dy: Tensor) -> bool:
     """Whether the backward pass is itself differentiated (create_graph) or batched: kernels cannot be."""
     if torch.compiler.is_compiling():
         return False
-    return batched(dy) or torch.is_grad_enabled()
+    return torch.is_grad_enabled() or batched(dy)
 
 
 def batched(t: Tensor) -> bool:

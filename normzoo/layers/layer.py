@@ -44,12 +44,12 @@ def layer_norm(
     shape = checks.rows("layer_norm", x, normalized_shape, weight, bias)
     checks.eps("layer_norm", eps)
     if use_kernel(x, weight, bias):
-        from normzoo_kernels.rows import norm
+        from normzoo_kernels import rows
 
         def again(x, weight, bias):
             return layer_norm(x, x.shape[-1:], weight, bias, eps)
 
-        return norm("layer", x, shape, weight, bias, eps=eps, reference=Reference(again))
+        return rows.norm("layer", x, shape, weight, bias, eps=eps, reference=Reference(again))
 
     h, weight, bias = native.in_one_dtype(x, weight, bias)
     y = F.layer_norm(h, shape, weight, bias, eps)
@@ -80,12 +80,12 @@ def add_layer_norm(
     shape = checks.rows("add_layer_norm", x, normalized_shape, weight, bias, residual)
     checks.eps("add_layer_norm", eps)
     if use_kernel(x, weight, bias, residual=residual):
-        from normzoo_kernels.rows import add_norm
+        from normzoo_kernels import rows
 
         def again(total, weight, bias):
             return layer_norm(total, total.shape[-1:], weight, bias, eps)
 
-        return add_norm("layer", x, residual, shape, weight, bias, eps=eps, reference=Reference(again))
+        return rows.add_norm("layer", x, residual, shape, weight, bias, eps=eps, reference=Reference(again))
 
     total = x + residual
     return layer_norm(total, shape, weight, bias, eps).to(x.dtype), total

@@ -57,13 +57,13 @@ def rms_norm(
     shape = checks.rows("rms_norm", x, normalized_shape, weight, bias)
     eps = _options("rms_norm", x, weight, eps, offset, cast)
     if use_kernel(x, weight, bias):
-        from normzoo_kernels.rows import norm
+        from normzoo_kernels import rows
 
         def again(x, weight, bias):
             return rms_norm(x, x.shape[-1:], weight, eps, bias=bias, offset=offset, cast=cast)
 
         how = {"eps": eps, "offset": offset, "llama": cast == "llama"}
-        return norm("rms", x, shape, weight, bias, **how, reference=Reference(again))
+        return rows.norm("rms", x, shape, weight, bias, **how, reference=Reference(again))
 
     h = checks.at_least_float32(x)
     y = h * torch.rsqrt(sum_of_squares(h, len(shape)) / math.prod(shape) + eps)
@@ -97,13 +97,13 @@ def add_rms_norm(
     shape = checks.rows("add_rms_norm", x, normalized_shape, weight, bias, residual)
     number = _options("add_rms_norm", x, weight, eps, offset, cast)
     if use_kernel(x, weight, bias, residual=residual):
-        from normzoo_kernels.rows import add_norm
+        from normzoo_kernels import rows
 
         def again(total, weight, bias):
             return rms_norm(total, total.shape[-1:], weight, eps, bias=bias, offset=offset, cast=cast)
 
         how = {"eps": number, "offset": offset, "llama": cast == "llama"}
-        return add_norm("rms", x, residual, shape, weight, bias, **how, reference=Reference(again))
+        return rows.add_norm("rms", x, residual, shape, weight, bias, **how, reference=Reference(again))
 
     total = x + residual
     y = rms_norm(total, shape, weight, eps, bias=bias, offset=offset, cast=cast)
@@ -139,12 +139,12 @@ def crms_norm(
     shape = checks.rows("crms_norm", x, normalized_shape, weight)
     checks.eps("crms_norm", eps)
     if use_kernel(x, weight):
-        from normzoo_kernels.rows import norm
+        from normzoo_kernels import rows
 
         def again(x, weight, bias):
             return crms_norm(x, x.shape[-1:], weight, eps)
 
-        return norm("crms", x, shape, weight, None, eps=eps, reference=Reference(again))
+        return rows.norm("crms", x, shape, weight, None, eps=eps, reference=Reference(again))
 
     h = checks.at_least_float32(x)
     dropped = h.sum(dim=tuple(range(-len(shape), 0)), keepdim=True)
