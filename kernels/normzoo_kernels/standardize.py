@@ -12,6 +12,7 @@ from ._channel_calls import beside, contiguous, in_place, merge
 from ._channel_forms import merge_tile, power_of_two
 from ._channel_layout import like
 from ._channels_merge import merge_moments, merge_sums
+from ._choices import chosen
 from ._launch import KernelUnavailable, launch, remembered, warn_once
 from ._op import differentiated, needs_grad, op, through_reference
 from ._standardize import (
@@ -21,6 +22,7 @@ from ._standardize import (
     group_standardize_grad,
 )
 from .channels import find_moments, find_sums, write_map
+from .on_chip import backward_on_chip, forward_on_chip
 
 _KEPT = 7
 """Arrays of numbers that a forward pass leaves."""
@@ -86,10 +88,12 @@ def forward(x, weight, bias, groups, eps):
 
     groups: of the channels of a sample, each standardized on its own; 0 standardizes channels over the batch.
     stats, float32 (7, C) or (7, N, C): pivot, delta, 1 / std; unless several channels share these, the mean and
-    the unbiased variance; and the scale and shift that y was made by.
+    the unbiased variance; and, where x was read twice, the scale and shift that y was made by.
     """
     y, stats = _outputs(x, weight, bias, groups, eps)
     x, view = in_place(x)
+    if chosen("on_chip") and forward_on_chip(x, view, weight, bias, groups, eps, y, stats):
+        return y, stats
     pivot, delta, _, _, m2, scale, shift = stats.unbind()
     own = (pivot, delta, m2)
     form, parts = find_moments(x, view, None, groups > 0, own)
@@ -123,6 +127,14 @@ def backward(dy, x, stats, weight, bias, groups, needs):
     dy, dy_view = beside(dy, x, view.tokens)
     stats = stats.contiguous()
     pivot, found = stats[0], _numbers(x, groups, 5)
+    if chosen("on_chip") and backward_on_chip(
+        dy, dy_view, x, view, stats, weight, groups, dx if needs[0] else None, found, *gradients
+    ):
+        if groups and (needs[1] or needs[2]):
+            between = _between_back(x.shape, groups, 1, False, True)
+            tensors = (found, stats, contiguous(weight), *gradients, *between.numbers)
+            launch(between.kernel, between.programs, x.device, *tensors, **between.tile)
+        return dx, dw, db
     dy_sum, dyx_sum, scale, slope, offset = found.unbind()
     sums = (dy_sum, dyx_sum)
     form, parts = find_sums(dy, dy_view, x, view, None, pivot, groups > 0, sums)
