@@ -144,7 +144,7 @@ def plain_numbers(axis: Any, steps: Sequence[Sequence[float]]) -> None:
     shown: list[float] = []
     for in_decade in steps:
         shown = [m * 10.0**e for e in range(-6, 9) for m in in_decade if low <= m * 10.0**e <= high]
-        if len(shown) > 3:
+        if len(shown) >= 3:
             break
     axis.set_major_locator(FixedLocator(shown))
     axis.set_minor_locator(NullLocator())
@@ -161,7 +161,7 @@ def _legend(axes: Any, directions: Sequence[str], marks: Sequence[Mark]) -> None
         look = {"markeredgecolor": INK} | LOOKS[kind]
         words = {"goal": "goal", "predicted": "predicted from bytes"}[kind]
         shown.append(Line2D([], [], linestyle="none", label=words, **look))
-    columns = 2 if sum(len(line.get_label()) for line in shown) > 40 else 3
+    columns = 2 if sum(len(line.get_label()) for line in shown) > 36 else 3
     axes.figure.legend(handles=shown, loc="outside upper left", ncols=columns, frameon=False, handlelength=1.2)
 
 

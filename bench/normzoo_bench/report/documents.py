@@ -18,7 +18,8 @@ Row = Mapping[str, Any]
 COMMANDS = {
     "cpu-layers": "normzoo bench --device cpu --output bench/results/cpu-layers.json",
     "cpu-scaling": "normzoo bench --device cpu --scaling rows --output bench/results/cpu-scaling.json",
-    "cpu-models": "python -m normzoo_bench.models --device cpu --output bench/results/cpu-models.json",
+    "cpu-models": "python -m normzoo_bench.models --device cpu --contender torch normzoo torch.compile "
+    "normzoo-compiled --output bench/results/cpu-models.json",
     "host": "python -m normzoo_bench.host --output bench/results/host.json",
     "launches": "python -m normzoo_bench.launches --output bench/results/launches.json",
     "static": "python -m normzoo_bench.static --output bench/results/static.json",
@@ -50,7 +51,8 @@ class Source:
         arguments = self.settings.get("arguments")
         if isinstance(arguments, Mapping):
             words = words or shlex.split(_PROGRAM["minutes" in arguments])
-            words += _options({"device": self.device} | dict(arguments))
+            of_bench = words == shlex.split(_PROGRAM[False])
+            words += _options({"device": self.device} | dict(arguments), of_bench)
         return _without_places(words)
 
     @property
@@ -151,21 +153,22 @@ def _rehearsed(document: dict) -> bool:
 
 _PROGRAM = {False: "normzoo bench", True: "python -m normzoo_bench.gpu"}
 """What writes documents that only tell the arguments, with and without minutes."""
-_POSITIONAL = ("layer", "model")
 
 
-def _options(arguments: Mapping[str, Any]) -> list[str]:
-    """What stands behind a program with these arguments; what was not given is None, False or empty."""
-    words = [str(name) for place in _POSITIONAL for name in arguments.get(place) or ()]
+def _options(arguments: Mapping[str, Any], of_bench: bool) -> list[str]:
+    """What stands behind a program with these arguments; what was not given is None, False or empty.
+
+    `normzoo bench` takes layers without a name, and lists with commas; other programs take lists word by word.
+    """
+    words = [*(arguments.get("layer") or ())] if of_bench else []
     for name, value in arguments.items():
-        if name in _POSITIONAL or value is None or value is False or value == []:
+        if (name == "layer" and of_bench) or value is None or value is False or value in ([], ()):
             continue
         words.append(f"--{name}")
-        if value is not True:
-            listed = isinstance(value, list | tuple)
-            words.append(
-                ",".join(map(str, value)) if listed else f"{value:g}" if isinstance(value, float) else value
-            )
+        if isinstance(value, list | tuple):
+            words += [",".join(map(str, value))] if of_bench else map(str, value)
+        elif value is not True:
+            words.append(f"{value:g}" if isinstance(value, float) else str(value))
     return words
 
 

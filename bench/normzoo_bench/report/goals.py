@@ -213,14 +213,14 @@ def _whole() -> Iterator[Goal]:
         what="GPT, ViT and ResNet-50: step and inference, torch's norms and normzoo's, eager and compiled",
         judge=covered("are there", _MODELS, _models),
         command=COMMANDS["cpu-models"],
-        ahead="what is named, with --contender",
+        ahead="what is named, with `--contender`",
     )
     yield goal(
         key="sweeps",
         what="curves against rows, width and channels",
         judge=covered("are there", _SWEEPS, _sweeps),
         command=COMMANDS["cpu-scaling"],
-        ahead="what is named, with --scaling",
+        ahead="what is named, with `--scaling`",
     )
     for what, words in (
         ("saved_bytes", "bytes that autograd keeps for the backward pass, every layer"),

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
 from .documents import Documents, Row, Source
-from .measures import EMPTY, Ratio, launches, memory, predictions, ratios, shares, without_sweeps
+from .measures import (
+    EMPTY,
+    LAYER_DIRECTIONS,
+    Ratio,
+    launches,
+    memory,
+    predictions,
+    ratios,
+    shares,
+    without_sweeps,
+)
 
 MET, MISSED, ELSEWHERE, ABSENT = "met", "missed", "not measurable here", "not measured here"
 _SHOWN = 3
@@ -86,7 +96,8 @@ class Measured:
 
     def __str__(self) -> str:
         around = f" ({number(self.spread[0])}-{number(self.spread[1])})" if self.spread else ""
-        return f"{self.name}: {number(self.value)}{around}"
+        value = str(self.value) if isinstance(self.value, int) else number(self.value)
+        return f"{self.name}: {value}{around}"
 
 
 def decided(found: Sequence[Measured], least: float | None = None, most: float | None = None) -> Finding:
@@ -138,7 +149,7 @@ def bandwidth(chosen: Chosen, direction: str, least: float) -> Judge:
         if not allowed:
             return nothing("cuda")
         ends = min(p.share for p in allowed), max(p.share for p in allowed)
-        said = f"no GPU; bytes alone allow {number(ends[0])} to {number(ends[1])} (predicted, static gate)"
+        said = "no GPU; predicted " + " to ".join(dict.fromkeys(map(number, ends)))
         return nothing("cuda", said, (allowed[0].source,))
 
     return judge
@@ -150,7 +161,8 @@ def faster(chosen: Chosen, direction: str, other: str, least: float, device: str
     def judge(documents: Documents) -> Finding:
         clock = "kernel" if device == "cuda" else "wall"
         all_of_them = ratios(documents, device, other, clock=clock)
-        wanted = [r for r in all_of_them if chosen(r.row) and fnmatch(r.row["direction"], direction)]
+        there = {name for name in LAYER_DIRECTIONS if fnmatch(name, direction)}
+        wanted = [r for r in all_of_them if chosen(r.row) and r.row["direction"] in there]
         found = of_ratios(without_sweeps(wanted))
         return decided(found, least=least) if found else nothing(device)
 
@@ -266,8 +278,7 @@ def _whole(finding: Finding, found: Sequence[Measured]) -> Finding:
     """Launches are whole numbers."""
     values = [int(one.value) for one in found]
     text = f"{min(values)} to {max(values)} in {len(values)} layers" if len(values) > 1 else str(values[0])
-    missed = tuple(text.removesuffix(".00") for text in finding.missed)
-    return Finding(finding.verdict, text, finding.sources, missed)
+    return replace(finding, value=text)
 
 
 def remembered(what: str, direction: str) -> Judge:

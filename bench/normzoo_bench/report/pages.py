@@ -129,15 +129,18 @@ def goals_markdown(found: Sequence[Line]) -> str:
         rows = ["| goal | asked | measured | verdict | command |", "|---|---|---|---|---|"]
         for line in of_section:
             goal, finding = line.goal, line.finding
+            by = ", ".join(str(numbers[command]) for command in line.commands)
             what, value = _plain(goal.what), _plain(finding.value or "—")
-            cells = (what, goal.bound, value, _emphasized(finding.verdict), str(numbers[line.command]))
+            cells = (what, goal.bound, value, _emphasized(finding.verdict), by)
             rows.append("| " + " | ".join(cells) + " |")
         parts += [f"**{section}**", "\n".join(rows)]
     parts += ["The commands:", "\n".join(f"{i}. `{command}`" for command, i in numbers.items())]
     if missed := [line for line in found if line.follows]:
         parts.append("What is missed, and what next:")
         parts.append(
-            "\n".join(f"- {_plain(line.goal.what)}. {_plain(' '.join(_sentences(line)))}" for line in missed)
+            "\n".join(
+                f"- **{_plain(line.goal.what)}.** {_plain(' '.join(_sentences(line)))}" for line in missed
+            )
         )
     return "\n\n".join(parts) + "\n"
 

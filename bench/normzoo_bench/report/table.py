@@ -14,7 +14,7 @@ from .judging import ABSENT, ELSEWHERE, MISSED, Finding, Goal
 class Line:
     goal: Goal
     finding: Finding
-    command: str
+    commands: tuple[str, ...]
     cause: str
 
     @property
@@ -42,20 +42,20 @@ def lines(documents: Documents, wanted: Sequence[Goal] | None = None) -> list[Li
         finding = goal.judge(documents)
         measured = finding.verdict not in (ABSENT, ELSEWHERE)
         said = [source.command for source in finding.sources] if measured else [goal.command]
-        command = "; ".join(dict.fromkeys(filter(None, said)))
-        if not command or not all(said):
+        if not said or not all(said):
             names = ", ".join(source.name for source in finding.sources) or "no document"
             raise ValueError(
                 f"the goal {goal.key!r} has no command (measured in {names}); a document has to say by what "
                 "command it was written, in settings['command']"
             )
-        found.append(Line(goal, finding, command, CAUSES.get(goal.key, "")))
+        found.append(Line(goal, finding, tuple(dict.fromkeys(said)), CAUSES.get(goal.key, "")))
     return found
 
 
 def commands(found: Sequence[Line]) -> dict[str, int]:
     """The commands of all lines, numbered in order of appearance."""
-    return {command: i + 1 for i, command in enumerate(dict.fromkeys(line.command for line in found))}
+    every = dict.fromkeys(command for line in found for command in line.commands)
+    return {command: i + 1 for i, command in enumerate(every)}
 
 
 def counts(found: Sequence[Line]) -> dict[str, int]:
