@@ -7,12 +7,14 @@ bytes on their way to hide the latency of memory.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
 
+from ._choices import chosen
 from ._launch import shared_memory, sm_count
 from ._layout import VECTOR
 from ._rows import norm_bwd, norm_fwd
@@ -23,6 +25,11 @@ _ON_CHIP = 16384
 
 _L2 = 40 << 20
 """Bytes that a second sweep may hope to find in the L2 cache."""
+
+_ROW_GROUP = 4
+"""Rows of `_ROW_BYTES` in a step of two sweeps: as many on every multiprocessor nearly fit the L2 cache."""
+
+_ROW_BYTES = 32 << 10
 
 _IN_FLIGHT = 48 << 10
 """Bytes of x and dy that a multiprocessor should have on their way."""
@@ -62,27 +69,40 @@ def backward_form(
 ) -> Form:
     """`tensors`: read by the kernel, as large as x. `gradients`: of parameters, 0 to 2."""
     block, sms = triton.next_power_of_2(width), sm_count(device)
-    packed = 8192 < block <= _ON_CHIP and itemsize == 2 and kind == "rms"
+    group = int(chosen("row_group"))
+    packed = 8192 < block <= _ON_CHIP and itemsize == 2 and kind == "rms" and group == _ROW_GROUP
     if block > 8192 and not packed:
         elements = 16384 // itemsize
-        rows = max(1, min(4, (256 << 10) // (2 * block * itemsize)))
+        rows = max(1, min(group, group * _ROW_BYTES // (block * itemsize)))
         # The second sweep also reads the weight and what the program has of the gradients so far.
         buffer = tensors * elements * itemsize + elements // rows * 4 * (1 + gradients)
         stages = min(2, _stages(device, elements * itemsize, buffer))
         held = rows * 2 * width * itemsize + gradients * 4 * width
         constants = {"R": rows, "C": elements // rows, "STAGES": stages, "num_warps": 8}
-        return Form(norm_bwd_wide, min(sms, max(1, _L2 // held)), rows, constants)
+        cache = _L2 if group == _ROW_GROUP else _l2(device)
+        return Form(norm_bwd_wide, min(sms, max(1, cache // held)), rows, constants)
     light = kind != "layer" and itemsize == 2 and 128 < block <= 4096
     warps = 16 if packed else 4 if light else 8
+    programs, elements = sms, 1024 * warps
     if scalar and block <= 4096:
-        warps = 4
-    elements = 1024 * warps
+        # Nothing runs ahead of accesses so narrow: a second program has its rows on their way meanwhile.
+        programs, warps, elements = 2 * sms, 4, 4096
+    if block <= 128 and (scalar or itemsize == 4):
+        elements //= 2  # more and ptxas spills
     tile = _tile(block, itemsize, elements, warps, owned=1024)
     # Packed rows have the registers of the multiprocessor to themselves; there is no room to run ahead.
     tile_bytes = max(block, elements) * itemsize
     stages = 1 if packed else _stages(device, tile_bytes, tensors * tile_bytes)
     constants = tile | {"PACKED": packed, "STAGES": stages, "num_warps": warps}
-    return Form(norm_bwd, sms, tile["R"], constants)
+    return Form(norm_bwd, programs, tile["R"], constants)
+
+
+@functools.cache
+def _l2(device: torch.device) -> int:
+    """As `_L2`, or four fifths of the cache of `device` where that is more."""
+    if device.type != "cuda":
+        return _L2
+    return max(_L2, getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) * 4 // 5)
 
 
 def _tile(block: int, itemsize: int, elements: int, warps: int, owned: int) -> dict[str, int]:
