@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,6 +109,12 @@ def test_rows_of_a_case():
     assert document.rows[-2]["kernels"] == ["norm_fwd", "norm_bwd", "sum_parts"]
 
 
+def test_what_others_do_meanwhile_does_not_count():
+    clock = host.HostClock(1e-3)
+    assert clock.stopwatch(lambda: time.sleep(0.05)) < 0.025
+    assert clock.stopwatch(lambda: sum(range(10**5))) > 1e-5
+
+
 def test_a_layer_that_fails_is_named(monkeypatch):
     def fail(*_):
         raise RuntimeError("out of luck\nand more")
@@ -132,6 +139,7 @@ def test_the_command_writes_what_it_shows(tmp_path):
     assert document["settings"]["command"] == f"python {' '.join(command)}"
     assert document["settings"]["rounds"] == 2 and document["environment"]["threads"] == 1
     assert len(document["rows"]) == 2 * 2 * 2 * 3 * 2 and not document["failed"]
+    assert {row["clock"] for row in document["rows"]} == {"host"}
     by_kernel = {one["kernel"]: one for one in document["extra"]["triton"]}
     assert set(by_kernel) == {"norm_fwd", "norm_bwd", "sum_parts"}
     assert by_kernel["sum_parts"]["arguments"] == 4 and by_kernel["sum_parts"]["constants"] == 3
