@@ -8,7 +8,7 @@ import ctypes
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -121,9 +121,11 @@ def relative_error(name: str, found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).abs().max()) / (float(exact.abs().max()) or 1.0)
 
 
-def saved_bytes(call: Callable[[], object]) -> int:
-    """Bytes that autograd keeps for the backward pass of a call; a storage that is kept twice counts once."""
+def saved_bytes(call: Callable[[], object], apart: Sequence[Tensor] = ()) -> int:
+    """Bytes that autograd keeps for the backward pass of a call; a storage that is kept twice counts once, that
+    of a tensor in `apart` not at all."""
     kept: dict[int, int] = {}
+    there = {t.untyped_storage().data_ptr() for t in apart}
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
@@ -133,7 +135,7 @@ def saved_bytes(call: Callable[[], object]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = call()  # alive to the end, lest a storage be freed and its address used again
     del result
-    return sum(kept.values())
+    return sum(count for place, count in kept.items() if place not in there)
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:

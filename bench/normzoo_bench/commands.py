@@ -11,8 +11,13 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from .workloads import DIRECTIONS, SCALINGS, SIZES
+
+if TYPE_CHECKING:
+    import torch
 
 # Rounds, and directions unless some are named.
 _OF_SIZE = {
@@ -74,33 +79,72 @@ def bench(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from . import run as runs
-    from .measure import Settings
-    from .peers import usual
-    from .results import demand_writable
-
     try:
         device, cases, contenders, directions, unmeasured = _chosen(arguments)
         rounds = _OF_SIZE[arguments.size][0] if arguments.rounds is None else arguments.rounds
-        if rounds < 2:
-            raise ValueError(f"--rounds is {rounds}; it must be at least 2")
-        if arguments.seconds is not None and not arguments.seconds > 0:
-            raise ValueError(f"--seconds is {arguments.seconds}; it must be more than 0")
-        if arguments.output:
-            demand_writable(arguments.output)
+        demand_options(arguments, rounds)
     except ValueError as error:
         print(f"normzoo bench: {str(error).removeprefix('normzoo: ')}", file=sys.stderr)
         return 2
     if arguments.list:
         return _list(cases, contenders, directions, arguments.json)
+    given = {name: getattr(arguments, name) for name in _ASKED}
+    absent = [(entry.name, "normzoo", f"the family {entry.family!r} has no workloads") for entry in unmeasured]
+    return carried_out(
+        cases,
+        arguments,
+        {"command": "normzoo bench", "arguments": given},
+        device,
+        contenders,
+        rounds,
+        directions=directions,
+        absent=absent,
+    )
+
+
+def demand_options(arguments: argparse.Namespace, rounds: int) -> None:
+    """Raises ValueError where ``--rounds``, ``--seconds`` or ``--output`` cannot be."""
+    from .results import demand_writable
+
+    if rounds < 2:
+        raise ValueError(f"--rounds is {rounds}; it must be at least 2")
+    if arguments.seconds is not None and not arguments.seconds > 0:
+        raise ValueError(f"--seconds is {arguments.seconds}; it must be more than 0")
+    if arguments.output:
+        demand_writable(arguments.output)
+
+
+def carried_out(
+    cases: Sequence[Any],
+    arguments: argparse.Namespace,
+    asked: dict,
+    device: torch.device,
+    contenders: tuple[str, ...],
+    rounds: int,
+    *,
+    directions: tuple[str, ...] = (),
+    one: Callable[..., None] | None = None,
+    absent: Sequence[tuple[str, str, str]] = (),
+) -> int:
+    """Measures `cases`, each by `one`, shows and writes what `arguments` say, and returns the exit code.
+
+    Args:
+        arguments: with ``seconds``, ``output`` and ``json``.
+        asked: what goes into the settings of the document.
+        absent: layers, contenders and reasons that are known before.
+    """
     from normzoo.terminal import progress
+
+    from . import run as runs
+    from .measure import Settings
+    from .tables import show
 
     deadline = time.monotonic() + (arguments.seconds or float("inf"))
     with runs.on_device(device):
         document, clocks, cache = runs.start(device, _SAMPLE_SECONDS, rounds)
-        document.settings["arguments"] = {name: getattr(arguments, name) for name in _ASKED}
-        for entry in unmeasured:
-            document.add_absent(entry.name, "normzoo", f"the family {entry.family!r} has no workloads")
+        document.settings |= asked
+        for entry in absent:
+            document.add_absent(*entry)
         settings = Settings(device, contenders, directions, clocks, rounds, cache, deadline)
         with progress("measuring", len(cases)) as step:
 
@@ -109,7 +153,7 @@ def _bench(arguments: argparse.Namespace) -> int:
                 if arguments.output:
                     document.write(arguments.output)
 
-            undisturbed = runs.run(cases, settings, document, after_each)
+            undisturbed = runs.run(cases, settings, document, after_each, one)
         if undisturbed:
             runs.finish(document, settings)
     if arguments.output:
@@ -118,13 +162,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found, indent=1))
     else:
-        from .tables import show
-
         show(found)
-        if device.type == "cpu" and contenders == usual("cpu"):
+        if device.type == "cpu" and not any("compile" in name for name in contenders):
             print("torch.compile is left out on a CPU, where compiling outlasts the rest; --contender has it.")
     if not undisturbed:
-        print("normzoo bench: interrupted", file=sys.stderr)
+        print(f"{asked['command']}: interrupted", file=sys.stderr)
         return 130
     return 1 if document.ours_failed else 0
 

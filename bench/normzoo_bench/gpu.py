@@ -26,14 +26,13 @@ import torch
 from normzoo.terminal import progress
 from normzoo.zoo import ZOO, find
 
+from . import models
 from . import run as runs
 from .cases import plan
-from .inference import CONTENDERS as REWRITTEN
-from .inference import EAGER, inferences, measure_inference
 from .measure import Settings
+from .models import measure_model
 from .peers import usual
 from .results import Document, demand_writable
-from .step import CONTENDERS, measure_step, steps
 from .tables import show
 from .workloads import DIRECTIONS
 
@@ -68,7 +67,7 @@ class Part:
     host: bool = False
     """With the host's time and the number of launches."""
     model: str = ""
-    """The training ``step`` of a model, or its ``inference``, instead of layers."""
+    """A whole model with these norms, instead of layers; all its contenders."""
 
 
 _PAIR = ("rms_norm", "layer_norm")
@@ -91,11 +90,13 @@ PARTS = (
     Part("weight standardization", 0.8, ("weight_standardize",), dtype="float32", contenders=_COMPILED),
     Part("host time and launches", 1.5, _ALL, ("small",), directions=DIRECTIONS, host=True),
     Part("mixed dtypes", 1.0, _PAIR, ("llm", "odd"), dtype="mixed", contenders=("reference", *_QUICK)),
-    Part("training step", 1.5, _PAIR, contenders=CONTENDERS, host=True, model="step"),
-    Part("Pre-LN and Pre-RMSNorm", 1.0, ("layer_norm",), contenders=REWRITTEN, host=True, model="inference"),
+    Part("GPT, training step", 1.2, _PAIR, directions=("step",), host=True, model="gpt"),
+    Part("GPT, Pre-LN and Pre-RMSNorm", 0.8, _PAIR[1:], directions=("inference",), host=True, model="gpt"),
+    Part("ViT", 0.8, ("layer_norm",), directions=models.DIRECTIONS, host=True, model="vit"),
+    Part("ResNet-50", 1.2, ("batch_norm",), directions=models.DIRECTIONS, host=True, model="resnet50"),
     Part("against rows", 0.8, _PAIR, scaling="rows", contenders=_QUICK),
     Part("against width", 0.8, _PAIR, scaling="width", contenders=_QUICK),
-    Part("against channels", 1.2, ("batch_norm", "group_norm"), scaling="channels", contenders=_QUICK),
+    Part("against channels", 1.5, ("batch_norm", "group_norm"), scaling="channels", contenders=_QUICK),
 )
 
 
@@ -175,17 +176,17 @@ def _measured(folder: Path, limit: float, rehearse: bool) -> int:
 def _parts(document: Document, settings: Settings, path: Path, end: float) -> bool:
     """Measures part by part until `end`; whether the user let it."""
     document.extra["parts"] = {}
-    on_gpu = settings.device.type == "cuda"
+    device = settings.device.type
     weights = sum(part.weight for part in PARTS)
     for part in PARTS:
-        cases, one = cases_of(part, settings.device.type)
+        cases, one = cases_of(part, device)
         started = time.monotonic()
         of_part = replace(
             settings,
-            contenders=tuple(c for c in part.contenders if on_gpu or c in (*usual("cpu"), *EAGER)),
+            contenders=contenders_of(part, device),
             directions=part.directions,
             clocks=settings.clocks if part.host else settings.clocks[:1],
-            count_launches=part.host and on_gpu,
+            count_launches=part.host and device == "cuda",
             deadline=started + (end - started) * part.weight / weights,
         )
         weights -= part.weight
@@ -205,13 +206,18 @@ def _parts(document: Document, settings: Settings, path: Path, end: float) -> bo
 
 def cases_of(part: Part, device: str) -> tuple[list, Callable[..., None] | None]:
     """The cases of a part, small ones where it is only rehearsed, and what measures one if not `measure`."""
-    if part.model == "step":
-        return steps(device, part.layers), measure_step
-    if part.model == "inference":
-        return inferences(device), measure_inference
-    entries = [find(name) for name in part.layers]
     size = part.size if device == "cuda" else "smoke"
+    if part.model:
+        asked = (size, (part.dtype,), part.directions, part.layers)
+        return models.cases([part.model], device, *asked), measure_model
+    entries = [find(name) for name in part.layers]
     return plan(entries, device, size, (part.dtype,), part.workloads, part.scaling), None
+
+
+def contenders_of(part: Part, device: str) -> tuple[str, ...]:
+    if part.model:
+        return models.usual(device)
+    return tuple(name for name in part.contenders if device == "cuda" or name in usual("cpu"))
 
 
 def kernel_tests(folder: Path, seconds: float, rehearse: bool) -> dict:

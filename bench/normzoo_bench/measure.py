@@ -161,8 +161,12 @@ def timed(
     rotations: Sequence[Rotation],
     rounds: int,
     document: Document,
+    baselines: Callable[[str], Sequence[str]] = lambda contender: ("torch", "reference"),
 ) -> list[dict]:
-    """The rows of a case with times by `clock`, less those of contenders that it cannot time."""
+    """The rows of a case with times by `clock`, less those of contenders that it cannot time.
+
+    Each is set against the first of its `baselines` that is there.
+    """
     ready: list[tuple[dict, Prepared]] = []
     for row, rotation in zip(rows, rotations, strict=True):
         try:
@@ -171,9 +175,9 @@ def timed(
             document.add_failed(case, row["contender"], error, f"{row['direction']} {clock.name}")
     seconds = seconds_a_call(clock, [prepared for _, prepared in ready], rounds)
     by_name = {row["contender"]: own for (row, _), own in zip(ready, seconds, strict=True)}
-    baseline = next((name for name in ("torch", "reference") if name in by_name), None)
     for row, prepared in ready:
         own = by_name[row["contender"]]
+        baseline = next((name for name in baselines(row["contender"]) if name in by_name), None)
         spent = timing.summary(own)
         speed = None if row["bytes"] is None else row["bytes"] / spent.median
         row |= {

@@ -10,7 +10,7 @@ from normzoo.terminal import say, table
 from .workloads import SCALINGS
 
 _LEGEND = """\
-time     median of the samples
+time     median of the samples; of models and where there is no ratio with the range (p20-p80)
 x ...    how many times as fast as that one, round by round: median (p20-p80)
 GB/s     the fewest bytes that the call can move, over its time
 % copy   that, of the speed of a copy; (warm): all buffers fit into the cache
@@ -25,9 +25,11 @@ def show(document: dict) -> None:
     _show_machine(document)
     if document["rows"]:
         print(_LEGEND)
-    for rows in _groups(document["rows"]):
+    layers = [row for row in document["rows"] if not _of_model(row)]
+    for rows in _groups(layers):
         (_show_sweep if _sweep(rows[0]) else _show_group)(rows)
-    _show_summary([row for row in document["rows"] if row["direction"] not in ("step", "inference")])
+    _show_models([row for row in document["rows"] if _of_model(row)])
+    _show_summary(layers)
     _show_missing(document)
 
 
@@ -90,6 +92,36 @@ def _show_group(rows: list[dict]) -> None:
         )
         previous = place
     table(_title(rows[0], unit), header, cells)
+
+
+def _of_model(row: dict) -> bool:
+    return row["direction"] in ("step", "inference")
+
+
+def _show_models(rows: Sequence[dict]) -> None:
+    """A table for each model and direction."""
+    tables: dict[tuple, list[dict]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("layer", "dtype", "direction", "mode", "clock"))
+        tables.setdefault((_place(row), *key), []).append(row)
+    for (place, *_), lines in tables.items():
+        unit, scale = _unit(lines)
+        header = ("contender", "function", "time", "x torch", "x torch.compile", "peak MB", "saved MB", "error")
+        cells = [
+            (
+                row["contender"],
+                {True: "same", False: "another"}.get(row.get("same"), ""),
+                spread(row["seconds"], scale),
+                *(_ratio(row) if row["baseline"] == name else "" for name in ("torch", "torch.compile")),
+                *(
+                    "" if row.get(name) is None else short(row[name] / 1e6)
+                    for name in ("peak_bytes", "saved_bytes")
+                ),
+                f"{max(row['error'].values()):.0e}",
+            )
+            for row in lines
+        ]
+        table(f"{place} with {_title(lines[0], unit)}", header, cells)
 
 
 def _ratio(row: dict) -> str:
