@@ -68,7 +68,15 @@ def put(folder, **documents):
     return folder
 
 
-def compiled(case, l2_passes, dtype="bf16", target="sm_90"):
-    """A launch of the static gate."""
-    call = {"x_passes": 2.0, "l2_passes": l2_passes, "copies": 0.0, "launches": 1}
-    return {"kernel": "k", "case": case, "dtype": dtype, "target": target, "call": call}
+def static(**other):
+    """A document of the static gate."""
+    given = {"launches": [launch("c")], "calls": [], "beaten": [], "sweep": [], "failures": []}
+    return {"command": "python -m static --all", "environment": ENVIRONMENT, **given, **other}
+
+
+def launch(case):
+    return {"case": case, "dtype": "bf16", "target": "sm_90", "kernel": "k"}
+
+
+def call(name, share):
+    return {"call": name, "predicted": {"H200": {"share_of_copy": share}}}

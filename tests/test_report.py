@@ -7,7 +7,7 @@ import re
 
 import pytest
 from PIL import Image
-from report_documents import GPU, compiled, document, on_gpu, pair, put, row, spread
+from report_documents import GPU, call, document, launch, on_gpu, pair, put, row, spread, static
 
 from normzoo.zoo import ZOO
 from normzoo_bench import passes
@@ -112,20 +112,37 @@ def test_a_cpu_decides_nothing_about_a_gpu(tmp_path):
     assert told(tmp_path, "rows-forward") == ELSEWHERE
 
 
-def test_what_bytes_predict_is_no_measurement(tmp_path):
-    static = document(compiled("rms-fwd-4096", 2.5), compiled("ln-fwd-4096", 2.0), failures=[])
-    finding = judged(put(tmp_path, static=static), "rows-forward").finding
-    assert finding.verdict == ELSEWHERE and finding.value == "no GPU; predicted 0.800 to 1.00"
+def test_what_is_predicted_is_no_measurement(tmp_path):
+    calls = [call("rms-fwd-4096-bf16", 0.8), call("ln-fwd-8192-bf16", 0.96), call("ln-fwd-64-fp32", 0.1)]
+    finding = judged(put(tmp_path, static=static(calls=calls)), "rows-forward").finding
+    assert finding.verdict == ELSEWHERE and finding.value == "no GPU; predicted 0.800 to 0.960"
 
 
 def test_gates_that_fall(tmp_path):
     fallen = {"case": "c", "target": "sm_90", "measure": "spills", "measured": 8, "bound": "at most 0"}
     excused = fallen | {"exception": "a reason"}
-    put(tmp_path, static=document(compiled("c", 2.0), failures=[excused]))
-    assert told(tmp_path, "gates") == MET
-    put(tmp_path, static=document(compiled("c", 2.0), failures=[excused, fallen | {"exception": None}]))
+    put(tmp_path, static=static(failures=[excused]))
+    assert told(tmp_path, "gates") == told(tmp_path, "configurations") == MET
+    put(tmp_path, static=static(failures=[excused, fallen | {"exception": None}]))
     finding = judged(tmp_path, "gates").finding
     assert finding.verdict == MISSED and finding.missed == ("c sm_90: spills 8, at most 0",)
+    assert told(tmp_path, "configurations") == MISSED
+
+
+def test_a_sample_of_the_configurations_is_not_all(tmp_path):
+    put(tmp_path, static=static(command="python -m static"))
+    assert told(tmp_path, "configurations") == MISSED and told(tmp_path, "on-chip") == MISSED
+    put(tmp_path, static=static(launches=[launch("on-chip-c")]))
+    assert told(tmp_path, "configurations") == told(tmp_path, "on-chip") == MET
+
+
+def test_peers_may_be_better_with_a_reason_alone(tmp_path):
+    beaten = {"call": "rms-fwd-64-bf16", "measure": "instructions", "peer": "fla", "reason": "planted"}
+    put(tmp_path, static=static(beaten=[beaten]))
+    assert told(tmp_path, "peers") == MET
+    put(tmp_path, static=static(beaten=[beaten, beaten | {"reason": None}]))
+    finding = judged(tmp_path, "peers").finding
+    assert finding.verdict == MISSED and finding.missed == ("rms-fwd-64-bf16: instructions of fla",)
 
 
 def test_host_time_is_that_of_forward_and_backward(tmp_path):
@@ -164,6 +181,14 @@ def test_a_row_without_a_command_is_refused(tmp_path, capsys, without_plots):
         lines(read(tmp_path))
     assert command.main(["--results", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "has no command" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_every_document_is_listed(tmp_path, without_plots):
+    put(tmp_path, cpu_layers=document(*pair(1.0), *pair(0.9)), static=static(launches=[launch("c")] * 7))
+    command.main(["--results", str(tmp_path), "--output", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8").split("<h2>Documents")[1]
+    assert re.findall(r"<span>([\w-]+)\.json</span>", page) == ["cpu-layers", "static"]
+    assert re.findall(r"<span>(\d+)</span>", page) == ["4", "7"]
 
 
 def test_the_command_of_a_document_that_tells_its_arguments(tmp_path):
@@ -260,7 +285,7 @@ def test_files_say_nothing_of_this_machine(tmp_path, monkeypatch):
 
 
 def test_plots_name_machine_versions_date_and_commit(tmp_path):
-    predicted = document(compiled("bn-fwd-32x256x56x56", 3.2), failures=[])
+    predicted = static(calls=[call("bn-fwd-32x256x56x56-bf16", 0.9)])
     put(tmp_path, bench=document(on_gpu(0.8), environment=GPU), static=predicted)
     (plot,) = [plot for plot in plots.PLOTS if plot.name == "roofline-gpu"]
     drawn = plot.draw(read(tmp_path))

@@ -22,7 +22,7 @@ COMMANDS = {
     "normzoo-compiled --output bench/results/cpu-models.json",
     "host": "python -m normzoo_bench.host --output bench/results/host.json",
     "launches": "python -m normzoo_bench.launches --output bench/results/launches.json",
-    "static": "python -m normzoo_bench.static --output bench/results/static.json",
+    "static": "python -m normzoo_bench.static --all --output bench/results/static.json",
     "gpu": "python -m normzoo_bench.gpu --output bench/results/gpu",
 }
 """What writes each, where it is not there to say so itself."""
@@ -34,6 +34,16 @@ class Source:
 
     name: str
     document: Mapping[str, Any]
+
+    def entries(self, name: str) -> list[Mapping[str, Any]]:
+        """A list of the document; empty where it has none of that name."""
+        found = self.document.get(name)
+        return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+    @property
+    def size(self) -> int:
+        """Rows, or launches that were compiled."""
+        return sum(len(self.entries(name)) for name in _LISTS)
 
     @property
     def environment(self) -> Mapping[str, Any]:
@@ -122,8 +132,11 @@ def read(folder: Path) -> Documents:
             unread.append((name, "there is another document of that name"))
         else:
             sources.append(Source(name, document))
-    timings = [(source, row) for source in sources for row in source.document["rows"] if _is_timing(row)]
+    timings = [(source, row) for source in sources for row in source.entries("rows") if _is_timing(row)]
     return Documents(tuple(sources), tuple(unread), timings)
+
+
+_LISTS = ("rows", "launches")
 
 
 def _document(path: Path) -> dict:
@@ -133,13 +146,10 @@ def _document(path: Path) -> dict:
         raise ValueError(f"cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"is not JSON: {error}") from error
-    if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
-        raise ValueError("has no rows")
-    if any(map(_is_timing, document["rows"])):
-        return load(path)
-    if not all(isinstance(row, dict) for row in document["rows"]):
-        raise ValueError("has a row that is no dict")
-    return document
+    if not isinstance(document, dict) or not any(isinstance(document.get(name), list) for name in _LISTS):
+        raise ValueError(f"has no list of {' or '.join(_LISTS)}")
+    timings = document.get("rows")
+    return load(path) if isinstance(timings, list) and any(map(_is_timing, timings)) else document
 
 
 def _is_timing(row: Any) -> bool:

@@ -16,6 +16,7 @@ from .judging import (
     along_sweeps,
     bandwidth,
     beyond_a_copy,
+    compiled,
     covered,
     faster,
     gates,
@@ -25,6 +26,7 @@ from .judging import (
     remembered,
     short_calls,
     slower,
+    unbeaten,
 )
 
 CAUSES: dict[str, str] = {}
@@ -257,6 +259,35 @@ def _static() -> Iterator[Goal]:
         command=COMMANDS["static"],
         ahead="the kernel that falls, with `--only CASE`, or a reason in EXCEPTIONS",
     )
+    yield goal(
+        key="configurations",
+        what="every kernel in every configuration that the forms can choose is compiled",
+        bound="all",
+        judge=compiled(),
+        command=COMMANDS["static"],
+        ahead="the run with `--all`",
+    )
+    yield goal(
+        key="peers",
+        what="figures in which a peer's kernel is better, without a reason",
+        bound="0",
+        judge=unbeaten(),
+        command=COMMANDS["static"],
+        ahead="the figure that is named, or its reason",
+    )
+    for key, cases, words in (
+        ("on-chip", "on-chip-*", "norms of channels in one launch, where a program holds a set"),
+        ("reversed", "reversed-*", "the map of channels begins where the statistics have ended"),
+        ("row-groups", "row-group*", "backward of wide rows, 8 or 16 of them in a step"),
+    ):
+        yield goal(
+            key=key,
+            what=f"{words}: compiled and off until measured",
+            bound="compiled",
+            judge=compiled(cases),
+            command=COMMANDS["static"],
+            ahead="a case for it in `static/choice_cases.py`",
+        )
     yield goal(
         key="predicted",
         what="time predicted from bytes beside measured time, wherever a GPU ran",

@@ -210,19 +210,57 @@ def gates() -> Judge:
 
     def judge(documents: Documents) -> Finding:
         source = documents.find("static")
-        if source is None or not isinstance(source.document.get("failures"), list):
+        if source is None:
             return nothing("cpu")
-        failures = source.document["failures"]
+        failures = source.entries("failures")
         fallen = [f for f in failures if not f.get("exception")]
-        said = f"{len(fallen)} fall, {len(failures) - len(fallen)} are excused with a reason"
-        names = tuple(
-            f"{f['case']} {f['target']}: {f['measure']} {f['measured']:g}, {f['bound']}" for f in fallen
-        )
-        rows = len(source.document["rows"])
-        text = f"{said}, in {rows} launches compiled"
-        return Finding(MISSED if fallen else MET, text, (source,), (*names[:_SHOWN], *_more(len(fallen))))
+        names = [f"{f['case']} {f['target']}: {f['measure']} {f['measured']:g}, {f['bound']}" for f in fallen]
+        text = f"{len(fallen)} fall, {len(failures) - len(fallen)} are excused with a reason"
+        return _static(source, text, names)
 
     return judge
+
+
+def unbeaten() -> Judge:
+    """Figures in which a kernel of a peer is better than ours, and why that is so."""
+
+    def judge(documents: Documents) -> Finding:
+        source = documents.find("static")
+        if source is None or "beaten" not in source.document:
+            return nothing("cpu")
+        beaten = source.entries("beaten")
+        names = [f"{b['call']}: {b['measure']} of {b['peer']}" for b in beaten if not b.get("reason")]
+        calls = [call for call in source.entries("calls") if call.get("peers")]
+        text = f"{len(names)} without, {len(beaten) - len(names)} with one, in {len(calls)} calls"
+        return _static(source, text, names)
+
+    return judge
+
+
+def compiled(cases: str = "") -> Judge:
+    """Whether everything was compiled: all that the forms can choose or, with a pattern, some cases."""
+
+    def judge(documents: Documents) -> Finding:
+        source = documents.find("static")
+        if source is None:
+            return nothing("cpu")
+        launches = [one for one in source.entries("launches") if fnmatch(str(one.get("case")), cases or "*")]
+        fallen = [f for f in source.entries("failures") if fnmatch(str(f["case"]), cases or "*")]
+        names = [f"{f['case']} {f['target']}: {f['measure']}" for f in fallen if not f.get("exception")]
+        text = f"{len(launches)} launches of cases"
+        if not cases:
+            swept = sum(one.get("launches", 0) for one in source.entries("sweep"))
+            text += f", {swept} of the sweep over configurations"
+            if "--all" not in source.command.split():
+                names.append("only a sample of the configurations, without `--all`")
+        return _static(source, text, names if launches else ["no such case"])
+
+    return judge
+
+
+def _static(source: Source, text: str, missed: Sequence[str]) -> Finding:
+    shown = (*missed[:_SHOWN], *_more(len(missed)))
+    return Finding(MISSED if missed else MET, text, (source,), shown)
 
 
 def predicted_beside_measured() -> Judge:

@@ -42,7 +42,7 @@ class Counted(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """The share of a copy's speed that the bytes of a call allow, if nothing else took time."""
+    """The share of a copy's speed that the static gate predicts from bytes, instructions and launches."""
 
     source: Source
     layer: str
@@ -96,7 +96,7 @@ def launches(documents: Documents) -> list[Counted]:
     """Kernels and torch's own operators that a call starts, the most that was counted of each layer."""
     most: dict[tuple[str, str], Counted] = {}
     for source in documents.sources:
-        for row in source.document["rows"] if source.name == "launches" else ():
+        for row in source.entries("rows") if source.name == "launches" else ():
             for direction in ("forward", "backward"):
                 number = _count(row, direction)
                 if number is not None:
@@ -127,7 +127,7 @@ def memory(documents: Documents, device: str, what: str, direction: str) -> list
     return found
 
 
-_CASE = re.compile(r"^(?P<family>.*?)-(?P<direction>fwd|bwd)-(?P<rest>.*)$")
+_CALL = re.compile(r"^(?P<family>.*?)-(?P<direction>fwd|bwd)-(?P<rest>.*)-(?P<dtype>\w+)$")
 _LAYERS = {
     "ln": "layer_norm", "rms": "rms_norm", "crms": "crms_norm", "add-ln": "add_layer_norm",
     "add-rms": "add_rms_norm", "bn": "batch_norm", "gn": "group_norm", "alpha": "alpha_batch_norm",
@@ -137,29 +137,14 @@ _LAYERS = {
 _DIRECTIONS = {"fwd": "forward", "bwd": "backward"}
 
 
-def predictions(documents: Documents, target: str = "sm_90", dtype: str = "bf16") -> list[Prediction]:
-    """What bytes allow, by case of the static gate: the fewest passes over x, over all that the call moves."""
-    from normzoo.zoo import find
-
-    from ..workloads import passes
-
+def predictions(documents: Documents, gpu: str = "H200", dtype: str = "bf16") -> list[Prediction]:
+    """What the static gate predicts for the calls of layers that have a goal."""
     source = documents.find("static")
-    calls: dict[str, Row] = {}
-    for row in source.document["rows"] if source else ():
-        if row.get("target") == target and row.get("dtype") == dtype and "call" in row:
-            calls.setdefault(row["case"], row["call"])
     found = []
-    for case, call in calls.items():
-        match = _CASE.match(case)
+    for call in source.entries("calls") if source else ():
+        match = _CALL.match(str(call.get("call")))
+        share = call.get("predicted", {}).get(gpu, {}).get("share_of_copy")
         layer = _LAYERS.get(match["family"]) if match else None
-        if source is None or match is None or layer is None or "masked" in match["rest"]:
-            continue
-        direction = _DIRECTIONS[match["direction"]]
-        if layer.startswith("add_"):
-            fewest = 4
-        else:
-            entry = find(layer)
-            fewest = passes(entry, "training" if entry.couples_samples else "any", direction)
-        moved = call["l2_passes"] + call["copies"]
-        found.append(Prediction(source, layer, direction, case, min(1.0, fewest / moved)))
+        if source and match and layer and share and match["dtype"] == dtype and "masked" not in match["rest"]:
+            found.append(Prediction(source, layer, _DIRECTIONS[match["direction"]], call["call"], share))
     return found

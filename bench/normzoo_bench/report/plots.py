@@ -253,8 +253,8 @@ PLOTS = (
         "roofline-gpu",
         "Roofline of a GPU",
         "The fewest bytes that a call can move over its time, as a share of a copy's speed: 1 is the limit of "
-        "memory. Bars are the goals, of different shapes. Hollow diamonds are no measurements, but what "
-        "the bytes that the compiled kernels move would allow (sm_90, bfloat16); they know nothing of latency.",
+        "memory. Bars are the goals, of different shapes. Hollow diamonds are no measurements: they "
+        "are predicted for an H200 from the bytes, instructions and launches of what is compiled, in bfloat16.",
         COMMANDS["gpu"],
         roofline_gpu,
     ),
