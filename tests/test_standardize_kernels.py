@@ -256,6 +256,14 @@ def test_moving_one_statistic_at_a_rate_on_the_device(shape, skip):
     assert not torch.equal(running, before)
 
 
+def test_a_mean_that_does_not_fit_its_buffer_is_skipped():
+    running = [torch.zeros(5, dtype=torch.float16, device=DEVICE) for _ in range(2)]
+    mean, var = torch.full((5,), 1e6, device=DEVICE), torch.ones(5, device=DEVICE)
+    tracked, skipped = (torch.zeros((), dtype=torch.long, device=DEVICE) for _ in range(2))
+    tracking.track(running[0], mean, running[1], var, tracked, skipped, None, 0.1, 1)
+    assert skipped == 1 and tracked == 0 and not torch.stack(running).any()
+
+
 def test_state_that_a_kernel_cannot_move_is_left_to_torch():
     """Counts on the device, as across ranks, nothing at all, and other dtypes."""
     running, new = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
