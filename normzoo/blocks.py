@@ -68,10 +68,14 @@ class Grid:
             return statistic.expand(self.samples, self.channels).reshape(-1, 1, 1)
         return statistic.reshape(-1, 1, self.channels)
 
+    @property
+    def one(self) -> bool:
+        """Whether all of it is one block."""
+        return math.prod(self.shape) <= _most()
+
     def blocks(self) -> Iterator[Block]:
         """Slices of S and of L."""
-        s, rows, d = self.shape
-        most = _GRAIN * max(_FEWEST, torch.get_num_threads())
+        (s, rows, d), most = self.shape, _most()
         if rows * d <= most:
             step = most // (rows * d)
             for i in range(0, s, step):
@@ -97,6 +101,11 @@ class Grid:
         made = torch.empty_like(x)
         torch.addcmul(self.spread(shift), self.view(x), self.spread(scale), out=self.view(made))
         return made
+
+
+def _most() -> int:
+    """Entries of a block."""
+    return _GRAIN * max(_FEWEST, torch.get_num_threads())
 
 
 class Room:

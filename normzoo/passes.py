@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import regions
 from .blocks import Grid, Room, less, mapped, summed, total, unrecorded
 from .checks import at_least_float32, statistics_dtype
+from .regions import Slabs
 
 
 def moments(x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,8 +28,10 @@ def moments(x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[Tensor, T
     """
     if mask is None and unrecorded(x) and (grid := Grid.of(x, per_sample)):
         return _moments_of_blocks(x, grid, per_sample)
-    h = at_least_float32(x)
     n = divisor(counts(x, mask, per_sample))
+    if mask is not None and (slabs := Slabs.of(x, mask, per_sample)):
+        return regions.moments(slabs, n)
+    h = at_least_float32(x)
     pivot = (_total(h, mask, per_sample) / n).detach()
     h = h - _spread(pivot, x, mask)
     delta = _total(h, mask, per_sample) / n
@@ -62,6 +66,8 @@ def apply(x: Tensor, mask: Tensor | None, pivot: Tensor, scale: Tensor, shift: T
     """(x − pivot) · scale + shift, in the dtype of x."""
     if mask is None and unrecorded(x, pivot, scale, shift) and (grid := Grid.of(x, pivot.dim() == 2)):
         return _applied_to_blocks(x, grid, pivot, scale, shift)
+    if slabs := _slabs(x, mask, pivot, scale, shift):
+        return regions.apply(slabs, pivot, scale, shift)
     pivot, scale, shift = (_spread(t, x, mask) for t in (pivot, scale, shift))
     return torch.addcmul(shift, at_least_float32(x) - pivot, scale).to(x.dtype)
 
@@ -83,6 +89,8 @@ def sums(dy: Tensor, x: Tensor, mask: Tensor | None, pivot: Tensor, per_sample: 
     """The sums of dy and of dy · (x − pivot)."""
     if mask is None and unrecorded(dy, x, pivot) and (grid := Grid.of(x, per_sample)):
         return _sums_of_blocks(dy, x, grid, pivot, per_sample)
+    if mask is not None and (slabs := Slabs.of(x, mask, per_sample, dy, pivot)):
+        return regions.sums(slabs, dy, pivot)
     dy = at_least_float32(dy)
     away = at_least_float32(x) - _spread(pivot, x, mask)
     return _total(dy, mask, per_sample), _total(dy * away, mask, per_sample)
@@ -116,6 +124,8 @@ def dx(
     statistics = (pivot, scale, slope, offset)
     if mask is None and unrecorded(dy, x, *statistics) and (grid := Grid.of(x, pivot.dim() == 2)):
         return _dx_of_blocks(dy, x, grid, *statistics)
+    if slabs := _slabs(x, mask, *statistics, dy):
+        return regions.dx(slabs, dy, *statistics)
     pivot, scale, slope, offset = (_spread(t, x, mask) for t in statistics)
     through_statistics = torch.addcmul(offset, at_least_float32(x) - pivot, slope)
     return torch.addcmul(through_statistics, at_least_float32(dy), scale).to(x.dtype)
@@ -137,6 +147,14 @@ def _dx_of_blocks(dy: Tensor, x: Tensor, grid: Grid, *statistics: Tensor) -> Ten
             out.add_(torch.mul(dy, scale[s], out=rooms[2].like(out)))
 
     return mapped(x, grid, (dy, x), body)
+
+
+def _slabs(x: Tensor, mask: Tensor | None, pivot: Tensor, *others: Tensor) -> Slabs | None:
+    """What :mod:`.regions` needs, where it can bring these finite statistics to their pixels."""
+    if mask is None or not (slabs := Slabs.of(x, mask, pivot.dim() == 3, pivot, *others)):
+        return None
+    finite = all(bool(t.isfinite().all()) for t in (pivot, *others) if t.shape == pivot.shape)
+    return slabs if finite else None
 
 
 def counts(x: Tensor, mask: Tensor | None, per_sample: bool) -> int | Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, row_blocks
 from ..dispatch import Reference, use_kernel
 from .rms import sum_of_squares
 
@@ -80,6 +80,18 @@ def modulated(
         how = {"eps": eps, "offset": offset, "part": part or x.shape[-1]}
         return norm(kind, x, scale, shift, **how, reference=Reference(again))
 
+    token = x.dim() > 2 and x.shape in (scale.shape, None if shift is None else shift.shape)
+    if row_blocks.fits(x, scale, shift) and not token:
+
+        def whole(x, scale, shift):
+            return _modulated(x, kind, scale, shift, eps, 0.0, part)
+
+        s = checks.at_least_float32(scale) + offset if offset else scale
+        return row_blocks.normalized(row_blocks.Kind(kind, eps, part), x, 1, s, shift, whole)
+    return _modulated(x, kind, scale, shift, eps, offset, part)
+
+
+def _modulated(x, kind, scale, shift, eps, offset, part) -> Tensor:
     h = _normalized(checks.at_least_float32(x), kind, eps, part)
     scale = _between(scale.to(h.dtype) + offset, x)
     y = h * scale if shift is None else torch.addcmul(_between(shift, x).to(h.dtype), h, scale)

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, row_blocks
 from ..dispatch import Reference, transformed, use_kernel
+from ..row_blocks import Kind
+from ..row_blocks import norm_of_rows as norm_of_rows
 
 CASTS = ("torch", "llama", "gemma")
-_IN_LINE = 8192
-"""Squares that one vector_norm may add up in float32 before the last digits suffer."""
 
 
 def rms_norm(
@@ -65,6 +65,17 @@ def rms_norm(
         how = {"eps": eps, "offset": offset, "llama": cast == "llama"}
         return rows.norm("rms", x, shape, weight, bias, **how, reference=Reference(again))
 
+    if row_blocks.fits(x, weight, bias) and (cast != "llama" or x.dtype.itemsize >= 4):
+
+        def whole(x, weight, bias):
+            return _rms(x, shape, weight, eps, bias, 0.0, cast)
+
+        w = weight if weight is None or not offset else checks.at_least_float32(weight) + offset
+        return row_blocks.normalized(Kind("rms", eps), x, len(shape), w, bias, whole)
+    return _rms(x, shape, weight, eps, bias, offset, cast)
+
+
+def _rms(x, shape, weight, eps, bias, offset, cast) -> Tensor:
     h = checks.at_least_float32(x)
     y = h * torch.rsqrt(sum_of_squares(h, len(shape)) / math.prod(shape) + eps)
     return _affine(y, x.dtype, weight, bias, offset, cast)
@@ -146,6 +157,16 @@ def crms_norm(
 
         return rows.norm("crms", x, shape, weight, None, eps=eps, reference=Reference(again))
 
+    if row_blocks.fits(x, weight):
+
+        def whole(x, weight, bias):
+            return _crms(x, shape, weight, eps)
+
+        return row_blocks.normalized(Kind("crms", eps), x, len(shape), weight, None, whole)
+    return _crms(x, shape, weight, eps)
+
+
+def _crms(x, shape, weight, eps) -> Tensor:
     h = checks.at_least_float32(x)
     dropped = h.sum(dim=tuple(range(-len(shape), 0)), keepdim=True)
     squares = sum_of_squares(h, len(shape)) + dropped.square()
@@ -162,14 +183,6 @@ def _options(name: str, x: Tensor, weight: Tensor | None, eps: float | None, off
         return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
     checks.eps(name, eps)
     return eps
-
-
-def norm_of_rows(rows: Tensor) -> Tensor:
-    """Euclidean, over the last dimension, kept with size one; its gradient at zero is zero."""
-    if rows.shape[-1] <= _IN_LINE:
-        return torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    norms = [torch.linalg.vector_norm(part, dim=-1, keepdim=True) for part in rows.split(_IN_LINE, dim=-1)]
-    return torch.linalg.vector_norm(torch.cat(norms, dim=-1), dim=-1, keepdim=True)
 
 
 def sum_of_squares(h: Tensor, dims: int) -> Tensor:

@@ -1,0 +1,225 @@
+r"""Norms of rows in blocks, forward and backward: what eager PyTorch runs on a CPU.
+
+y = scale · n(x) + shift, where n(x) of a row is
+
+    "layer"   (x − mean) / sqrt(var + eps)
+    "rms"     x / sqrt(mean of x² + eps), the mean over the first `part` entries
+    "crms"    x / sqrt((Σ x² + (Σ x)²) / (d + 1) + eps)
+    "root"    x / (sqrt(mean of x²) + eps), the mean as for "rms"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from normzoo_kernels._op import batched, differentiated, needs_grad, through_reference
+
+from .blocks import Grid, Room, total
+from .checks import at_least_float32, statistics_dtype
+from .dispatch import plain, transformed
+
+Reference = Callable[..., Tensor]
+
+_SMALL = 1 << 17
+"""Entries that are in the cache anyway; a few operators over all of them are as fast."""
+
+_IN_LINE = 8192
+"""Squares that one vector_norm may add up in float32 before the last digits suffer."""
+
+
+class Kind(NamedTuple):
+    name: str
+    eps: float
+    part: int | None = None
+    """Of how many entries, the first, the mean square is taken; None for all."""
+
+    def counted(self, h: Tensor) -> Tensor:
+        """The entries of which squares are taken."""
+        return h if self.part is None else h[..., : self.part]
+
+    def inverse(self, h: Tensor) -> Tensor:
+        """What the rows of a block (s, L, d) are multiplied by, (s, L, 1)."""
+        h = self.counted(h)
+        d = h.shape[-1]
+        square = norm_of_rows(h)
+        if self.name == "root":
+            return square.mul_(d**-0.5).add_(self.eps).reciprocal_()
+        square.mul_(square)
+        if self.name == "crms":
+            square += h.sum(-1, keepdim=True).square_()
+            d += 1
+        return square.div_(d).add_(self.eps).rsqrt_()
+
+    def pull(self, h: Tensor, r: Tensor, slope: Tensor) -> Tensor:
+        """How much of x comes off its gradient, (s, L, 1), where `slope` is Σ g · x."""
+        h = self.counted(h)
+        d = h.shape[-1] + (self.name == "crms")
+        if self.name != "root":
+            return slope.mul_(r.pow(3)).div_(d)
+        root = norm_of_rows(h) * d**-0.5
+        # The root of zero has no derivative; what divides a row of zeros makes no difference.
+        zero = root == 0
+        return torch.where(zero, 0, slope * r.square() / (d * torch.where(zero, 1, root)))
+
+
+def norm_of_rows(rows: Tensor) -> Tensor:
+    """Euclidean, over the last dimension, kept with size one; its gradient at zero is zero."""
+    if rows.shape[-1] <= _IN_LINE:
+        return torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    norms = [torch.linalg.vector_norm(part, dim=-1, keepdim=True) for part in rows.split(_IN_LINE, dim=-1)]
+    return torch.linalg.vector_norm(torch.cat(norms, dim=-1), dim=-1, keepdim=True)
+
+
+def fits(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether the blocks can take over and gain something: ordinary contiguous tensors on a CPU that are
+    recorded or large, and no transform or compiler."""
+    if x.numel() <= _SMALL and not needs_grad(x, *parameters):
+        return False
+    if torch.compiler.is_compiling() or transformed():
+        return False
+    ours = all(t is None or (plain(t) and t.device.type == "cpu" and not batched(t)) for t in (x, *parameters))
+    return ours and x.numel() > 0 and x.is_contiguous()
+
+
+def normalized(
+    kind: Kind, x: Tensor, dims: int, scale: Tensor | None, shift: Tensor | None, reference: Reference
+) -> Tensor:
+    """scale · n(x) + shift in the dtype of x, over the last `dims` dimensions.
+
+    scale and shift have the shape of a row, or (B, d) for x (B, \\*, d): one a sample. `reference` computes the
+    same from (x, scale, shift), for derivatives of derivatives.
+    """
+    if needs_grad(x, scale, shift):
+        return _Rows.apply(x, scale, shift, kind, dims, reference)
+    return _forward(x, scale, shift, kind, dims)[0]
+
+
+def _grid(x: Tensor, dims: int, parameter: Tensor | None) -> Grid:
+    """x as (1, rows, d), or (B, rows, d) where each sample has a scale or shift of its own."""
+    width = x.shape[-dims:].numel()
+    samples = x.shape[0] if parameter is not None and parameter.dim() > dims else 1
+    return Grid(samples, width, True, (samples, x.numel() // (samples * width), width))
+
+
+def _wide(p: Tensor | None, grid: Grid, x: Tensor) -> Tensor | None:
+    """A parameter as (S or 1, 1, d) in the dtype of the statistics."""
+    return None if p is None else p.detach().reshape(-1, 1, grid.channels).to(statistics_dtype(x))
+
+
+def _of(p: Tensor | None, s: slice) -> Tensor | None:
+    return p if p is None or len(p) == 1 else p[s]
+
+
+def _forward(x: Tensor, scale: Tensor | None, shift: Tensor | None, kind: Kind, dims: int):
+    """(y, statistics): of rows, (S, rows, 1), the mean before the inverse for "layer"."""
+    grid = _grid(x, dims, scale if scale is not None and scale.dim() > dims else shift)
+    h3, scale, shift = x.detach().view(grid.shape), _wide(scale, grid, x), _wide(shift, grid, x)
+    if grid.one:
+        y, statistics = _forward_block(at_least_float32(h3), scale, shift, kind, None)
+        return y.view(x.shape).to(x.dtype), statistics
+    made = torch.empty_like(x)
+    y3, wide, room = made.view(grid.shape), Room(x), Room(x)
+    found: list[tuple[Tensor, ...]] = []
+    for s, rows in grid.blocks():
+        h, target = wide.wide(h3[s, rows]), y3[s, rows]
+        out = target if target.dtype == room.dtype else room.like(h)
+        y, statistics = _forward_block(h, _of(scale, s), _of(shift, s), kind, out)
+        if y is not target:
+            target.copy_(y)
+        found.append(statistics)
+    shape = *grid.shape[:2], 1
+    return made, [
+        torch.cat([part.flatten() for part in parts]).view(shape) for parts in zip(*found, strict=True)
+    ]
+
+
+def _forward_block(h, scale, shift, kind: Kind, out) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(y, statistics) of a block, y in `out` where there is one and torch's operator can."""
+    if kind.name == "layer":
+        y, *of_rows = torch.native_layer_norm(h, h.shape[-1:], None, None, kind.eps)
+        statistics = tuple(of_rows)
+    else:
+        statistics = (kind.inverse(h),)
+        y = torch.mul(h, statistics[0], out=out)
+    if scale is not None:
+        y.mul_(scale)
+    if shift is not None:
+        y.add_(shift)
+    return y, statistics
+
+
+class _Rows(Function):
+    @staticmethod
+    def forward(ctx, x, scale, shift, kind, dims, reference):
+        y, statistics = _forward(x, scale, shift, kind, dims)
+        ctx.save_for_backward(x, scale, shift, *statistics)
+        ctx.kind, ctx.dims, ctx.reference = kind, dims, reference
+        return y
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (dy,) = grads
+        x, scale, shift, *statistics = ctx.saved_tensors
+        if differentiated(dy):
+            own = through_reference(ctx.reference, (x, scale, shift), ctx.needs_input_grad[:3], dy)
+        else:
+            how = (ctx.kind, ctx.dims, ctx.needs_input_grad)
+            own = _backward(dy, x, scale, shift, statistics, *how)
+        return *own, None, None, None
+
+
+def _backward(dy, x, scale, shift, statistics, kind, dims, wants):
+    grid = _grid(x, dims, scale if scale is not None and scale.dim() > dims else shift)
+    made = torch.empty_like(x)
+    h3, dx3, dy3 = x.view(grid.shape), made.view(grid.shape), dy.reshape(grid.shape)
+    rooms, s3 = [Room(x) for _ in range(4)], _wide(scale, grid, x)
+    of_scale: list[Tensor] = []
+    of_shift: list[Tensor] = []
+    for s, rows in grid.blocks():
+        h, g = rooms[0].wide(h3[s, rows]), rooms[1].wide(dy3[s, rows])
+        own, r = _of(s3, s), statistics[-1][s, rows]
+        if shift is not None and wants[2]:
+            of_shift.append(total(g))
+        if kind.name == "layer":
+            mean = statistics[0][s, rows]
+            if scale is not None and wants[1]:
+                away = torch.sub(h, mean, out=rooms[2].like(h))
+                of_scale.append(total(away.mul_(g).mul_(r)))
+            g = g if own is None else torch.mul(g, own, out=rooms[3].like(h))
+            how = (h.shape[-1:], mean, r, None, None, [True, False, False])
+            dx3[s, rows] = torch.ops.aten.native_layer_norm_backward(g, h, *how)[0]
+            continue
+        product = torch.mul(g, h, out=rooms[2].like(h))
+        if scale is not None and wants[1]:
+            of_scale.append(total(torch.mul(product, r, out=rooms[3].like(h))))
+        slope = (product if own is None else product.mul_(own)).sum(-1, keepdim=True)
+        target = dx3[s, rows]
+        out = target if target.dtype == r.dtype else rooms[3].like(h)
+        torch.mul(g, r, out=out)
+        out = out if own is None else out.mul_(own)
+        pull = kind.pull(h, r, slope)
+        torch.mul(h, pull, out=product)
+        if kind.name == "crms":
+            product.add_(pull.mul_(h.sum(-1, keepdim=True)))
+        if kind.part is None:
+            out.sub_(product)
+        else:
+            out[..., : kind.part].sub_(product[..., : kind.part])
+        if out is not target:
+            target.copy_(out)
+    return made, _summed(of_scale, grid, scale), _summed(of_shift, grid, shift)
+
+
+def _summed(parts: list[Tensor], grid: Grid, like: Tensor | None) -> Tensor | None:
+    """The gradient of a parameter from what blocks found, (s, 1, d) each."""
+    if like is None or not parts:
+        return None
+    found = torch.cat(parts).view(grid.shape[0], -1, grid.channels).sum(1)
+    if found.numel() != like.numel():  # one for all samples beside one a sample
+        found = found.sum(0)
+    return found.view(like.shape).to(like.dtype)
