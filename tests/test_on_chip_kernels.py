@@ -92,7 +92,7 @@ def test_either_pass_takes_the_statistics_of_the_other_form(groups, on_chip):
 
 @pytest.mark.parametrize("groups", [0, 2, 6], ids=["batch", "groups", "instances"])
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "last"])
-@pytest.mark.parametrize("shape", [(2, 6, 640), (40, 6, 3), (1, 6, 2, 2), (35, 66, 9), (5, 18)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 6, 640), (9, 6, 3), (1, 6, 2, 2), (3, 66, 9), (5, 18)], ids=str)
 def test_tails(shape, last, groups):
     check(randn(*shape, last=last), groups)
 

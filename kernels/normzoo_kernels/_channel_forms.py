@@ -21,6 +21,9 @@ from ._layout import VECTOR
 _PROGRAMS = 8
 """Programs a multiprocessor holds; parts are made until there are that many."""
 
+_READERS = 4
+"""The same of the statistics, and of a map that goes back over their parts."""
+
 _PARTS = 512
 """Most parts of a population."""
 
@@ -127,11 +130,11 @@ def _statistics_form(kernel: Any, problem: Problem, vectors: bool) -> Form:
     if p.per_sample and not (p.masked or tile["CHUNKED"]):
         tile = tile_of(p, 4096, vectors=vectors)  # a tile is all there is to a program
     undivided = triton.cdiv(p.channels, tile["CB"]) * (p.samples if p.per_sample else 1)
-    parts = parts_of(tiles_in(p, tile), undivided, _LEAST, 4 * sms)
+    parts = parts_of(tiles_in(p, tile), undivided, _LEAST, _READERS * sms)
     # Where two regions or the edges of planes are kept apart, there are no registers to run ahead.
     apart = kernel is channel_moments_masked
     constants = tile | {"STAGES": 1 if vectors or apart else 3, "V": p.vector if vectors else 0}
-    constants["num_warps"] = 8 if apart else 4
+    constants["num_warps"] = 8 if p.masked else 4
     return Form(kernel, undivided * parts, parts, constants)
 
 
@@ -141,17 +144,24 @@ def may_read_vectors(problem: Problem) -> bool:
     return not (p.tokens or p.masked) and p.count % p.vector != 0 and p.count + p.vector <= 2048
 
 
-def map_form(problem: Problem, backward: bool) -> Form:
+def map_form(problem: Problem, backward: bool, back: bool = False) -> Form:
+    """`back`: from the last tile of a part of the statistics to the first."""
     p, sms = problem, sm_count(problem.device)
     tile = tile_of(p, 2048 if backward else 4096)
     undivided = triton.cdiv(p.channels, tile["CB"]) * (p.samples if p.per_sample else 1)
-    parts = parts_of(tiles_in(p, tile), undivided, 1, _PROGRAMS * sms)
-    constants = tile | {"STAGES": 1, "num_warps": 4}
+    parts = parts_of(tiles_in(p, tile), undivided, 1, (_READERS if back else _PROGRAMS) * sms)
+    # Parameters of two regions, or of many channels beside few positions, need registers of their own.
+    warps = 8 if p.masked or (not p.tokens and tile["L"] <= 64) else 4
+    constants = tile | {"STAGES": 1, "num_warps": warps} | _order(back)
     return Form(channel_map, undivided * parts, parts, constants)
 
 
-def flat_form(problem: Problem) -> Form | None:
-    """The form for planes that start on no vector but lie side by side, where there is one."""
+def _order(back: bool) -> dict[str, Any]:
+    return {"REVERSED": True} if back else {}
+
+
+def flat_form(problem: Problem, back: bool = False) -> Form | None:
+    """The form for planes that start on no vector but lie side by side, where there is one; `back` as above."""
     p, sms = problem, sm_count(problem.device)
     width = 2048
     if p.tokens or p.masked or p.count % p.vector == 0 or p.count + width > _FLAT:
@@ -159,8 +169,8 @@ def flat_form(problem: Problem) -> Form | None:
     if 2 * p.channels * p.count < width:  # most of a tile would be idle
         return None
     undivided = triton.cdiv(p.channels * p.count, width) * (p.samples if p.per_sample else 1)
-    parts = parts_of(1 if p.per_sample else p.samples, undivided, 1, _PROGRAMS * sms)
-    constants = {"B": width, "STAGES": 1, "num_warps": 4}
+    parts = parts_of(1 if p.per_sample else p.samples, undivided, 1, (_READERS if back else _PROGRAMS) * sms)
+    constants = {"B": width, "STAGES": 1, "num_warps": 4} | _order(back)
     return Form(channel_map_flat, undivided * parts, parts, constants)
 
 

@@ -48,9 +48,11 @@ def tiles_of(N, S, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr, NB: tl.const
 
 
 @triton.jit
-def job_of(parts, blocks):
-    """(part, population, block) of this program: the parts of a block are neighbours."""
+def job_of(parts, blocks, REVERSED: tl.constexpr = False):
+    """(part, population, block) of this program: parts of a block are neighbours. REVERSED: from the end."""
     job = tl.program_id(0)
+    if REVERSED:
+        job = tl.num_programs(0) - 1 - job
     rest = job // parts
     return job % parts, tl.cast(rest // blocks, tl.int64), tl.cast(rest % blocks, tl.int64)
 
@@ -64,12 +66,12 @@ def span_of(S, UNIT: tl.constexpr, L: tl.constexpr):
 @triton.jit
 def work_of(
     N, C, S, parts, TOKENS: tl.constexpr, UNIT: tl.constexpr, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr,
-    CB: tl.constexpr, NB: tl.constexpr, L: tl.constexpr,
+    CB: tl.constexpr, NB: tl.constexpr, L: tl.constexpr, REVERSED: tl.constexpr = False,
 ):  # fmt: skip
     """(part, population, channels, span of a chunk, first tile, end of the tiles) of this program."""
     tiles = tiles_of(N, S, PER_SAMPLE, CHUNKED, NB, L)
     per = tl.cdiv(tiles, parts)
-    part, population, block = job_of(parts, tl.cdiv(C, CB))
+    part, population, block = job_of(parts, tl.cdiv(C, CB), REVERSED)
     c = block * CB + tl.arange(0, CB)[:, None]
     low = part * per
     return part, population, c, span_of(S, 1 if TOKENS else UNIT, L), low, tl.minimum(low + per, tiles)

@@ -30,11 +30,13 @@ def channel_map(
     TOKENS: tl.constexpr, UNIT: tl.constexpr, DY_UNIT: tl.constexpr, DY_INNER: tl.constexpr,
     PER_SAMPLE: tl.constexpr, PIVOTS: tl.constexpr, SCALES: tl.constexpr, SLOPES: tl.constexpr,
     CHUNKED: tl.constexpr, CB: tl.constexpr, NB: tl.constexpr, L: tl.constexpr, STAGES: tl.constexpr,
+    REVERSED: tl.constexpr = False,
 ):  # fmt: skip
-    """Tiles, populations and parts as in the statistics. PIVOTS, SCALES, SLOPES: each sample has its own."""
+    """Tiles, populations and parts as in the statistics. PIVOTS, SCALES, SLOPES: each sample has its own.
+    REVERSED: what the statistics have read last, the L2 cache may still have, comes first."""
     C, S = sizes(C, S, UNIT, TOKENS)
     _part, population, c, span, low, high = work_of(
-        N, C, S, parts, TOKENS, UNIT, PER_SAMPLE, CHUNKED, CB, NB, L
+        N, C, S, parts, TOKENS, UNIT, PER_SAMPLE, CHUNKED, CB, NB, L, REVERSED
     )  # fmt: skip
     pivot = _parameter(pivot_ptr, population, c, N, C, PIVOTS, 0, c < C)
     slope = _parameter(slope_ptr, population, c, N, C, SLOPES, 0, c < C)
@@ -48,7 +50,8 @@ def channel_map(
         if dy_ptr is not None:
             scale1 = _parameter(scale_ptr, population, c, N, C, SCALES, 1, c < C)
     for i in tl.range(low, high, num_stages=STAGES):
-        n, s, here = columns(i, population, N, S, span, PER_SAMPLE, CHUNKED, NB, L)
+        tile = low + high - 1 - i if REVERSED else i
+        n, s, here = columns(tile, population, N, S, span, PER_SAMPLE, CHUNKED, NB, L)
         at, valid, _ = entries(n, c, s, here, N, C, S, x_sample, x_step, UNIT, TOKENS, 0, NB, L)
         x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
         if dy_ptr is not None:
@@ -70,7 +73,10 @@ def channel_map(
 
 
 @triton.jit
-def flat_work_of(N, S, total, parts, UNIT: tl.constexpr, PER_SAMPLE: tl.constexpr, B: tl.constexpr):
+def flat_work_of(
+    N, S, total, parts,
+    UNIT: tl.constexpr, PER_SAMPLE: tl.constexpr, B: tl.constexpr, REVERSED: tl.constexpr = False,
+):  # fmt: skip
     """(population, channels, first entry, what is inside, first tile, end of the tiles) of this program.
 
     A tile is B entries anywhere in a sample of `total`, whatever channels they belong to; a block too.
@@ -79,7 +85,7 @@ def flat_work_of(N, S, total, parts, UNIT: tl.constexpr, PER_SAMPLE: tl.constexp
     span = tl.cdiv(total // UNIT, blocks) * UNIT  # all tiles about as wide
     tiles = 1 if PER_SAMPLE else N
     per = tl.cdiv(tiles, parts)
-    part, population, block = job_of(parts, blocks)
+    part, population, block = job_of(parts, blocks, REVERSED)
     first = block * span
     channel = first // S
     q = tl.arange(0, B)
@@ -96,12 +102,14 @@ def channel_map_flat(
     N, S, total, x_sample, dy_sample, parts,
     UNIT: tl.constexpr, DY_UNIT: tl.constexpr, DY_INNER: tl.constexpr,
     PER_SAMPLE: tl.constexpr, PIVOTS: tl.constexpr, SCALES: tl.constexpr, SLOPES: tl.constexpr, B: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, REVERSED: tl.constexpr = False,
 ):  # fmt: skip
     """The same for samples whose planes lie side by side but start on no vector."""
     total = tl.cast(total, tl.int64) * UNIT
     C = total // S
-    population, c, first, inside, low, high = flat_work_of(N, S, total, parts, UNIT, PER_SAMPLE, B)
+    population, c, first, inside, low, high = flat_work_of(
+        N, S, total, parts, UNIT, PER_SAMPLE, B, REVERSED
+    )  # fmt: skip
     q = tl.arange(0, B)
     pivot = _parameter(pivot_ptr, population, c, N, C, PIVOTS, 0, inside)
     slope = _parameter(slope_ptr, population, c, N, C, SLOPES, 0, inside)
@@ -109,7 +117,7 @@ def channel_map_flat(
     if dy_ptr is not None:
         scale = _parameter(scale_ptr, population, c, N, C, SCALES, 0, inside)
     for i in tl.range(low, high, num_stages=STAGES):
-        n = population + i
+        n = population + (low + high - 1 - i if REVERSED else i)
         x = tl.load(x_ptr + n * x_sample * UNIT + first + q, mask=inside, other=0.0).to(tl.float32)
         out = slope * (x - pivot) + offset
         if dy_ptr is not None:

@@ -9,9 +9,10 @@ import triton
 
 from ._channel_forms import Form, Problem, power_of_two
 from ._launch import sm_count
+from ._on_chip import standardize_on_chip
 
 _MOST = 16384
-"""Entries of a tile that the registers of a program hold, in the backward pass for each of x and dy."""
+"""Entries of a tile that the registers of a program hold."""
 
 _LEAST = 4096
 """Entries of a tile below which a program takes more sets, if others are left for all multiprocessors."""
@@ -28,13 +29,16 @@ def on_chip_form(problem: Problem, width: int, kernel: Any) -> Form | None:
     sets, wide = p.channels // width, power_of_two(width)
     columns = {"NB": 1 if p.per_sample else power_of_two(p.samples), "L": power_of_two(p.count)}
     entries = wide * columns["NB"] * columns["L"]
+    # Without dy, and with addresses that are simple, there are registers for as many again.
+    simple = kernel is standardize_on_chip and p.itemsize == 2 and not p.tokens and p.count % p.vector == 0
+    most = 2 * _MOST if simple else _MOST
 
     def programs(group: int) -> int:
         return triton.cdiv(sets, group) * (p.samples if p.per_sample else 1)
 
     def wants_more(group: int, line: int, least: int) -> bool:
         narrow = p.tokens and min(group, sets) * width * p.itemsize < line
-        return group < sets and 2 * group * entries <= _MOST and (narrow or 2 * group * entries <= least)
+        return group < sets and 2 * group * entries <= most and (narrow or 2 * group * entries <= least)
 
     group = 1
     while wants_more(group, _SECTOR, 0):
@@ -42,7 +46,7 @@ def on_chip_form(problem: Problem, width: int, kernel: Any) -> Form | None:
     while wants_more(group, _LINE, _LEAST) and programs(2 * group) >= 4 * sms:
         group *= 2
     narrow = p.tokens and min(group, sets) * width * p.itemsize < _SECTOR and group < sets
-    if narrow or group * entries > _MOST or 4 * programs(group) < 3 * sms:
+    if narrow or group * entries > most or 4 * programs(group) < 3 * sms:
         return None
     constants = {"G": group, "W": wide, **columns, "num_warps": _warps(group * entries)}
     return Form(kernel, programs(group), 1, constants)

@@ -28,6 +28,7 @@ from ._channel_forms import Form, flat_form, map_form, may_read_vectors, moments
 from ._channel_layout import View, like, reads_past
 from ._channels_map import channel_map_flat
 from ._channels_merge import merge_moments, merge_sums
+from ._choices import chosen
 from ._launch import launch, remembered
 from ._op import op
 
@@ -152,9 +153,10 @@ def _plan_map(call: Call, view: View, dy_view: View, backward: bool, each: tuple
     """`each`: whether every sample has a pivot, a scale and a slope of its own."""
     per_sample = any(each)
     problem, views = call.problem(not per_sample, per_sample, view, dy_view)
-    form = flat_form(problem) if all(side_by_side(view, problem) for view in views) else None
+    back = bool(chosen("reversed_map"))
+    form = flat_form(problem, back) if all(side_by_side(view, problem) for view in views) else None
     numbers, constants = lies(problem, *views) if form is None else lies_flat(problem, *views)
-    form = form or map_form(problem, backward)
+    form = form or map_form(problem, backward, back)
     constants |= dict(zip(("PIVOTS", "SCALES", "SLOPES"), each, strict=True))
     return Plan(form, numbers, constants | form.constants)
 
