@@ -145,6 +145,29 @@ def test_peers_may_be_better_with_a_reason_alone(tmp_path):
     assert finding.verdict == MISSED and finding.missed == ("rms-fwd-64-bf16: instructions of fla",)
 
 
+def test_launches_have_limits_by_layer(tmp_path):
+    def counted(**most):
+        numbers = dict.fromkeys(goals.FEW_LAUNCHES, 4) | {"evo_norm_b0": 12} | most
+        rows = [{"layer": name, "direction": "forward", "launches": count} for name, count in numbers.items()]
+        return put(tmp_path, launches=document(*rows))
+
+    assert told(counted(), "few-forward") == told(counted(), "many-forward") == MET
+    assert told(counted(), "few-backward") == ABSENT, "nothing was counted of it"
+    few = judged(counted(power_norm=5), "few-forward").finding
+    assert few.verdict == MISSED and few.missed == ("power_norm forward: 5",)
+    many = judged(counted(evo_norm_b0=13), "many-forward").finding
+    assert many.verdict == MISSED and many.missed == ("evo_norm_b0 forward: 13",)
+
+
+def test_limits_of_launches_are_not_met_by_what_is_not_counted(tmp_path):
+    both = {"layer": "batch_norm", "forward": {"kernels": 2, "operators": 1}, "backward": 4}
+    put(tmp_path, launches=document(both))
+    finding = judged(tmp_path, "few-backward").finding
+    assert finding.verdict == ABSENT and finding.value == "not counted: group_norm, instance_norm, power_norm"
+    put(tmp_path, launches=document(*({**both, "layer": name} for name in goals.FEW_LAUNCHES)))
+    assert judged(tmp_path, "few-forward").finding.value == "3 to 3 in 4 layers"
+
+
 def test_host_time_is_that_of_forward_and_backward(tmp_path):
     known = {"layer": "rms_norm", "workload": "tiny-4x64", "shape": [4, 64], "mode": "any"}
 

@@ -16,8 +16,8 @@ from ..workloads import SCALINGS
 Row = Mapping[str, Any]
 
 COMMANDS = {
-    "cpu-layers": "normzoo bench --device cpu --output bench/results/cpu-layers.json",
-    "cpu-scaling": "normzoo bench --device cpu --scaling rows --output bench/results/cpu-scaling.json",
+    "cpu-layers": "python -m normzoo_bench.cpu --output bench/results",
+    "cpu-scaling": "python -m normzoo_bench.cpu --output bench/results",
     "cpu-models": "python -m normzoo_bench.models --device cpu --contender torch normzoo torch.compile "
     "normzoo-compiled --output bench/results/cpu-models.json",
     "host": "python -m normzoo_bench.host --output bench/results/host.json",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -107,9 +107,12 @@ def launches(documents: Documents) -> list[Counted]:
 
 
 def _count(row: Row, direction: str) -> int | None:
-    if row.get("direction") == direction:
-        return row.get("launches")
-    return None if "direction" in row else row.get(direction)
+    """Of a row for a direction, or of one with both; kernels and operators of torch together."""
+    found = row.get("launches") if row.get("direction") == direction else None
+    found = row.get(direction) if "direction" not in row else found
+    if isinstance(found, Mapping):
+        found = found.get("launches", sum(n for n in found.values() if isinstance(n, int)))
+    return found if isinstance(found, int) else None
 
 
 def memory(documents: Documents, device: str, what: str, direction: str) -> list[tuple[Source, Row, float]]:
