@@ -73,6 +73,8 @@ def backward_form(
     packed = 8192 < block <= _ON_CHIP and itemsize == 2 and kind == "rms" and group == _ROW_GROUP
     if block > 8192 and not packed:
         elements = 16384 // itemsize
+        if itemsize == 4 and width % 4:
+            elements //= 2  # entry by entry, more of them spill
         rows = max(1, min(group, group * _ROW_BYTES // (block * itemsize)))
         # The second sweep also reads the weight and what the program has of the gradients so far.
         buffer = tensors * elements * itemsize + elements // rows * 4 * (1 + gradients)
