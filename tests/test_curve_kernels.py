@@ -146,6 +146,7 @@ def test_forms_depend_on_the_shape_the_layout_and_the_device_alone(monkeypatch):
     forms = []
     for programs in (1, 132, 132):
         monkeypatch.setattr(_channel_forms, "sm_count", lambda device, n=programs: n)
+        _launch.forget()
         forms.append(
             (_curve_forms.curve_sums_form(problem, False), _curve_forms.curve_map_form(problem, True, True))
         )

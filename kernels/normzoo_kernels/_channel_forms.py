@@ -15,7 +15,7 @@ import triton
 from ._channels import channel_moments, channel_sums
 from ._channels_map import channel_map, channel_map_flat
 from ._channels_masked import channel_moments_masked
-from ._launch import sm_count
+from ._launch import remembered, sm_count
 from ._layout import VECTOR
 
 _PROGRAMS = 8
@@ -115,11 +115,13 @@ def parts_of(tiles: int, undivided: int, least: int, wanted: int) -> int:
     return triton.cdiv(tiles, triton.cdiv(tiles, parts))
 
 
+@remembered
 def moments_form(problem: Problem, vectors: bool) -> Form:
     """`vectors`: planes start anywhere and may be read in whole vectors."""
     return _statistics_form(channel_moments_masked if problem.masked else channel_moments, problem, vectors)
 
 
+@remembered
 def sums_form(problem: Problem, vectors: bool) -> Form:
     return _statistics_form(channel_sums, problem, vectors)
 
@@ -144,6 +146,7 @@ def may_read_vectors(problem: Problem) -> bool:
     return not (p.tokens or p.masked) and p.count % p.vector != 0 and p.count + p.vector <= 2048
 
 
+@remembered
 def map_form(problem: Problem, backward: bool, back: bool = False) -> Form:
     """`back`: from the last tile of a part of the statistics to the first."""
     p, sms = problem, sm_count(problem.device)
@@ -160,6 +163,7 @@ def _order(back: bool) -> dict[str, Any]:
     return {"REVERSED": True} if back else {}
 
 
+@remembered
 def flat_form(problem: Problem, back: bool = False) -> Form | None:
     """The form for planes that start on no vector but lie side by side, where there is one; `back` as above."""
     p, sms = problem, sm_count(problem.device)

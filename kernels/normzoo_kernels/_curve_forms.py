@@ -7,13 +7,16 @@ from dataclasses import replace
 
 from ._channel_forms import Form, Problem, flat_form, map_form, sums_form
 from ._curves import curve_map, curve_map_flat, curve_sums
+from ._launch import remembered
 
 
+@remembered
 def curve_sums_form(problem: Problem, vectors: bool) -> Form:
     form = sums_form(problem, vectors)
     return replace(form, kernel=curve_sums, constants=form.constants | {"num_warps": 8})
 
 
+@remembered
 def curve_map_form(problem: Problem, backward: bool, flat: bool) -> Form:
     """`flat`: planes lie side by side."""
     found = flat_form(problem) if flat else None
