@@ -66,6 +66,27 @@ def test_slower_than_torch_is_missed(tmp_path, speedup, verdict):
     assert any("Next:" in said for said in line.follows) == (verdict == MISSED)
 
 
+def test_whole_models_are_no_layers(tmp_path):
+    put(tmp_path, cpu_layers=document(*pair(1.0)), cpu_models=document(*pair(0.5, direction="step")))
+    assert told(tmp_path, "cpu-torch") == MET
+
+
+def test_one_launch_against_several(tmp_path):
+    tried = row(shape=[8, 64, 8, 8], speedup=1.2, baseline="on_chip=False") | {
+        "choice": "on_chip",
+        "value": True,
+    }
+    large = tried | {"shape": [64, 256, 56, 56], "speedup": spread(0.5)}
+    default = tried | {"value": False, "speedup": spread(1.0)}
+
+    def with_choices(*rows):
+        return put(tmp_path, bench=document(on_gpu(1.0), environment=GPU, extra={"choices": rows}))
+
+    assert told(with_choices(), "one-launch") == ELSEWHERE
+    assert told(with_choices(tried, large, default), "one-launch") == MET
+    assert told(with_choices(tried | {"speedup": spread(1.05)}), "one-launch") == MISSED
+
+
 def test_the_worst_rows_are_named_first(tmp_path):
     rows = [one for i in range(6) for one in pair(0.3 + 0.1 * i, workload=f"resnet-{i}")]
     put(tmp_path, cpu_layers=document(*rows))
@@ -192,9 +213,9 @@ def test_models_and_sweeps_that_are_not_there_are_named(tmp_path):
 
 
 def test_bytes_that_are_not_there_are_missed(tmp_path):
-    put(tmp_path, cpu_layers=document(*pair(1.0, direction="backward")))
+    put(tmp_path, cpu_layers=document(*pair(1.0, direction="both")))
     assert told(tmp_path, "saved_bytes") == MET
-    put(tmp_path, cpu_layers=document(*pair(1.0, direction="backward", saved_bytes=None)))
+    put(tmp_path, cpu_layers=document(*pair(1.0, direction="both", saved_bytes=None)))
     assert told(tmp_path, "saved_bytes") == MISSED
 
 
@@ -230,8 +251,11 @@ def test_the_command_of_a_document_that_tells_its_arguments(tmp_path):
     }
     content["settings"]["command"] = "python -m models"
     put(tmp_path, cpu_layers=content)
-    said = "--device cpu --size smoke --contender normzoo torch --model gpt --list --output here.json"
+    said = "--size smoke --contender normzoo torch --model gpt --list --output here.json"
     assert judged(tmp_path, "cpu-torch").commands == (f"python -m models {said}",)
+    content["settings"]["arguments"] = {"minutes": 7.5, "rehearse": False}
+    put(tmp_path, cpu_layers=content)
+    assert judged(tmp_path, "cpu-torch").commands == ("python -m models --minutes 7.5",)
 
 
 def test_nothing_is_there(tmp_path, without_plots):

@@ -62,7 +62,8 @@ class Source:
         if isinstance(arguments, Mapping):
             words = words or shlex.split(_PROGRAM["minutes" in arguments])
             of_bench = words == shlex.split(_PROGRAM[False])
-            words += _options({"device": self.device} | dict(arguments), of_bench)
+            machine = {"device": self.device} if of_bench else {}
+            words += _options(machine | dict(arguments), of_bench)
         return _without_places(words)
 
     @property
@@ -161,7 +162,7 @@ def _rehearsed(document: dict) -> bool:
     return isinstance(arguments, dict) and bool(arguments.get("rehearse"))
 
 
-_PROGRAM = {False: "normzoo bench", True: "python -m normzoo_bench.gpu"}
+_PROGRAM = {False: "normzoo bench", True: "python -m normzoo_bench.gpu --output DIR"}
 """What writes documents that only tell the arguments, with and without minutes."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -201,6 +202,25 @@ def beyond_a_copy(chosen: Chosen, times: float, seconds: float) -> Judge:
                 allowed = times * row["bytes"] / source.document["copy_bandwidth"]["median"] + seconds
                 found.append(Measured(source, named(row), row["seconds"]["median"] / allowed))
         return decided(found, most=1.0) if found else nothing("cuda")
+
+    return judge
+
+
+def in_one_launch(layer: str, most_bytes: float, least: float) -> Judge:
+    """How many times as fast a small layer is where one launch holds a set on chip, of what takes several."""
+
+    def judge(documents: Documents) -> Finding:
+        found = []
+        for source in documents.sources:
+            rows = (source.document.get("extra") or {}).get("choices") or ()
+            for row in rows if source.device == "cuda" else ():
+                small = 2 * math.prod(row["shape"]) <= most_bytes  # of 16 bits
+                tried = row["choice"] == "on_chip" and row["value"] is True and row["speedup"]
+                if tried and small and row["layer"] == layer:
+                    speedup = row["speedup"]
+                    around = speedup["p20"], speedup["p80"]
+                    found.append(Measured(source, named(row), speedup["median"], around))
+        return decided(found, least=least) if found else nothing("cuda")
 
     return judge
 

@@ -142,10 +142,10 @@ def models(documents: Documents) -> Drawn | None:
     if not found:
         return None
     entries = [
-        (f"{_model(r.row)} {r.row['contender']}", r.row["direction"], _tick(r))
+        (f"{_model(r.row)}, {r.row['contender'].removeprefix('normzoo-')}", r.row["direction"], _tick(r))
         for r in sorted(found, key=lambda r: (r.row["workload"], r.row["contender"]))
     ]
-    label = "times as fast as with torch's norms"
+    label = "times as fast as torch's norms"
     return bands(_banded(entries), label, _sources((r.source,) for r in found), [(1.0, "-")])
 
 
@@ -301,7 +301,7 @@ PLOTS = (
             f"Against {sweep}",
             "Time, and the fewest bytes over it. Where GB/s stops rising, memory is the limit; where the time "
             "does not fall with the size, the call is.",
-            COMMANDS["cpu-scaling"].replace("rows", sweep),
+            COMMANDS["cpu-scaling"],
             scaling(sweep),
         )
         for sweep in ("rows", "width", "channels")
