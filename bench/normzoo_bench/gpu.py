@@ -26,7 +26,7 @@ import torch
 from normzoo.terminal import progress
 from normzoo.zoo import ZOO, find
 
-from . import models
+from . import choices, models
 from . import run as runs
 from .cases import plan
 from .measure import Settings
@@ -42,6 +42,7 @@ _TESTS = tuple(
     for name in (
         *("kernels", "channel_kernels", "curve_kernels", "modulated_kernels", "pooling", "channel_hazards"),
         *("modulated_hazards", "running_kernels", "running_hazards", "weight_kernels", "projection_kernels"),
+        *("on_chip_kernels", "choices"),
     )
 )
 _RESERVE = 20.0
@@ -68,6 +69,8 @@ class Part:
     """With the host's time and the number of launches."""
     model: str = ""
     """A whole model with these norms, instead of layers; all its contenders."""
+    choices: bool = False
+    """The forms that only a measurement can choose, instead of layers."""
 
 
 _PAIR = ("rms_norm", "layer_norm")
@@ -94,6 +97,7 @@ PARTS = (
     Part("GPT, Pre-LN and Pre-RMSNorm", 0.8, _PAIR[1:], directions=("inference",), host=True, model="gpt"),
     Part("ViT", 0.8, ("layer_norm",), directions=models.DIRECTIONS, host=True, model="vit"),
     Part("ResNet-50", 1.2, ("batch_norm",), directions=models.DIRECTIONS, host=True, model="resnet50"),
+    Part("choices", 1.0, (), host=True, choices=True),
     Part("against rows", 0.8, _PAIR, scaling="rows", contenders=_QUICK),
     Part("against width", 0.8, _PAIR, scaling="width", contenders=_QUICK),
     Part("against channels", 1.5, ("batch_norm", "group_norm"), scaling="channels", contenders=_QUICK),
@@ -160,6 +164,7 @@ def _measured(folder: Path, limit: float, rehearse: bool) -> int:
         document.extra["memory_check"] = memory_check(folder, seconds)
         document.write(path)
     show(asdict(document))
+    choices.show(document.extra.get("choices", ()))
     print(f"Kernel tests: {tests['passed']} passed, {len(tests['failed'])} failed. {tests['note']}".strip())
     for name in tests["failed"]:
         print(f"FAILED {name}")
@@ -207,6 +212,8 @@ def _parts(document: Document, settings: Settings, path: Path, end: float) -> bo
 def cases_of(part: Part, device: str) -> tuple[list, Callable[..., None] | None]:
     """The cases of a part, small ones where it is only rehearsed, and what measures one if not `measure`."""
     size = part.size if device == "cuda" else "smoke"
+    if part.choices:
+        return choices.questions(device, part.dtype), choices.measure_choice
     if part.model:
         asked = (size, (part.dtype,), part.directions, part.layers)
         return models.cases([part.model], device, *asked), measure_model
@@ -215,6 +222,8 @@ def cases_of(part: Part, device: str) -> tuple[list, Callable[..., None] | None]
 
 
 def contenders_of(part: Part, device: str) -> tuple[str, ...]:
+    if part.choices:
+        return ()
     if part.model:
         return models.usual(device)
     return tuple(name for name in part.contenders if device == "cuda" or name in usual("cpu"))
