@@ -272,6 +272,7 @@ def test_state_that_a_kernel_cannot_move_is_left_to_torch():
         assert not state.moved_by_kernel([(running, new)], torch.tensor(4), 0.1)
         assert not state.moved_by_kernel([(running, new)], 0, 0.1)
         assert not state.moved_by_kernel([(running, new.double())], 4, 0.1)
+        assert not state.moved_by_kernel([(torch.zeros(6, device=DEVICE)[::2], new)], 4, 0.1)
         assert state.moved_by_kernel([(running, new)], 4, 0.1)
     torch.testing.assert_close(running, torch.full_like(running, 0.1))
 
@@ -313,6 +314,18 @@ def test_double_backward(make):
         return torch.autograd.grad(dx.square().sum(), x)[0]
 
     torch.testing.assert_close(penalty("triton"), penalty("reference"), rtol=1e-4, atol=1e-2)
+
+
+def test_saved_tensors_that_come_back_in_another_order():
+    def unpack(t):
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+    inputs = randn(3, 6, 5, 4), torch.randn(6, device=DEVICE), torch.randn(6, device=DEVICE)
+    dy = torch.randn(3, 6, 5, 4, device=DEVICE)
+    for groups in (0, 3):
+        expected = results(by_kernels(groups), *inputs, dy)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            torch.testing.assert_close(results(by_kernels(groups), *inputs, dy), expected)
 
 
 def test_repeatable():
