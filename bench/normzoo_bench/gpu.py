@@ -97,10 +97,10 @@ PARTS = (
     Part("GPT, Pre-LN and Pre-RMSNorm", 0.8, _PAIR[1:], directions=("inference",), host=True, model="gpt"),
     Part("ViT", 0.8, ("layer_norm",), directions=models.DIRECTIONS, host=True, model="vit"),
     Part("ResNet-50", 1.2, ("batch_norm",), directions=models.DIRECTIONS, host=True, model="resnet50"),
-    Part("choices", 1.0, (), host=True, choices=True),
     Part("against rows", 0.8, _PAIR, scaling="rows", contenders=_QUICK),
     Part("against width", 0.8, _PAIR, scaling="width", contenders=_QUICK),
     Part("against channels", 1.5, ("batch_norm", "group_norm"), scaling="channels", contenders=_QUICK),
+    Part("choices", 1.5, (), host=True, choices=True),
 )
 
 
