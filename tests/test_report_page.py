@@ -42,6 +42,15 @@ def test_page_is_made_of_the_documents(whole):
             assert words((PAGES / name).read_text(encoding="utf-8")) == words(files[name].decode()), AGAIN
 
 
+def test_documents_say_by_what_and_when_they_were_made():
+    found = read(ROOT / "bench" / "results")
+    assert not found.unread
+    for source in found.sources:
+        known = source.environment
+        assert source.command and source.date and known.get("commit") and known.get("torch"), source.name
+        assert known.get("changed") is False, f"{source.name}: measured with files that are in no commit"
+
+
 def test_every_missed_goal_has_a_cause(whole):
     unexplained = [line.goal.key for line in whole[1] if line.open]
     assert not unexplained, "CAUSES in report/goals.py says why a goal is missed"
