@@ -72,3 +72,12 @@ def test_nothing_is_compiled_under_the_interpreter():
     done = run("-m", "normzoo_bench.static", TRITON_INTERPRET="1")
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stderr
+
+
+def test_no_random_call_escapes_the_sweep():
+    """And with a form of its own planted between the ends of a tile, some do."""
+    done = run(str(ROOT / "tests" / "static_sweep.py"), "0")
+    assert done.returncode == 0, done.stderr
+    escaped = json.loads(done.stdout)
+    assert escaped.pop("planted")
+    assert not any(escaped.values()), escaped

@@ -1,114 +1,45 @@
-"""python -m normzoo_bench.static [--json] [--only SUBSTRING] [--targets sm_90,gfx942]"""
+"""python -m normzoo_bench.static [--only SUBSTRING] [--targets sm_90,gfx942] [--all] [--peers] [--predict]"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
-import traceback
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import normzoo_kernels
+from normzoo_bench.results import demand_writable
 
-from . import fake, gates
-from .case import DTYPES, ROW_COUNTS, Case
+from . import fake, gates, peers, sweep, table
 from .cases import CASES
-from .profile import add_instructions, double_scalars, profile_call
-from .table import table
+from .document import document, write
+from .measured import compared, measured
+from .profile import add_instructions
+from .run import Task, attempted, in_parallel, run, run_sweep, tasks
 
-Row = dict[str, Any]
-Task = tuple[int, str, str]  # index of the case, dtype, target
-
-
-def attempted(task: Task) -> list[Row] | str:
-    """The rows of a task, or why there are none."""
-    try:
-        return measured(task)
-    except Exception as error:
-        return "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+_SAMPLE = 100
+"""Calls of the sweep in a plain run."""
 
 
-def measured(task: Task) -> list[Row]:
-    """The rows of one case in one dtype on one target: one for each launch."""
-    index, dtype, target_name = task
-    case, target = CASES[index], fake.TARGETS[target_name]
-    call, x = case.build(case.rows, dtype, target)
-    rows, caught = profile_call(call, x, target_name, dict(case.loads))
-    if not rows:
-        raise RuntimeError("the launcher launches nothing")
-    of_call = {
-        "x_passes": sum(row["x_passes"] for row in rows),
-        "l2_passes": sum(row["l2_passes"] for row in rows),
-        "copies": sum(size for _, size in caught.torch_ops) / (x.numel() * x.element_size()),
-        "launches": len(rows) + len(caught.torch_ops),
-        "allocations": caught.allocations,
-    }
-    if case.needs("variants", dtype):
-        of_call["variants"] = _variants(case, dtype, target)
-    for row, launch in zip(rows, caught.launches, strict=True):
-        row |= {"case": case.name, "dtype": dtype, "target": target_name, "call": of_call}
-        if case.needs("double_scalars", dtype) and target_name == "sm_90":
-            row["double_scalars"] = double_scalars(launch, target)
-    return rows
-
-
-def _variants(case: Case, dtype: str, target: fake.Target) -> int:
-    """The most compiled variants that one kernel needs over the row counts."""
-    variants: dict[str, set[str]] = {}
-    for rows in ROW_COUNTS:
-        call, _ = case.build(rows, dtype, target)
-        for launch in fake.catch(call, target).launches:
-            variants.setdefault(launch.name, set()).add(launch.variant)
-    return max(map(len, variants.values()))
-
-
-def tasks(only: str, targets: list[str]) -> list[Task]:
-    """The default plan; a case asked for by name runs on every target asked for."""
-    chosen = []
-    for index, case in enumerate(CASES):
-        planned = {(target, dtype) for target, dtypes in case.plan for dtype in dtypes}
-        for target in targets:
-            for dtype in DTYPES:
-                named = only and only in f"{case.name}-{dtype}"
-                if named or (not only and (target, dtype) in planned):
-                    chosen.append((index, dtype, target))
-    return chosen
-
-
-def run(only: str, targets: list[str], workers: int) -> tuple[list[Row], list[gates.Failure]]:
-    chosen = tasks(only, targets)
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        results = dict(zip(chosen, pool.map(attempted, chosen), strict=True))
-    rows = [row for group in results.values() if isinstance(group, list) for row in group]
-    add_instructions(rows)
-    failures = []
-    for (index, dtype, target), group in results.items():
-        if isinstance(group, str):
-            failures.append(gates.raised(CASES[index], dtype, target, group))
-        else:
-            failures += gates.failures(group, CASES[index].bounds)
-    functions = gates.jit_functions(Path(normzoo_kernels.__file__).parent)
-    rows += gates.inlined(functions, rows)
-    if not only:
-        failures += gates.uncovered(functions, rows, targets)
-    if not only and set(targets) == set(fake.TARGETS):
-        failures += list(gates.stale(failures))
-    return rows, failures
-
-
-def main() -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m normzoo_bench.static", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases by name-dtype")
     parser.add_argument("--targets", default=",".join(fake.TARGETS), help="comma-separated")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--all", action="store_true", help="every configuration that the forms can choose")
+    parser.add_argument("--seed", type=int, default=0, help="which calls stand for the configurations")
+    parser.add_argument("--peers", action="store_true", help="figures of the peers beside ours")
+    parser.add_argument("--predict", action="store_true", help="times from bytes, instructions and launches")
+    parser.add_argument("--measured", nargs="+", default=[], metavar="JSON", help="documents of a GPU run")
+    parser.add_argument("--output", metavar="JSON", help="write a document with everything")
+    return parser
+
+
+def main() -> int:
+    parser = _parser()
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("nothing is compiled under TRITON_INTERPRET=1; unset it")
@@ -117,17 +48,56 @@ def main() -> int:
         parser.error(f"no target {', '.join(unknown)}; there are {', '.join(fake.TARGETS)}")
     if not tasks(options.only, targets):
         parser.error(f"no case has {options.only} in its name; see bench/README.md")
+    try:
+        if options.output:
+            demand_writable(options.output)
+        found = list(measured(options.measured))
+    except ValueError as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory(prefix="normzoo-static-") as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         rows, failures = run(options.only, targets, options.workers)
+        swept: list[dict] = []
+        if not options.only:
+            jobs = sweep.jobs(CASES, targets, options.seed, None if options.all else _SAMPLE)
+            swept, more = run_sweep(jobs, options.workers)
+            failures += more
+        times = _times(found, options.workers)
+    failures += gates.unexplained(peers.beaten(rows), whole=not options.only and "sm_90" in targets)
+    return _report(options, rows, swept, failures, times)
+
+
+def _times(found: list, workers: int) -> list[dict]:
+    """What was measured beside what is predicted, where the calls compile."""
+    wanted = [Task(case, row.dtype, "sm_90") for row in found for case in row.cases]
+    compiled = iter(in_parallel(attempted, wanted, workers) if wanted else [])
+    groups = [[next(compiled) for _ in row.cases] for row in found]
+    known = [
+        (row, group)
+        for row, group in zip(found, groups, strict=True)
+        if all(isinstance(g, list) for g in group)
+    ]
+    add_instructions([launch for _, group in known for of_call in group for launch in of_call])
+    return [compared(row, group) for row, group in known]
+
+
+def _report(options: Any, rows: list, swept: list, failures: list, times: list) -> int:
     fallen = [failure for failure in failures if not failure.exception]
+    if options.output:
+        write(options.output, document(rows, swept, failures, times))
     if options.json:
         for row in rows:
             row.pop("helpers", None)
-        document = {"rows": rows, "failures": [dataclasses.asdict(f) for f in failures]}
-        print(json.dumps(document, indent=1))
-    else:
-        print(table(rows), *failures, f"{len(rows)} rows, {len(fallen)} gates fell", sep="\n")
+        contents = {"rows": rows, "swept": swept, "failures": [dataclasses.asdict(f) for f in failures]}
+        print(json.dumps(contents, indent=1))
+        return 1 if fallen else 0
+    if options.peers:
+        print(table.beside_peers(rows))
+    if options.predict or options.measured:
+        print(table.predicted(rows), table.against_measured(times), sep="\n")
+    if not (options.peers or options.predict or options.measured):
+        print(table.table(rows + swept))
+    print(*failures, f"{len(rows)} rows, {len(swept)} of the sweep, {len(fallen)} gates fell", sep="\n")
     return 1 if fallen else 0
 
 

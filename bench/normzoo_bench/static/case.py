@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
+from types import MethodType
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ class Case:
     bounds: tuple[Bound, ...]
     plan: Plan  # what the default run compiles it for
     loads: tuple[tuple[str, int], ...] = ()  # what a kernel finds in memory that decides what it does
+
+    @property
+    def source(self) -> Any:
+        """What builds it: a call described by the fields of a dataclass."""
+        assert isinstance(self.build, MethodType)
+        return self.build.__self__
 
     def needs(self, measure: str, dtype: str) -> bool:
         return any(b.measure == measure and dtype in b.dtypes for b in self.bounds)

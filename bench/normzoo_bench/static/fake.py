@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 import types
@@ -20,6 +21,8 @@ from triton.compiler import ASTSource
 from triton.compiler.code_generator import CodeGenerator
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, MockTensor
+
+from normzoo_kernels._launch import forget
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,7 @@ class Launch:
 
     kernel: JITFunction
     grid: tuple[int, int, int]
-    tensors: dict[str, tuple[int, int]]
-    scalars: dict[str, int]
+    values: dict[str, Any]  # arguments and constants by name
     signature: dict[str, str]
     constants: dict
     attrs: dict
@@ -77,6 +79,14 @@ class Launch:
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__
+
+    @property
+    def scalars(self) -> dict[str, int]:
+        return {name: int(value) for name, value in self.values.items() if isinstance(value, int)}
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in self.values.items() if isinstance(value, torch.Tensor)}
 
     @property
     def variant(self) -> str:
@@ -159,35 +169,41 @@ def _argument(value: Any) -> Any:
 
 def _bind(kernel: JITFunction, args: tuple, kwargs: dict, grid: Any) -> Launch:
     """What JITFunction.run does before it compiles."""
-    bound = {p.name: p.default for p in kernel.params if p.has_default}
-    bound |= dict(zip(kernel.arg_names, args, strict=False))
-    bound |= {k: v for k, v in kwargs.items() if k in kernel.arg_names}
+    bound = _named(kernel, args, kwargs)
     sizes = tuple(grid(bound) if callable(grid) else grid)
     kwargs = {"debug": False, "instrumentation_mode": ""} | kwargs
     kwargs = {k: _argument(v) for k, v in kwargs.items()}
     *_, backend, binder = kernel.device_caches[driver.active.get_current_device()]
     values, specialization, options = binder(*map(_argument, args), **kwargs)
     options, signature, constants, attrs = kernel._pack_args(backend, kwargs, values, specialization, options)
-    scalars = {k: int(v) for k, v in bound.items() if isinstance(v, int)}
-    tensors = {k: (v.numel(), v.element_size()) for k, v in bound.items() if isinstance(v, torch.Tensor)}
     grid3 = tuple(int(n) for n in (*sizes, 1, 1)[:3])
-    return Launch(kernel, grid3, tensors, scalars, signature, constants, attrs, options.__dict__)
+    return Launch(kernel, grid3, bound, signature, constants, attrs, options.__dict__)
+
+
+def _named(kernel: JITFunction, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """What a kernel is given, by name, with the options of the compiler."""
+    defaults = {p.name: p.default for p in kernel.params if p.has_default}
+    return defaults | dict(zip(kernel.arg_names, args, strict=False)) | kwargs
 
 
 def _of_cuda(helper: Callable[[torch.device], int]) -> Callable[[torch.device], int]:
     return lambda device: inspect.unwrap(helper)(torch.device("cuda"))
 
 
+@functools.lru_cache(maxsize=1)
+def _that_ask(_: int) -> list[tuple[types.ModuleType, str]]:
+    """Modules that ask about a device, and through which helper; the argument tells when there are new ones."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("normzoo_kernels")]
+    return [(m, helper) for m in modules for helper in ("sm_count", "shared_memory") if hasattr(m, helper)]
+
+
 @contextlib.contextmanager
-def _device(target: Target, caught: Caught) -> Iterator[None]:
-    """Puts the absent device under Triton and torch.cuda for the length of one call."""
+def _device(target: Target, run: Callable) -> Iterator[None]:
+    """Puts the absent device under Triton and torch.cuda for the length of one call; launches go to `run`."""
     properties = types.SimpleNamespace(
         multi_processor_count=target.sm_count,
         shared_memory_per_block_optin=target.shared_per_program,
     )
-
-    def run(kernel, *args, grid, warmup, **kwargs):
-        caught.launches.append(_bind(kernel, args, kwargs, grid))
 
     with contextlib.ExitStack() as stack:
         patch = lambda owner, name, value: stack.enter_context(  # noqa: E731
@@ -197,27 +213,45 @@ def _device(target: Target, caught: Caught) -> Iterator[None]:
         patch(torch.cuda, "get_device_properties", lambda *a, **k: properties)
         patch(torch.cuda, "device", lambda *a, **k: contextlib.nullcontext())
         # What launchers ask about a device, they ask through cached helpers that take meta for the CPU.
-        for name, module in list(sys.modules.items()):
-            for helper in ("sm_count", "shared_memory"):
-                if name.startswith("normzoo_kernels") and hasattr(module, helper):
-                    patch(module, helper, _of_cuda(getattr(module, helper)))
+        for module, helper in _that_ask(len(sys.modules)):
+            patch(module, helper, _of_cuda(getattr(module, helper)))
         patch(driver, "_active", _Driver(target))
+        # Plans of launches are remembered for a device, which here is another one each time.
+        forget()
+        stack.callback(forget)
         yield
 
 
 def catch(call: Callable[[], object], target: Target) -> Caught:
     """Runs a launcher call on meta tensors as if on `target`; nothing is compiled or executed."""
     caught = Caught()
-    with torch.no_grad(), _device(target, caught), _Ops(caught):
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        caught.launches.append(_bind(kernel, args, kwargs, grid))
+
+    with torch.no_grad(), _device(target, run), _Ops(caught):
         call()
     return caught
+
+
+def chosen(call: Callable[[], object], target: Target) -> list[tuple[JITFunction, dict[str, Any]]]:
+    """The kernels that a call would launch, with their arguments by name: fast, for nothing is specialised."""
+    found = []
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        found.append((kernel, _named(kernel, args, kwargs)))
+
+    with torch.no_grad(), _device(target, run):
+        call()
+    return found
 
 
 def x_arguments(launch: Launch, x: torch.Tensor) -> set[str]:
     """The pointer arguments as large as x: those whose traffic is counted in passes.
 
-    Partial sums (`part_ptr`) are none of them, though few rows can have as many. Where addresses are given
-    (`x_ptrs`), x is what lies there.
+    Partial sums (`part_ptr`) and masks are none of them, though few rows or one channel can have as many. Where
+    addresses are given (`x_ptrs`), x is what lies there.
     """
-    found = {name for name, (numel, _) in launch.tensors.items() if numel == x.numel() and name != "part_ptr"}
+    as_large = {name for name, t in launch.tensors.items() if t.numel() == x.numel() and t.element_size() > 1}
+    found = as_large - {"part_ptr"}
     return found | {f"*{name}" for name in launch.tensors if name.endswith("_ptrs")}

@@ -52,7 +52,7 @@ class ModulatedNorm:
 
         if not self.backward:
             return forward, x
-        fake.catch(forward, target)  # for the statistics, in whatever form the launcher keeps them
+        fake.chosen(forward, target)  # for the statistics, in whatever form the launcher keeps them
         stats = outputs[0][1]
 
         def backward() -> None:

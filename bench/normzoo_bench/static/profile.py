@@ -35,6 +35,20 @@ def _bytes_in_flight(module: ttir.Module, ptx: Sequence[sass.Access], shared: in
     return in_flight
 
 
+def _traffic(launch: fake.Launch, moved: dict[str, float]) -> dict[int, tuple[float, float]]:
+    """By memory that the launch touches: the bytes it asks for, and how many of them are different at most."""
+    found: dict[int, tuple[float, float]] = {}
+    for number, (name, asked) in enumerate(moved.items()):
+        tensor = launch.tensors.get(name)
+        place, size = -number, asked
+        if tensor is not None:
+            storage = tensor.untyped_storage()
+            place, size = storage._cdata, min(tensor.numel() * tensor.element_size(), storage.nbytes())
+        before = found.get(place, (0.0, 0.0))
+        found[place] = before[0] + asked, before[1] + min(asked, size)
+    return found
+
+
 def measure(launch: fake.Launch, x: torch.Tensor, target: fake.Target, loads: dict[str, int]) -> Row:
     """Everything static about one launch; `code` is left for `add_instructions`.
 
@@ -46,10 +60,10 @@ def measure(launch: fake.Launch, x: torch.Tensor, target: fake.Target, loads: di
     x_bytes = x.numel() * x.element_size()
     module = ttir.parse(compiled.asm["ttir"])
     launched = Launched(module, launch.scalars, launch.grid, loads)
-    x_moved = moved = 0.0
+    x_moved, moved = 0.0, collections.Counter()
     for access in module.accesses:
         size = launched.moved(access)
-        moved += size
+        moved[min(access.args)] += size
         x_moved += size if access.args & x_args else 0
     tiles = [a for a in module.accesses if a.args & x_args]
     row = {
@@ -60,11 +74,14 @@ def measure(launch: fake.Launch, x: torch.Tensor, target: fake.Target, loads: di
         "shared_excess": max(0, compiled.metadata.shared - target.shared_per_program),
         "arguments": len(names),
         "x_passes": x_moved / x_bytes,
-        "l2_passes": moved / x_bytes,
+        "l2_passes": moved.total() / x_bytes,
+        "traffic": _traffic(launch, moved),
         "atomics": sum(a.kind.startswith("atomic") for a in module.accesses),
         "narrow_offsets": sorted(launched.narrow_offsets(x.numel()) & x_args),
         "unread": sorted(module.unread | launched.unknown),
         "helpers": launch.helpers,
+        "elements": x.numel(),
+        "x_bytes": x_bytes,
         "tile": max((math.prod(a.dims) for a in tiles), default=0),
     }
     if target.gpu.backend == "hip":
@@ -114,11 +131,16 @@ def add_instructions(rows: Sequence[Row]) -> None:
 
 
 def profile_call(
-    call: Callable[[], object], x: torch.Tensor, target: str = "sm_90", loads: dict[str, int] | None = None
+    call: Callable[[], object],
+    x: torch.Tensor,
+    target: str = "sm_90",
+    loads: dict[str, int] | None = None,
+    wanted: Callable[[fake.Launch], bool] = bool,
 ) -> tuple[list[Row], fake.Caught]:
-    """Rows of every launch that `call` makes with meta tensors, and what else it does."""
+    """Rows of the `wanted` launches that `call` makes with meta tensors, and what else it does."""
     caught = fake.catch(call, fake.TARGETS[target])
-    return [measure(launch, x, fake.TARGETS[target], loads or {}) for launch in caught.launches], caught
+    launches = filter(wanted, caught.launches)
+    return [measure(launch, x, fake.TARGETS[target], loads or {}) for launch in launches], caught
 
 
 def profile_kernel(

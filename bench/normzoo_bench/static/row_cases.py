@@ -17,8 +17,10 @@ ROWS = {
     16384: 4096, 32768: 2048, 65536: 1024, 131072: 512,
 }  # fmt: skip
 
-# Compiled to nearly the same code as a neighbour, so one dtype will do.
-ALIKE = (1024, 65536, 131072)
+PARAMETERS = {"ln": "wb", "rms": "w", "crms": ""}
+
+# Compiled to nearly the same code as its neighbour, so one dtype will do.
+ALIKE = (131072,)
 
 
 def _empty(*shape: int, dtype: str) -> torch.Tensor:
@@ -38,6 +40,12 @@ class RowNorm:
     llama: bool = False
     params: str | None = None  # their dtype where it is not that of x; crms has none
     frozen: bool = False
+    without: str = ""  # parameters it could have: b for the bias, wb for both
+
+    @property
+    def affine(self) -> str:
+        """Which parameters there are."""
+        return "".join(p for p in PARAMETERS[self.kind] if p not in self.without)
 
     @property
     def name(self) -> str:
@@ -47,6 +55,7 @@ class RowNorm:
         parts += ["llama"] if self.llama else []
         parts += [f"{self.params}params"] if self.params else []
         parts += ["frozen"] if self.frozen else []
+        parts += [f"no{self.without}"] if self.without else []
         parts += [f"rows{self.rows}"] if self.rows else []
         return "-".join(parts)
 
@@ -60,8 +69,8 @@ class RowNorm:
         kind = "layer" if self.kind == "ln" else self.kind
         x, *others = (self.matrix(rows, dtype) for _ in range(4))
         parameters = [_empty(self.width, dtype=self.params or dtype) for _ in range(2)]
-        weight = parameters[0] if self.kind != "crms" else None
-        bias = parameters[1] if self.kind == "ln" else None
+        weight = parameters[0] if "w" in self.affine else None
+        bias = parameters[1] if "b" in self.affine else None
         residual, dy, dtotal = others
         outputs: list[tuple] = []
 
@@ -74,7 +83,7 @@ class RowNorm:
 
         if not self.backward:
             return forward, x
-        fake.catch(forward, target)  # for the statistics, in whatever form the launcher keeps them
+        fake.chosen(forward, target)  # for the statistics, in whatever form the launcher keeps them
         _, total, stats = outputs[0]
         if self.layout == "expanded":
             dy = _empty(dtype=dtype).expand(rows, self.width)
@@ -91,7 +100,7 @@ class RowNorm:
     def bounds(self) -> Iterator[Bound]:
         """What the row engine must reach in this call."""
         ln, width = self.kind == "ln", self.width
-        gradients = 0 if self.frozen else {"ln": 2, "rms": 1, "crms": 0}[self.kind]
+        gradients = 0 if self.frozen else len(self.affine)
         bf16 = ("bf16",)
         if self.layout == "padded" or (width % 8 == 0 and self.layout != "expanded"):
             yield Bound("x_width", least=16)
