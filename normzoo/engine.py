@@ -21,6 +21,7 @@ from torch.autograd import Function
 from normzoo_kernels._op import differentiated, needs_grad
 
 from . import checks, curves, passes
+from .carry import expanded, slope_and_offset
 from .dispatch import insisted, or_none, transformed, use_kernel
 from .moments import Moments
 
@@ -126,10 +127,8 @@ def _normalize(
         pseudo, real = None, x  # Dynamo takes no tensor twice
     else:
         pivot, delta, m2, pseudo, real, *carriers = _Moments.apply(x, mask, per_sample, body)
-    # Inductor fuses the arithmetic of a combine itself.
-    kernels = body.kernels and not torch.compiler.is_compiling()
     count = passes.counts(x, mask, per_sample)
-    m = Moments(count, pivot, delta, m2, regions=mask is not None, kernels=kernels)
+    m = Moments(count, pivot, delta, m2, regions=mask is not None, kernels=body.small)
     with without_autocast(x.device.type):
         parameters, aux = _combined(combine, m, curve)
     if not seen_through and needs_grad(pseudo, *parameters):
@@ -166,7 +165,7 @@ def _combined(combine: Combine, m: Moments, curve: str) -> tuple[list[Tensor], A
                 f"statistics, {tuple(shape)}"
             )
     aux = made[len(names)] if len(made) > len(names) else None
-    return [t.to(dtype).expand(shape) for t in made[: len(names)]], aux
+    return expanded([t.to(dtype) for t in made[: len(names)]], shape, m.kernels), aux
 
 
 class _Passes:
@@ -178,6 +177,8 @@ class _Passes:
     def __init__(self, kernels: bool) -> None:
         self.kernels = kernels
         self.strict = kernels and insisted()
+        # Inductor fuses arithmetic on small tensors itself.
+        self.small = kernels and not torch.compiler.is_compiling()
 
     def plain(self) -> _Passes:
         """The same in eager PyTorch, which can be differentiated."""
@@ -267,8 +268,9 @@ class _Moments(Function):
     def backward(ctx, *grads):
         _, d_delta, d_m2, dy, d_real, *carried = grads
         x, mask, pivot, delta = ctx.saved_tensors
-        through = _slope_and_offset(x, mask, pivot, delta, d_delta, d_m2)
         body = ctx.body.plain() if dy is None or differentiated(dy) else ctx.body
+        count = passes.counts(x, mask, _of_samples(pivot, mask))
+        through = slope_and_offset(d_delta, d_m2, delta, count, body.small, body.strict)
         if dy is not None:
             dx = body.dx(dy, x, mask, pivot, carried, *through)
         else:
@@ -276,21 +278,6 @@ class _Moments(Function):
         if d_real is not None:
             dx = d_real if dx is None else dx + d_real
         return dx, None, None, None
-
-
-def _slope_and_offset(x, mask, pivot, delta, d_delta, d_m2) -> tuple[Tensor, ...]:
-    """Of the gradient that x gets through its statistics: slope · (x − pivot) + offset; empty where these are
-    constants."""
-    if d_delta is None and d_m2 is None:
-        return ()
-    if d_delta is None:
-        offset = torch.zeros_like(pivot)
-    else:
-        offset = d_delta / passes.divisor(passes.counts(x, mask, _of_samples(pivot, mask)))
-    if d_m2 is None:
-        return torch.zeros_like(pivot), offset
-    slope = 2 * d_m2
-    return slope, torch.addcmul(offset, slope, delta, value=-1)
 
 
 def _of_samples(pivot: Tensor, mask: Tensor | None) -> bool:

@@ -56,7 +56,7 @@ class Moments:
         self._sets: Sets | None = Sets(count, pivot, delta, m2)
         self._pending: Pending | None = Pending(self._sets, "own", 1) if kernels and m2.numel() else None
         """How kernels come from the entries to the sets; None where they do not."""
-        self._kernels = self._pending is not None
+        self.kernels = self._pending is not None
         self._regions = regions
         self._chunks: tuple[int, bool] | None = None
         """Samples of a set, and whether these are interleaved."""
@@ -72,6 +72,11 @@ class Moments:
         return self._sets
 
     @property
+    def unmerged(self) -> bool:
+        """Whether every entry is a set of its own."""
+        return self._sets is not None and self._sets.pivot is self.pivot
+
+    @property
     def count(self) -> Any:
         """How many values the set has, a number or a tensor that broadcasts."""
         return self._at_entries(self.sets.count) if isinstance(self.sets.count, Tensor) else self.sets.count
@@ -79,7 +84,7 @@ class Moments:
     @property
     def delta(self) -> Tensor:
         """The mean, less the pivot of the entry."""
-        if self.sets.pivot is self.pivot:
+        if self.unmerged:
             return self.sets.delta
         return (self._at_entries(self.sets.pivot) - self.pivot) + self._at_entries(self.sets.delta)
 
@@ -113,8 +118,10 @@ class Moments:
         """
         for name, t in (("weight", weight), ("bias", bias)):
             self._check_parameter("standardize", name, t)
-        found = self._by_kernel(Scaling("standardize", eps), weight, bias)
-        return found or standardized(self.delta, self.var, weight, bias, eps)
+        if found := self._by_kernel(Scaling("standardize", eps), weight, bias):
+            scale, shift = found
+            return scale, shift
+        return standardized(self.delta, self.var, weight, bias, eps)
 
     def inverse_deviation(
         self, weight: Tensor | None = None, eps: float = 1e-5, about_zero: bool = False
@@ -225,7 +232,8 @@ class Moments:
         if ranks.size(process_group) == 1:
             return self
         own = self.sets.counted()
-        return self._merged(Sets(*_AcrossRanks.apply(own.count, own.pivot, own.delta, own.m2, process_group)))
+        n, base, rest, m2 = _AcrossRanks.apply(own.count, own.pivot, own.delta, own.m2, process_group)
+        return self._merged(Sets(n, base, rest, m2))
 
     def affine(self, scale: Tensor, shift: Tensor) -> Moments:
         """The moments of z = (x − pivot) · scale + shift, itself with pivot zero.
@@ -236,17 +244,21 @@ class Moments:
         Raises:
             ValueError: sets are merged already, or scale and shift do not broadcast with ``m.pivot``.
         """
-        if self.sets.pivot is not self.pivot:
+        if not self.unmerged:
             raise ValueError("Moments.affine: the sets are merged already; take it before merging them")
         for name, t in (("scale", scale), ("shift", shift)):
             self._check_parameter("affine", name, t)
         delta = self.sets.delta * scale + shift
         m2 = (self.sets.m2 * scale.square()).expand(delta.shape)
-        how = {"regions": self._regions, "kernels": self._kernels}
+        how = {"regions": self._regions, "kernels": self.kernels}
         return Moments(self.sets.count, torch.zeros_like(delta), delta, m2, **how)
 
-    def _less(self, lost: Tensor) -> Moments:
-        """See :func:`normzoo.sets.less`, for weighted samples."""
+    def less(self, lost: Tensor) -> Moments:
+        """With a share `lost` of the weight that is of no samples, and counts as zeros: for weights that sum up
+        to 1 − lost, statistics whose mean is the weighted sum.
+
+        lost: a number, on the device.
+        """
         found = copy.copy(self)
         if self._pending and self._sets is None and self._pending.weights is not None:
             found._pending = self._pending._replace(lost=lost)
@@ -269,7 +281,7 @@ class Moments:
         simple = not self._regions or how in ("batch", "groups")
         # A gradient for counts have weights alone.
         counts = sets.count.requires_grad if isinstance(sets.count, Tensor) else False
-        if self._kernels and simple and not counts and (weights is None or not self._regions):
+        if self.kernels and simple and not counts and (weights is None or not self._regions):
             w = None if weights is None else weights.to(sets.m2.dtype)
             found._sets, found._pending = None, Pending(sets, how, size, self._regions, w)
             return found
@@ -307,8 +319,8 @@ class Moments:
 class _AcrossRanks(Function):
     @staticmethod
     def forward(count, pivot, delta, m2, process_group):
-        gathered = ranks.gather((count, pivot, delta, m2), process_group)
-        found = Sets(*gathered).merged(0)
+        n, base, rest, square = ranks.gather((count, pivot, delta, m2), process_group)
+        found = Sets(n, base, rest, square).merged(0)
         return found.count, found.pivot, found.delta, found.m2
 
     @staticmethod

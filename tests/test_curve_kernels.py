@@ -290,13 +290,14 @@ def weights(channels: int) -> list[Tensor]:
 @both
 @pytest.mark.parametrize(("dtype", "last"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 def test_the_engine_on_kernels(dtype, last, curve):
-    """Two launches forward and two backward; y, dx and the gradients of all parameters."""
+    """Two passes forward and two backward; y, dx and the gradients of all parameters."""
     x, dy = (randn(3, 4, 7, 5, dtype=dtype, last=last) for _ in range(2))
     tensors = [x, *weights(4)]
     before = _launch.launches.copy()
     ours = results(engine(curve), "triton", tensors, dy)
     ran = _launch.launches - before
-    assert ran == {"channel_moments": 1, "curve_map": 2, "curve_sums": 1}, ran
+    over_x = {name: number for name, number in ran.items() if name.startswith(("channel", "curve"))}
+    assert over_x == {"channel_moments": 1, "curve_map": 2, "curve_sums": 1}, ran
     plain = results(engine(curve), "reference", tensors, dy)
     exact = results(engine(curve), "reference", [t.double() for t in tensors], dy.double())
     for name in ours:

@@ -2,7 +2,8 @@
 
 Statistics lie in rows of columns. A union takes up `members` of one column, from rows that are `member_rows`
 apart, and the next one starts `outer_rows` further on; GROUPED, it takes up `columns` neighbours. A tile is
-[MB, E]: MB members of each of E unions. Entries are what is united, and scale and shift are theirs.
+[MB, E]: MB members of each of E unions. Entries are what is united, and scale and shift are theirs. OWN, an
+entry is a union, however many values it has.
 
     share = count / n       base = sum share * pivot      away = (pivot - base) + delta
     n = sum count           rest = sum share * away       m2' = sum m2 + count * (away - rest)^2
@@ -113,8 +114,8 @@ def sets_forward(
     pivot_ptr, delta_ptr, m2_ptr, count_ptr, sample_ptr, lost_ptr, w_ptr, b_ptr,
     scale_ptr, shift_ptr, n_ptr, base_ptr, rest_ptr, union_ptr, mean_ptr, var_ptr,
     number, rows, columns, members, outer_rows, member_rows, unions, blocks, groups,
-    KIND: tl.constexpr, SQUARE: tl.constexpr, EPS: tl.constexpr, GROUPED: tl.constexpr, UNIT: tl.constexpr,
-    MB: tl.constexpr, E: tl.constexpr,
+    KIND: tl.constexpr, SQUARE: tl.constexpr, EPS: tl.constexpr, GROUPED: tl.constexpr, OWN: tl.constexpr,
+    UNIT: tl.constexpr, MB: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """union: the m2 of the unions. KIND: "none", or what becomes of an entry: "standardize", (scale, shift);
     "inverse", the scale alone; "root", in its place the root itself."""
@@ -133,14 +134,16 @@ def sets_forward(
         at, inside, _c, _w, m = _entries(start, union, place, GROUPED, MB)
         count, weight = _count(count_ptr, sample_ptr, number, at, inside, m, members)
         pivot = tl.load(pivot_ptr + at, mask=inside, other=0.0)
-        base += tl.sum(tl.where(inside, count * weight / whole * pivot, 0.0), axis=0)[None, :]
+        share = 1.0 if OWN else count * weight / whole
+        base += tl.sum(tl.where(inside, share * pivot, 0.0), axis=0)[None, :]
     rest = tl.zeros([1, E], tl.float32)
     for start in tl.range(0, members, MB):
         at, inside, _c, _w, m = _entries(start, union, place, GROUPED, MB)
         count, weight = _count(count_ptr, sample_ptr, number, at, inside, m, members)
         pivot = tl.load(pivot_ptr + at, mask=inside, other=0.0)
         away = (pivot - base) + tl.load(delta_ptr + at, mask=inside, other=0.0)
-        rest += tl.sum(tl.where(inside, count * weight / whole * away, 0.0), axis=0)[None, :]
+        share = 1.0 if OWN else count * weight / whole
+        rest += tl.sum(tl.where(inside, share * away, 0.0), axis=0)[None, :]
     m2 = tl.zeros([1, E], tl.float32)
     for start in tl.range(0, members, MB):
         at, inside, _c, _w, m = _entries(start, union, place, GROUPED, MB)
@@ -187,7 +190,7 @@ def _entry_grads(
     pivot_ptr, delta_ptr, m2_ptr, count_ptr, sample_ptr, lost_ptr, w_ptr,
     n_ptr, base_ptr, rest_ptr, union_ptr, ddelta_ptr, dm2_ptr, part_ptr,
     number, place, columns, members, unions, blocks,
-    KIND: tl.constexpr, SQUARE: tl.constexpr, EPS: tl.constexpr, GROUPED: tl.constexpr,
+    KIND: tl.constexpr, SQUARE: tl.constexpr, EPS: tl.constexpr, GROUPED: tl.constexpr, OWN: tl.constexpr,
     MB: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     s, outer, column, there = _unions(tl.program_id(0), unions, columns, blocks, GROUPED, E)
@@ -234,8 +237,9 @@ def _entry_grads(
         pivot = tl.load(pivot_ptr + at, mask=inside, other=0.0)
         away = (pivot - base) + tl.load(delta_ptr + at, mask=inside, other=0.0) - rest
         own = count * weight
+        share = 1.0 if OWN else own / whole
         if ddelta_ptr is not None:
-            tl.store(ddelta_ptr + at, own * (drest / whole + 2.0 * away * dunion), mask=inside)
+            tl.store(ddelta_ptr + at, share * drest + 2.0 * own * away * dunion, mask=inside)
         if dm2_ptr is not None:
             tl.store(dm2_ptr + at, tl.broadcast_to(weight * dunion, (MB, E)), mask=inside)
         if part_ptr is not None:
@@ -285,8 +289,8 @@ def sets_backward(
     n_ptr, base_ptr, rest_ptr, union_ptr,
     ddelta_ptr, dm2_ptr, part_ptr, dw_ptr, db_ptr,
     number, rows, columns, members, outer_rows, member_rows, unions, blocks, groups, programs, period, cycle,
-    KIND: tl.constexpr, SQUARE: tl.constexpr, EPS: tl.constexpr, GROUPED: tl.constexpr, UNIT: tl.constexpr,
-    MB: tl.constexpr, E: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr,
+    KIND: tl.constexpr, SQUARE: tl.constexpr, EPS: tl.constexpr, GROUPED: tl.constexpr, OWN: tl.constexpr,
+    UNIT: tl.constexpr, MB: tl.constexpr, E: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
     """The first `programs` programs find the gradients of the entries, and their parts of those of the samples
     and of what is lost, a row of members + 1 each; the others sum up those of weight and bias. The union of row
@@ -298,7 +302,8 @@ def sets_backward(
             dscale_ptr, dshift_ptr, dn_ptr, drest_ptr, dunion_ptr, dmean_ptr, dvar_ptr,
             pivot_ptr, delta_ptr, m2_ptr, count_ptr, sample_ptr, lost_ptr, w_ptr,
             n_ptr, base_ptr, rest_ptr, union_ptr, ddelta_ptr, dm2_ptr, part_ptr,
-            number, place, columns, members, unions, blocks, KIND, SQUARE, EPS, GROUPED, MB, E,
+            number, place, columns, members, unions, blocks, KIND, SQUARE, EPS, GROUPED,
+            OWN, MB, E,
         )  # fmt: skip
     elif dw_ptr is not None or db_ptr is not None:
         channels = columns * groups if GROUPED else columns

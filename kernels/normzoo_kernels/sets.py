@@ -61,7 +61,14 @@ def _plan(t: Tensor, how: str, size: int) -> _Plan:
         wide = max(_TILE // 4 // tall, 1)
         unions = rows * groups
         unit = 4 if size % 4 == 0 else 1
-        constants = {"GROUPED": True, "UNIT": unit, "MB": tall, "E": wide, "num_warps": 4 if tall > 256 else 1}
+        constants = {
+            "GROUPED": True,
+            "OWN": False,
+            "UNIT": unit,
+            "MB": tall,
+            "E": wide,
+            "num_warps": 4 if tall > 256 else 1,
+        }
         numbers = (rows, size // unit, size, 0, 0, unions, 1, groups)
         return _Plan(*numbers, -(-unions // wide), 1, rows, (rows, groups), constants)
     members, outer, outer_rows, member_rows = {
@@ -71,7 +78,7 @@ def _plan(t: Tensor, how: str, size: int) -> _Plan:
     wide = 128 if how == "own" else _columns_at_once(columns, sm_count(t.device))
     blocks = -(-columns // wide)
     unit = 4 if columns % 4 == 0 else 1
-    constants = {"GROUPED": False, "UNIT": unit, "MB": 1, "E": wide, "num_warps": 1}
+    constants = {"GROUPED": False, "OWN": how == "own", "UNIT": unit, "MB": 1, "E": wide, "num_warps": 1}
     if how != "own":
         constants |= {"MB": _TILE // wide, "num_warps": 4}
     numbers = (rows, columns // unit, members, outer_rows, member_rows, outer * columns, blocks, 1)

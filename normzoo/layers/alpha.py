@@ -23,6 +23,7 @@ from .balance import AdaB2N
 from .batch import BatchNorm2d
 from .frozen import FrozenBatchNorm
 from .ghost import GhostBatchNorm
+from .stages import mixed
 
 USUAL = float("0.9")
 """The source weight where none is given: this very object, which tells it from a 0.9 that is."""
@@ -91,6 +92,8 @@ def _with_mixed(
             "unbiased=False to take it for 0"
         )
 
+    count = x.numel() // x.shape[1] if x.numel() else 0
+
     def combine(m: Moments):
         batch = m.across_ranks(process_group) if sync else m
         share: Any = source_weight
@@ -99,6 +102,9 @@ def _with_mixed(
             if sync:
                 (samples,) = ranks.total((m.pivot.new_full((), samples),), process_group)
             share = pseudo_count / divisor(pseudo_count + samples)
+        known = stored if source_weight != 0 else None
+        if not sync and (found := mixed(m, known, share, weight, bias, eps, count - unbiased)):
+            return *found[:2], found[2:]
         var_of_batch = (batch.sets.unbiased_var if unbiased else batch.var).detach()
         delta, var = batch.delta.detach(), var_of_batch
         if source_weight != 0:  # or a NaN that counts for nothing would spread

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from .. import checks, ranks
 from ..dispatch import transformed
 from ..engine import normalize
-from ..moments import Moments, standardized
+from ..moments import Moments
 from ..side_inputs import side_input
-from ..state import Running, average, recomputing, snapshot
+from ..state import Running, recomputing, snapshot
 from . import native
+from .tasks import shares_of, target, targets_by_kernel
 
 ABSENT = ("renormalize", "official")
 
@@ -100,25 +101,23 @@ def _with_balance(
 
     def combine(m: Moments):
         if task_ids is None or task_weight is None:
-            batch, lost = m, 0.0
+            batch, lost = m, None
         else:
-            own = task_ids.unsqueeze(1) == torch.arange(len(task_weight), device=x.device)
-            n = own.sum(0).to(m.pivot.dtype)
-            n = ranks.total((n,), process_group)[0] if sync else n
             ended = len(task_weight) - 1 if cur_tasks is None else cur_tasks
-            shares, lost = _shares(own, n, task_weight.to(n.dtype), ended if absent == "official" else -1)
+            ended = ended if absent == "official" else -1
+            group = (process_group,) if sync else None
             # By samples, whatever the size of their maps is on this rank.
-            batch = m.over_batch(shares / max(x.shape[2:].numel(), 1))
+            values = max(x.shape[2:].numel(), 1)
+            shares, lost = shares_of(m, task_ids, task_weight, ended, values, group)
+            batch = m.over_batch(shares)
         batch = batch.across_ranks(process_group) if sync else batch
-        if absent == "renormalize" or task_ids is None:
-            scale, shift = batch.standardize(weight, bias, eps)
-            if task_ids is None and task_weight is not None:
-                shift = shift + task_weight[:0].sum()  # a gradient of zero rather than none, for DDP
-            return scale, shift, (batch.mean, batch.var, batch.sets.count)
-        # Σ w x with Σ w = 1 − lost, and the squares around that.
-        missed = lost * batch.mean
-        mean, var = batch.mean - missed, (1 - lost) * (batch.var + missed.square())
-        return *standardized(batch.delta - missed, var, weight, bias, eps), (mean, var, batch.sets.count)
+        if lost is not None and absent == "official":
+            batch = batch.less(lost)
+        scale, shift = batch.standardize(weight, bias, eps)
+        if task_ids is None and task_weight is not None:
+            shift = shift + task_weight[:0].sum()  # a gradient of zero rather than none, for DDP
+        count = batch.sets.count if sync else x.numel()
+        return scale, shift, (batch.sets.mean, batch.sets.var, count)
 
     return normalize(x, combine, per_sample=task_ids is not None)
 
@@ -153,22 +152,6 @@ def _check_ids(layer: str, x: Tensor, task_ids: Tensor, task_weight: Tensor) -> 
                 f"{layer}: task_ids go from {low} to {high}; they must be from 0 to {len(task_weight) - 1}, "
                 f"for the {len(task_weight)} tasks it was made for"
             )
-
-
-def _shares(own: Tensor, n: Tensor, psi: Tensor, ended: int | Tensor) -> tuple[Tensor, Tensor]:
-    """(w, lost): how much each sample counts, and what the absent ones of the tasks 0 … `ended` take with them.
-
-    own: (N, tasks), whether a sample is of a task; n: (tasks,), how many are, on all ranks.
-    """
-    present = n > 0
-    counted = present | (torch.arange(len(psi), device=psi.device) <= ended)
-    # The logarithm of exp(psi) + n, which cannot overflow; log 0 = -inf leaves psi.
-    concentration = torch.logaddexp(psi, n.log())
-    pi = torch.where(counted, concentration, -torch.inf).softmax(0)
-    # Not by index, whose backward pass would add in any order.
-    w = torch.where(own, pi / n.clamp(min=1), 0).sum(1)
-    w = torch.where(own.any(1), w, torch.nan)
-    return w, torch.where(present, 0, pi).sum()
 
 
 class AdaB2N(Running):
@@ -305,11 +288,10 @@ class AdaB2N(Running):
         how = (*parameters, self.sync, self.process_group)
         y, (mean, var, count) = _with_balance("AdaB2N", x, task_ids, *how)
         if not recomputing():
-            rate = self._rate(mean.dtype)
+            *to, rate = self._targets(mean, var, count)
             if not transformed():  # of which nothing may stay behind
                 self._differentiable = torch.is_grad_enabled()
-                stored = zip((mean, var), self._stored(), strict=True)
-                self._pulled = tuple((new, _target(old, new, rate, count)) for new, old in stored)
+                self._pulled = tuple(zip((mean, var), to, strict=True))
             self._track(mean, var, count, factor=rate)
         return y
 
@@ -332,25 +314,32 @@ class AdaB2N(Running):
         own = f"num_tasks={self.num_tasks}, kappa={self.kappa}, absent={self.absent!r}"
         return f"{super().extra_repr()}, {own}"
 
+    def _targets(self, mean: Tensor, var: Tensor, count: Any) -> tuple[Tensor, Tensor, float | Tensor]:
+        """Where mean and variance are drawn to, and the rate of this batch."""
+        stored, falls = self._stored(), self._falls()
+        tracked = self.num_batches_tracked if falls else None
+        found = targets_by_kernel(mean, var, stored, tracked, self.momentum or 0.0, self.kappa, count)
+        if found is not None:
+            return found
+        rate = self._rate(mean.dtype)
+        to_mean, to_var = (target(old, new, rate, count) for old, new in zip(stored, (mean, var), strict=True))
+        return to_mean, to_var, rate
+
+    def _falls(self) -> bool:
+        """Whether the rate depends on the number of batches."""
+        return (
+            self.num_batches_tracked is not None and self.kappa != 1 and (self.momentum != 1 or not self.kappa)
+        )
+
     def _rate(self, dtype: torch.dtype = torch.float32) -> float | Tensor:
         """The weight of this batch in the running statistics: 1/η_t = a^(t−1) / m^κ + (1 − a^(t−1)) / (1 − a),
         a = (1 − m)^κ, the closed form of η_1 = m^κ, η_t = η_{t−1} / (η_{t−1} + a)."""
         momentum, kappa, tracked = self.momentum or 0.0, self.kappa, self.num_batches_tracked
-        if kappa == 1 or tracked is None:
+        if tracked is None or not self._falls():
             return momentum
         before = snapshot(tracked).to(dtype)
         if kappa == 0:
             return 1 / (before + 1)
-        if momentum == 1:
-            return momentum
         decay = kappa * math.log1p(-momentum)
         left = torch.exp(before * decay)
         return 1 / (left * momentum**-kappa + torch.expm1(before * decay) / math.expm1(decay))
-
-
-def _target(old: Tensor, new: Tensor, rate: float | Tensor, count: Any) -> Tensor:
-    """Where a statistic is drawn to: the running one, after this batch; that of an empty batch nowhere."""
-    target = average(snapshot(old), new, rate)
-    if isinstance(count, Tensor):
-        return torch.where(count != 0, target, new.detach())
-    return target if count else new.detach()

@@ -23,6 +23,7 @@ from .. import checks, ranks
 from ..engine import normalize
 from ..moments import Moments, standardized
 from ..state import Running, advance, average, moved, recomputing, snapshot
+from .stages import mixed, moved_first, second_stage
 
 logger = logging.getLogger("normzoo")
 
@@ -119,7 +120,7 @@ class _Stages:
             batch = m.over_batch()
             batch = batch.across_ranks(process_group) if sync else batch
             first = batch.standardize(self.weight, self.bias, self.batch_eps)
-            statistics = (batch.mean, batch.sets.unbiased_var, batch.sets.count)
+            statistics = (batch.sets.mean, batch.sets.unbiased_var, batch.sets.count)
             return *self._then_groups(m, *first), statistics
 
         return self._normalize(x, combine)
@@ -133,9 +134,12 @@ class _Stages:
         def combine(m: Moments):
             batch = m.over_batch()
             batch = batch.across_ranks(process_group) if sync else batch
-            mean, var, count = batch.mean.detach(), batch.var.detach(), batch.sets.count
+            mean, var, count = batch.sets.mean.detach(), batch.sets.var.detach(), batch.sets.count
+            early = order == "variance_first"
+            if m.kernels and not sync and (new := moved_first(mean, var, running, rate, early)):
+                return *self._then_groups(m, *self._by(m, *new)), list(zip(running, new, strict=True))
             old_mean, old_var = (snapshot(t) for t in running)
-            around = old_mean if order == "variance_first" else average(old_mean, mean, rate)
+            around = old_mean if early else average(old_mean, mean, rate)
             var = var + (mean - around).square()
             found = [new for _, new in moved(((old_mean, mean), (old_var, var)), count, rate)]
             new = found or [old_mean, old_var]
@@ -146,14 +150,16 @@ class _Stages:
 
     def _by(self, m: Moments, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """(scale, shift) of the first stage by a given mean and variance."""
+        if found := mixed(m, (mean, var), 1, self.weight, self.bias, self.batch_eps):
+            return found[:2]
         var = var.to(m.pivot.dtype)
         return standardized(mean - m.pivot, var, self.weight, self.bias, self.batch_eps)
 
     def _then_groups(self, m: Moments, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """(scale, shift) of both stages, given those of the first."""
-        groups = m.affine(scale, shift).over_groups(self.num_groups)
-        scale2, shift2 = groups.standardize(self.channel_weight, self.channel_bias, self.eps)
-        return scale * scale2, shift * scale2 + shift2
+        parameters = (self.channel_weight, self.channel_bias, self.eps)
+        scale, shift = second_stage(m, scale, shift, self.num_groups, *parameters)
+        return scale, shift
 
     def _normalize(self, x: Tensor, combine: Any) -> tuple[Tensor, Any]:
         self._check(x)
@@ -170,21 +176,14 @@ class _Stages:
                     f"{self.layer}: {name} has shape {tuple(t.shape)}; it must be ({groups},), one a group, or "
                     f"({channels},)"
                 )
-        weight, bias = (_each(t, channels) for t in (self.channel_weight, self.channel_bias))
-        checks.channels(self.layer, x, None, channel_weight=weight, channel_bias=bias)
-        self.channel_weight, self.channel_bias = weight, bias
+        for name, t in (("channel_weight", self.channel_weight), ("channel_bias", self.channel_bias)):
+            each: dict[str, Any] = {name: t[:1].expand(channels) if isinstance(t, Tensor) else t}
+            checks.channels(self.layer, x, None, **each)
         if x.numel() and x[0].numel() == groups:
             raise ValueError(
                 f"{self.layer}: Expected more than 1 value per group, got input size {tuple(x.shape)} for "
                 f"{groups} groups; use fewer groups"
             )
-
-
-def _each(t: Tensor | None, channels: int) -> Tensor | None:
-    """What is one a group, for every channel."""
-    if not isinstance(t, Tensor) or t.shape[0] == channels:
-        return t
-    return t.unsqueeze(1).expand(-1, channels // t.shape[0]).flatten()
 
 
 class BatchChannelNorm(Running):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import checks, ranks
 from ..engine import normalize
 from ..moments import Moments
-from ..state import Guarded, advance, moved, recomputing
+from ..state import Guarded, advance, moved, moved_by_kernel, recomputing
 
 
 def evo_norm_b0(
@@ -141,18 +141,18 @@ def _bounded(
         if stored is None:
             batch = m.over_batch()
             batch = batch.across_ranks(process_group) if sync else batch
-            var = batch.var
-            found = (batch.sets.unbiased_var if unbiased else var, batch.sets.count)
+            bound = batch.deviation(eps)
+            found = (batch.sets.unbiased_var if unbiased else batch.sets.var, batch.sets.count)
         else:
-            var = stored.to(m.pivot.dtype)
+            bound = torch.sqrt(stored.to(m.pivot.dtype) + eps)
         one = m.pivot.new_ones(())
         if form == "b0":
-            slope, level = one if v is None else v, torch.sqrt(m.var + eps)
+            slope, level = one if v is None else v, m.deviation(eps)
         else:
-            level = torch.sqrt(m.var + m.mean.square() + eps)
+            level = m.deviation(eps, about_zero=True)
             slope = level if form == "b1" else -one
         scale, shift = one if weight is None else weight, 0 * one if bias is None else bias
-        return scale, torch.sqrt(var + eps), slope, level, shift, found
+        return scale, bound, slope, level, shift, found
 
     return normalize(x, combine, per_sample=True, curve="bounded")
 
@@ -212,8 +212,10 @@ class _EvoNormB(Guarded):
         own = ((self.weight, self.bias, self.v), self.eps, stored, self.running_var_unbiased)
         y, batch = _bounded(layer, self._form, x, *own, self.sync, self.process_group)
         if batch and self.running_var is not None and not recomputing():
-            var, count = batch
-            self._commit(moved([(self.running_var, var)], count, self.momentum or 0.0))
+            (var, count), momentum = batch, self.momentum or 0.0
+            pairs = [(self.running_var, var.detach())]
+            if not moved_by_kernel(pairs, count, momentum, skipped=self.batches_skipped):
+                self._commit(moved(pairs, count, momentum))
         return y
 
     def extra_repr(self) -> str:

@@ -104,11 +104,8 @@ def _functional(form, x, groups, weight, bias, v, eps, act=None) -> Tensor:
 
 def _by_groups(form, x, groups, weight, bias, v, eps, act) -> Tensor:
     def combine(m: Moments):
-        m = m.over_groups(groups)
-        square = m.var if form != "s2" else m.var + m.mean.square()
-        scale = torch.rsqrt(square + eps)
+        scale = m.over_groups(groups).inverse_deviation(weight, eps, about_zero=form == "s2")
         one = m.pivot.new_ones(())
-        scale = scale if weight is None else scale * weight
         return scale, one if v is None else v, 0 * one if bias is None else bias
 
     if act is None:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import checks, ranks
+from ..dispatch import insisted, or_none, use_kernel
 from ..engine import normalize
 from ..moments import Moments, Sets
-from ..state import Running
+from ..state import Running, recomputing
 from . import native
 
 SPLITS = ("floor", "ceil", "interleaved")
@@ -67,6 +68,23 @@ def _with_ghosts(layer, x, ghost_batch_size, weight, bias, eps, split) -> tuple[
         return *m.standardize(weight, bias, eps), m.sets
 
     return normalize(x, combine, per_sample=True)
+
+
+def _followed(ghosts: Sets, step: float) -> tuple[Tensor, Tensor, float] | None:
+    """(mean, unbiased variance, sum of the weights), averages of ghost batches of which each keeps 1 − step
+    with the next, by a kernel; None where none runs."""
+    tensors = (ghosts.count, ghosts.pivot, ghosts.delta, ghosts.m2)
+    if torch.compiler.is_compiling() or ghosts.m2.dtype != torch.float32 or not ghosts.m2.numel():
+        return None
+    if recomputing() or not use_kernel(ghosts.m2):
+        return None
+    from normzoo_kernels import balance as kernels
+
+    keep, number = 1 - step, len(ghosts.m2)
+    total = (1 - keep**number) / step if step > 0 else float(number)
+    options: Any = (*(t.detach() for t in tensors), keep, total)
+    found = or_none(insisted(), kernels.follow, *options)
+    return None if found is None else (*found, total)
 
 
 def _size(layer: str, x: Tensor, ghost_batch_size: int, split: str) -> int:
@@ -160,11 +178,16 @@ class GhostBatchNorm(Running):
 
     def _follow(self, ghosts: Sets, samples: Any) -> None:
         """Moves the running statistics by those of the ghost batches, one after the other."""
-        means, variances = ghosts.mean.detach(), ghosts.unbiased_var.detach()
-        batches: Any = means.shape[0]
+        batches: Any = ghosts.m2.shape[0]
         # What is left of each after those that follow it: the moves in a closed form.
         momentum = self.momentum or 0.0
         step = momentum / batches if self.stats == "scaled" and batches else momentum
+        ranked = self.sync and ranks.size(self.process_group) > 1
+        if not ranked and (found := _followed(ghosts, step)):
+            mean, var, total = found
+            self._track(mean, var, samples, batches, None if self.momentum is None else step * total)
+            return
+        means, variances = ghosts.mean.detach(), ghosts.unbiased_var.detach()
         after = torch.arange(batches, device=means.device, dtype=means.dtype).flip(0)
         left = torch.pow(1 - step, after)
         total = left.sum()
@@ -173,7 +196,7 @@ class GhostBatchNorm(Running):
         factor: Any = step * total
         if self.momentum is None:
             factor = batches / (self.num_batches_tracked + batches).clamp(min=1).to(mean.dtype)
-        if self.sync and ranks.size(self.process_group) > 1:
+        if ranked:
             mean, var, factor, batches, samples = self._of_all_ranks(mean, var, factor, batches, samples)
         self._track(mean, var, samples, batches=batches, factor=factor)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from normzoo_kernels import sets
+from normzoo_kernels import balance, carry, sets, stages
 
 from . import fake
 from .case import DTYPES, EVERYWHERE, ON_SM90, Bound, Call, Case, Plan, launcher
@@ -81,6 +81,95 @@ class _Union:
         return backward if self.backward else forward
 
 
+def _mixed(samples: int, dtype: torch.dtype) -> Call:
+    entries = [_empty(samples, _CHANNELS) for _ in range(3)]
+    rows = [_empty(_CHANNELS, dtype=dtype) for _ in range(4)]
+    return lambda: launcher(stages.mixed)(*entries, *rows, 0.3, 49.0, 1e-5)
+
+
+def _stored(samples: int, dtype: torch.dtype) -> Call:
+    pivot, rows = _empty(samples, _CHANNELS), [_empty(_CHANNELS, dtype=dtype) for _ in range(4)]
+    return lambda: launcher(stages.mixed)(pivot, None, None, *rows, 1.0, 1.0, 1e-5)
+
+
+def _scaling_grads(samples: int, dtype: torch.dtype) -> Call:
+    entries = [_empty(samples, _CHANNELS) for _ in range(4)]
+    rows = [_empty(_CHANNELS, dtype=dtype) for _ in range(2)]
+    return lambda: launcher(stages.scaling_backward)(*entries, *rows)
+
+
+def _moved(samples: int, dtype: torch.dtype) -> Call:
+    rows = [_empty(_CHANNELS), _empty(_CHANNELS), *(_empty(_CHANNELS, dtype=dtype) for _ in range(2))]
+    return lambda: launcher(stages.moved)(*rows, 0.1, True)
+
+
+@dataclass(frozen=True)
+class _Second:
+    """Group norm behind another norm, with so many `parameters` of each kind."""
+
+    parameters: int
+    backward: bool = False
+
+    def __call__(self, samples: int, dtype: torch.dtype) -> Call:
+        entries = [_empty(samples, _CHANNELS) for _ in range(6)]
+        second = [_empty(self.parameters, dtype=dtype) for _ in range(2)]
+        kept = [_empty(samples, 32) for _ in range(2)]
+        if self.backward:
+            return lambda: launcher(stages.second_backward)(*entries, *second, *kept, 32, 49.0)
+        return lambda: launcher(stages.second)(*entries[2:], *second, 32, 49.0, 1e-5)
+
+
+def _ghosts(samples: int, dtype: torch.dtype) -> Call:
+    ghosts = [_empty(-(-samples // 4), _CHANNELS) for _ in range(4)]
+    return lambda: launcher(balance.follow)(*ghosts, 0.9, 3.2)
+
+
+def _shares(samples: int, dtype: torch.dtype) -> Call:
+    ids, psi = _empty(samples, dtype=torch.long), _empty(10, dtype=dtype)
+    return lambda: launcher(balance.shares)(ids, psi, _empty(dtype=torch.long), -1, 49.0)
+
+
+def _shares_grad(samples: int, dtype: torch.dtype) -> Call:
+    ids, psi = _empty(samples, dtype=torch.long), _empty(10, dtype=dtype)
+    grads = (_empty(samples), _empty())
+    return lambda: launcher(balance.shares_backward)(*grads, ids, psi, _empty(dtype=torch.long), -1, 49.0)
+
+
+def _targets(samples: int, dtype: torch.dtype) -> Call:
+    rows = [_empty(_CHANNELS), _empty(_CHANNELS), *(_empty(_CHANNELS, dtype=dtype) for _ in range(2))]
+    return lambda: launcher(balance.targets)(*rows, _empty(dtype=torch.long), 0.0, -0.1, 3.0, -0.1)
+
+
+def _pull(samples: int, dtype: torch.dtype) -> Call:
+    entries = [_empty(samples, _CHANNELS) for _ in range(3)]
+    return lambda: launcher(carry.pull)(*entries, None, 49.0)
+
+
+def _totals(samples: int, dtype: torch.dtype) -> Call:
+    return lambda: launcher(carry.totals)([_empty(samples, _CHANNELS) for _ in range(4)])
+
+
+_OTHERS = {
+    "mixed-scaling": _mixed,
+    "stored-scaling": _stored,
+    "scaling-grads": _scaling_grads,
+    "second-stage-fwd": _Second(_CHANNELS),
+    "second-stage-bwd": _Second(_CHANNELS, True),
+    "statistics-pull": _pull,
+    "sum-rows": _totals,
+}
+_OF_FEW = {
+    "second-stage-groups-fwd": _Second(32),
+    "second-stage-groups-bwd": _Second(32, True),
+    "moved-statistics": _moved,
+    "follow-ghosts": _ghosts,
+    "task-shares-fwd": _shares,
+    "task-shares-bwd": _shares_grad,
+    "task-targets": _targets,
+}
+"""Whose tensors are not as large as the statistics of all samples, or are read in single entries."""
+
+
 def sets_cases() -> Iterator[Case]:
     for backward in (False, True):
         end = "bwd" if backward else "fwd"
@@ -93,3 +182,8 @@ def sets_cases() -> Iterator[Case]:
         yield replace(Small(f"sets-none-{end}", _Union("batch", "none", backward=backward)), samples=8).case(
             ON_SM90
         )
+    for name, calls in _OTHERS.items():
+        yield Small(name, calls).case(ON_SM90)
+        yield Small(f"{name}-few", calls, samples=8).case(EVERYWHERE)
+    for name, calls in _OF_FEW.items():
+        yield Small(name, calls, vectors=False).case(EVERYWHERE)
