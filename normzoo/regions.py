@@ -34,7 +34,7 @@ class Slabs:
     @staticmethod
     def of(x: Tensor, mask: Tensor, per_sample: bool, *others: Tensor) -> Slabs | None:
         """None where something is recorded, or where slabs are too small or lie otherwise in memory."""
-        if not x.numel() or not unrecorded(x, *others):
+        if not unrecorded(x, *others) or not x.numel():
             return None
         n = x.shape[0]
         last = not x.is_contiguous()

@@ -78,9 +78,9 @@ def norm_of_rows(rows: Tensor) -> Tensor:
 def fits(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether the blocks can take over and gain something: ordinary contiguous tensors on a CPU that are
     recorded or large, and no transform or compiler."""
-    if x.numel() <= _SMALL and not needs_grad(x, *parameters):
+    if torch.compiler.is_compiling() or transformed():  # whose sizes must not be looked at
         return False
-    if torch.compiler.is_compiling() or transformed():
+    if x.numel() <= _SMALL and not needs_grad(x, *parameters):
         return False
     ours = all(t is None or (plain(t) and t.device.type == "cpu" and not batched(t)) for t in (x, *parameters))
     return ours and x.numel() > 0 and x.is_contiguous()

@@ -16,7 +16,7 @@ from measuring import CPU, case_of, plant, quicken, raises
 
 from normzoo import demo
 from normzoo.zoo import ZOO, find
-from normzoo_bench import commands, measure, peers, results, run, tables, timing
+from normzoo_bench import commands, measure, official, peers, results, run, tables, timing
 from normzoo_bench.cases import plan
 
 
@@ -29,6 +29,10 @@ def bench(*arguments):
     parser = argparse.ArgumentParser()
     commands.bench_arguments(parser)
     return commands.bench(parser.parse_args(arguments))
+
+
+def _official(case) -> bool:
+    return callable(official.build(case, case.layer(CPU)))
 
 
 def test_every_layer_is_measured(capsys):
@@ -57,7 +61,8 @@ def test_every_layer_is_measured(capsys):
             assert row["gigabytes_a_second"] == pytest.approx(row["bytes"] / row["seconds"]["median"] / 1e9)
             assert 0 < max(row["error"].values()) < 1e-5 and row["runs"] == "eager" and row["clock"] == "wall"
             beside_torch = case.entry.torch_class is not None or case.entry.name in peers.COMPOSED
-            assert (row["speedup"] is not None) == beside_torch
+            beside = "torch" if beside_torch else "official" if _official(case) else None
+            assert row["baseline"] == beside and (row["speedup"] is None) == (beside is None)
             assert row["peak_bytes"] >= math.prod(row["shape"]) * 4
     keys = [tuple(row[name] for name in results.KEY) for row in found["rows"]]
     assert len(keys) == len(set(keys))

@@ -161,7 +161,7 @@ def timed(
     rotations: Sequence[Rotation],
     rounds: int,
     document: Document,
-    baselines: Callable[[str], Sequence[str]] = lambda contender: ("torch", "reference"),
+    baselines: Callable[[str], Sequence[str]] = lambda contender: ("torch", "reference", "official"),
 ) -> list[dict]:
     """The rows of a case with times by `clock`, less those of contenders that it cannot time.
 

@@ -80,8 +80,8 @@ def modulated(
         how = {"eps": eps, "offset": offset, "part": part or x.shape[-1]}
         return norm(kind, x, scale, shift, **how, reference=Reference(again))
 
-    token = x.dim() > 2 and x.shape in (scale.shape, None if shift is None else shift.shape)
-    if row_blocks.fits(x, scale, shift) and not token:
+    of_samples = scale.dim() == 2 and (shift is None or shift.dim() == 2)
+    if of_samples and row_blocks.fits(x, scale, shift):
 
         def whole(x, scale, shift):
             return _modulated(x, kind, scale, shift, eps, 0.0, part)
