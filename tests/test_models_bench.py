@@ -49,7 +49,7 @@ def kinds_of(contender, case):
     ("model", "direction", "others", "same"),
     [
         ("gpt", "step", ["rms_norm", "power_norm"], []),
-        ("gpt", "inference", ["rms_norm", "power_norm"], ["pre-rms", "pre-crms"]),
+        ("gpt", "inference", ["rms_norm", "power_norm"], ["pre-rms", "pre-crms", "pre-crms-orthonormal"]),
         ("resnet50", "step", ["group_norm", "batch_channel_norm"], []),
         ("resnet50", "inference", ["group_norm", "batch_channel_norm"], ["fold"]),
     ],
@@ -137,6 +137,24 @@ def test_a_step_moves_the_weights_and_only_its_own(model):
     step()
     moved = [not torch.equal(p, was) for p, was in zip(own.parameters(), before, strict=True)]
     assert sum(moved) > 0.9 * len(moved)
+
+
+def test_the_memory_of_a_step():
+    """What is saved are activations and no weights; gradients are among what a step makes."""
+    case = case_of("vit")
+    model, batch = case.start(CPU)
+    weights = {p.untyped_storage().data_ptr(): p.nbytes for p in model.parameters()}
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        value = measuring.loss(model(batch.x), batch.target)
+    (row,) = measured(case, ("torch",)).rows
+    assert row["saved_bytes"] == sum(size for place, size in kept.items() if place not in weights) > 0
+    assert value.isfinite() and sum(weights.values()) < row["peak_bytes"] < 5 * sum(weights.values())
 
 
 # What must not pass
@@ -270,7 +288,7 @@ def test_the_command(tmp_path, capsys):
     assert "gpt-1x2x8x32 with layer_norm, float32, inference in eval: wall time in" in out
     assert "torch.compile is left out on a CPU" in out and "saved MB" not in out
     document = results.load(path)
-    assert document["settings"]["command"] == "python -m normzoo_bench.models" and len(document["rows"]) == 12
+    assert document["settings"]["command"] == "python -m normzoo_bench.models" and len(document["rows"]) == 14
     assert document["settings"]["arguments"]["model"] == ["gpt", "vit"]
     assert logging.getLogger("normzoo").level == logging.NOTSET  # which later warnings go by
     chosen = ["--contender", "torch", "normzoo", "--direction", "step", "--json"]

@@ -47,11 +47,11 @@ def _grouped(norm: type[nn.Module]) -> Callable[[Site], partial]:
     return lambda site: partial(norm, num_groups=min(_GROUPS, site.module.num_features))
 
 
-def _rewritten(rewrite: str) -> Callable[[nn.Module, Tensor], object]:
+def _rewritten(rewrite: str, **options: object) -> Callable[[nn.Module, Tensor], object]:
     def convert(model: nn.Module, sample: Tensor) -> None:
         normzoo.convert(model)
         # Not the norms of queries and keys, which read no stream of residuals.
-        getattr(normzoo, rewrite)(model, sample, include=("norm", "blocks.*.norm?"))
+        getattr(normzoo, rewrite)(model, sample, include=("norm", "blocks.*.norm?"), **options)
 
     return convert
 
@@ -64,6 +64,12 @@ CONVERSIONS = (
     Conversion("power_norm", _to("power_norm", calibrate=True, warmup_iters=0)),
     Conversion("pre-rms", _rewritten("to_pre_rms_norm"), keeps=True, directions=_INFERENCE),
     Conversion("pre-crms", _rewritten("to_pre_crms_norm"), keeps=True, directions=_INFERENCE),
+    Conversion(
+        "pre-crms-orthonormal",
+        _rewritten("to_pre_crms_norm", basis="orthonormal"),
+        keeps=True,
+        directions=_INFERENCE,
+    ),
     Conversion("group_norm", _to(_grouped(normzoo.GroupNorm)), ("batch_norm",)),
     Conversion("batch_channel_norm", _to(_grouped(normzoo.BatchChannelNorm), calibrate=True), ("batch_norm",)),
     Conversion("fold", normzoo.fold, ("batch_norm",), keeps=True, directions=_INFERENCE),
