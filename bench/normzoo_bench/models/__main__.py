@@ -72,7 +72,8 @@ def _measured(arguments: argparse.Namespace) -> int:
     contenders = tuple(arguments.contender or usual(name))
     if not any(case.contenders(contenders) for case in chosen):
         raise ValueError(f"--contender has {', '.join(contenders)}, and no model of --model has any of these")
-    asked = {"command": _COMMAND, "arguments": vars(arguments)}
+    given = {option: value for option, value in vars(arguments).items() if option not in ("output", "json")}
+    asked = {"command": _COMMAND, "arguments": given}
     return carried_out(chosen, arguments, asked, torch.device(name), contenders, rounds, one=measure_model)
 
 
