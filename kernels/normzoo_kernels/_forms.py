@@ -69,7 +69,7 @@ def backward_form(
 ) -> Form:
     """`tensors`: read by the kernel, as large as x. `gradients`: of parameters, 0 to 2."""
     block, sms = triton.next_power_of_2(width), sm_count(device)
-    group = int(chosen("row_group"))
+    group = int(chosen("row_group")) if itemsize == 2 else min(int(chosen("row_group")), 8)  # more would spill
     packed = 8192 < block <= _ON_CHIP and itemsize == 2 and kind == "rms" and group == _ROW_GROUP
     if block > 8192 and not packed:
         elements = 16384 // itemsize

@@ -12,7 +12,7 @@ from ._launch import sm_count
 from ._on_chip import standardize_on_chip
 
 _MOST = 16384
-"""Entries of a tile that the registers of a program hold."""
+"""Entries of a tile that the registers of a program mostly hold, in the backward pass of x and of dy."""
 
 _LEAST = 4096
 """Entries of a tile below which a program takes more sets, if others are left for all multiprocessors."""
@@ -29,9 +29,7 @@ def on_chip_form(problem: Problem, width: int, kernel: Any) -> Form | None:
     sets, wide = p.channels // width, power_of_two(width)
     columns = {"NB": 1 if p.per_sample else power_of_two(p.samples), "L": power_of_two(p.count)}
     entries = wide * columns["NB"] * columns["L"]
-    # Without dy, and with addresses that are simple, there are registers for as many again.
-    simple = kernel is standardize_on_chip and p.itemsize == 2 and not p.tokens and p.count % p.vector == 0
-    most = 2 * _MOST if simple else _MOST
+    most = _most(p, wide, kernel)
 
     def programs(group: int) -> int:
         return triton.cdiv(sets, group) * (p.samples if p.per_sample else 1)
@@ -50,6 +48,14 @@ def on_chip_form(problem: Problem, width: int, kernel: Any) -> Form | None:
         return None
     constants = {"G": group, "W": wide, **columns, "num_warps": _warps(group * entries)}
     return Form(kernel, programs(group), 1, constants)
+
+
+def _most(p: Problem, wide: int, kernel: Any) -> int:
+    """Entries of a tile for which there are registers."""
+    if kernel is not standardize_on_chip:
+        return _MOST // 2 if p.itemsize == 4 and wide > 1 else _MOST
+    simple = p.itemsize == 2 and not p.tokens and p.count % p.vector == 0
+    return 2 * _MOST if simple else _MOST
 
 
 def _warps(elements: int) -> int:
