@@ -29,7 +29,7 @@ def running_form(kernel: Any, problem: Problem, group: int, two: bool) -> Form:
     # Entries of a warp: with more of them the gradient of wide groups spills.
     warps = tile["CB"] * tile["NB"] * tile["L"] // (512 if two else 1024)
     if (tile["CB"] * p.itemsize < 128) if p.tokens else tile["L"] <= 64:
-        warps *= 2  # narrow pieces leave a thread many channels, or many positions
+        warps = max(warps, 8)  # narrow pieces leave a thread many channels, or many positions
     constants = tile | {"GROUP": group, "W": power_of_two(group) if group else 0}
     constants |= {"STAGES": 3 if warps < 16 else 2, "num_warps": min(max(4, warps), 16)}
     return Form(kernel, blocks * parts, parts, constants)
