@@ -52,10 +52,12 @@ def on_chip_form(problem: Problem, width: int, kernel: Any) -> Form | None:
 
 def _most(p: Problem, wide: int, kernel: Any) -> int:
     """Entries of a tile for which there are registers."""
-    if kernel is not standardize_on_chip:
-        return _MOST // 2 if p.itemsize == 4 and wide > 1 else _MOST
-    simple = p.itemsize == 2 and not p.tokens and p.count % p.vector == 0
-    return 2 * _MOST if simple else _MOST
+    aligned = p.tokens or p.count % p.vector == 0
+    if kernel is standardize_on_chip:
+        return 2 * _MOST if p.itemsize == 2 and aligned and not p.tokens else _MOST
+    if wide == 1:
+        return _MOST
+    return 2 * _MOST // p.itemsize if aligned else _MOST // 4
 
 
 def _warps(elements: int) -> int:
