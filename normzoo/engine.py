@@ -111,6 +111,9 @@ def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:
         )
     if mask.device != x.device:
         raise ValueError(f"normalize: mask is on {mask.device} but x is on {x.device}; move one to the other")
+    # The bytes of a bool are 0 and 1, but for code that looks through.
+    if mask.dtype == torch.bool and not (torch.compiler.is_compiling() or transformed()):
+        return mask.view(torch.uint8)
     return (mask != 0).to(torch.uint8)
 
 
@@ -121,13 +124,14 @@ def _normalize(
     # Where nothing goes in blocks, autograd is faster through a curve than the passes, which read x once more.
     whole = torch.compiler.is_compiling() or x.device.type != "cpu"
     seen_through = transformed() or (curve != "affine" and not body.kernels and whole)
-    carriers = ()
+    carriers: Sequence[Tensor] = ()
     if seen_through or not needs_grad(x):
-        pivot, delta, m2 = body.moments(x, mask, per_sample)
+        pivot, delta, m2, *counts = body.moments(x, mask, per_sample)
         pseudo, real = None, x  # Dynamo takes no tensor twice
     else:
-        pivot, delta, m2, pseudo, real, *carriers = _Moments.apply(x, mask, per_sample, body)
-    count = passes.counts(x, mask, per_sample)
+        pivot, delta, m2, pseudo, real, *others = _Moments.apply(x, mask, per_sample, body)
+        carriers, counts = others[: body.carried], others[body.carried :]
+    count = counts[0] if counts else passes.counts(x, mask, per_sample)
     m = Moments(count, pivot, delta, m2, regions=mask is not None, kernels=body.small)
     with without_autocast(x.device.type):
         parameters, aux = _combined(combine, m, curve)
@@ -185,6 +189,13 @@ class _Passes:
         return _Passes(kernels=False)
 
     def moments(self, x, mask, per_sample):
+        """(pivot, delta, m2), and how many values these were taken over where a kernel tells."""
+        if mask is not None and self.kernels:
+            from normzoo_kernels import channels
+
+            if found := or_none(self.strict, channels.region_moments, x, mask, per_sample):
+                return found
+            return passes.moments(x, mask, per_sample)
         return self._run("moments", x, mask, per_sample)
 
     def affine(self, x, mask, pivot, scale, shift):
@@ -256,20 +267,21 @@ class _Moments(Function):
 
     @staticmethod
     def forward(ctx, x, mask, per_sample, body):
-        pivot, delta, m2 = body.moments(x, mask, per_sample)
-        ctx.save_for_backward(x, mask, pivot, delta)
+        pivot, delta, m2, *count = body.moments(x, mask, per_sample)
+        ctx.save_for_backward(x, mask, pivot, delta, *count)
         ctx.body = body
-        ctx.mark_non_differentiable(pivot)
+        ctx.mark_non_differentiable(pivot, *count)
         ctx.set_materialize_grads(False)
         carriers = [torch.empty_like(delta) for _ in range(body.carried)]  # only their gradients say anything
-        return pivot, delta, m2, x.view_as(x), x.view_as(x), *carriers
+        return pivot, delta, m2, x.view_as(x), x.view_as(x), *carriers, *count
 
     @staticmethod
     def backward(ctx, *grads):
-        _, d_delta, d_m2, dy, d_real, *carried = grads
-        x, mask, pivot, delta = ctx.saved_tensors
+        _, d_delta, d_m2, dy, d_real, *others = grads
+        carried = others[: ctx.body.carried]
+        x, mask, pivot, delta, *counts = ctx.saved_tensors
         body = ctx.body.plain() if dy is None or differentiated(dy) else ctx.body
-        count = passes.counts(x, mask, _of_samples(pivot, mask))
+        count = counts[0] if counts else passes.counts(x, mask, _of_samples(pivot, mask))
         through = slope_and_offset(d_delta, d_m2, delta, count, body.small, body.strict)
         if dy is not None:
             dx = body.dx(dy, x, mask, pivot, carried, *through)

@@ -79,7 +79,7 @@ def _by_autograd(arithmetic: Arithmetic, tensors: Tensors, grads: Tensors, needs
         tensors = [None if t is None else t.view_as(t) for t in tensors]
         outputs = arithmetic.plain(tensors)
     pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
-    wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
+    wanted = [t for t, need in zip(tensors, needs, strict=True) if t is not None and need]
     if not pairs:
         return [None] * len(tensors)
     ys, gs = zip(*pairs, strict=True)

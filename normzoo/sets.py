@@ -226,7 +226,7 @@ class Union:
         entries = found[: self.entries]
         if self.how == "own":
             return entries, ()
-        n, base, *unions = (t.view(self._shape(m2.shape)) for t in found[2:])
+        n, base, *unions = (_shaped(t, self._shape(m2.shape)) for t in found[2:])
         return (*entries, *unions, n, base), (n, base, *unions[:2])
 
     def backward(self, tensors: Any, kept: Any, grads: Tensors, needs: Sequence[bool]) -> Tensors:
@@ -259,6 +259,13 @@ class Union:
         if self.how == "batch":
             return (*lead, 1, c) if self.regions else (*lead, c)
         return *lead, -(-n // self.size), c
+
+
+def _shaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """t, which nobody else has, in a shape; no view where that can be, which could not be changed in place."""
+    if t.shape[1:] == shape:
+        return t.squeeze_(0)
+    return t if t.shape == shape else t.view(shape)
 
 
 def weighted(sets: Sets, weights: Tensor) -> Sets:

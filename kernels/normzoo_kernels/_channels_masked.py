@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ._channels import columns, entries, rebased, region_of, sizes, store_moments, sum_pair, work_of
+from ._channels_merge import added_moments
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def _with(count, pivot, delta, m2, x, keep):
 
 @triton.jit(do_not_specialize=["N", "C", "S", "x_sample", "x_step", "parts"])
 def channel_moments_masked(
-    x_ptr, mask_ptr, pivot_ptr, delta_ptr, m2_ptr, part_ptr, N, C, S, x_sample, x_step, parts,
+    x_ptr, mask_ptr, pivot_ptr, delta_ptr, m2_ptr, count_ptr, part_ptr, N, C, S, x_sample, x_step, parts,
     TOKENS: tl.constexpr, UNIT: tl.constexpr, V: tl.constexpr, PER_SAMPLE: tl.constexpr, CHUNKED: tl.constexpr,
     CB: tl.constexpr, NB: tl.constexpr, L: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -70,3 +71,23 @@ def channel_moments_masked(
         pivot_ptr, delta_ptr, m2_ptr, part_ptr,
         size + at, part, parts, 2 * size, c < C, count1, pivot1, delta1, square1,
     )  # fmt: skip
+    if count_ptr is not None:
+        tl.store(count_ptr + at, count0, mask=c < C)
+        tl.store(count_ptr + size + at, count1, mask=c < C)
+
+
+@triton.jit(do_not_specialize=["size", "parts"])
+def merge_regions(
+    part_ptr, pivot_ptr, delta_ptr, m2_ptr, count_ptr, size, parts, P: tl.constexpr, E: tl.constexpr
+):  # fmt: skip
+    """As `merge_moments`, and how many values there were."""
+    entry = tl.cast(tl.program_id(0), tl.int64) * E + tl.arange(0, E)[None, :]
+    there = entry < size
+    pivot, delta, m2 = added_moments(part_ptr, entry, size, parts, P)
+    part = tl.arange(0, P)[:, None]
+    at = part * tl.cast(size, tl.int64) + entry
+    count = tl.sum(tl.load(part_ptr + at, mask=(part < parts) & there, other=0.0), axis=0)[None, :]
+    tl.store(pivot_ptr + entry, pivot, mask=there)
+    tl.store(delta_ptr + entry, delta, mask=there)
+    tl.store(m2_ptr + entry, m2, mask=there)
+    tl.store(count_ptr + entry, count, mask=there)

@@ -27,6 +27,7 @@ from ._channel_calls import (
 from ._channel_forms import Form, flat_form, map_form, may_read_vectors, moments_form, sums_form
 from ._channel_layout import View, like, reads_past
 from ._channels_map import channel_map_flat
+from ._channels_masked import merge_regions
 from ._channels_merge import merge_moments, merge_sums
 from ._choices import chosen
 from ._launch import launch, remembered
@@ -61,6 +62,24 @@ def moments(x, mask, per_sample):
     return outputs
 
 
+def _regions_like(x, mask, per_sample):
+    return _statistics(x, mask, per_sample, 4)
+
+
+@op(
+    "channel_regions(Tensor x, Tensor mask, bool per_sample) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_regions_like,
+)
+def region_moments(x, mask, per_sample):
+    """(pivot, delta, m2, count) as :func:`moments`, and how many values each was taken over."""
+    outputs = _statistics(x, mask, per_sample, 4)
+    if x.numel() == 0:
+        return tuple(t.zero_() for t in outputs)
+    form, parts = find_moments(*in_place(x), mask, per_sample, outputs)
+    merge(merge_regions, form, parts, outputs)
+    return outputs
+
+
 class Plan(NamedTuple):
     """A launch but for its tensors."""
 
@@ -91,9 +110,13 @@ def find_moments(x, view, mask, per_sample, outputs):
     plan = _plan_moments(call, view, per_sample, False)
     if plan.vector and reads_past(x, view, plan.vector):
         plan = _plan_moments(call, view, per_sample, True)
-    targets = targets_of(plan.form, outputs, 4)
-    plan.launch(x, *(() if mask is None else (contiguous(mask),)), *targets)
-    return plan.form, targets[-1]
+    *found, parts = targets_of(plan.form, outputs, 4)
+    if mask is None:
+        plan.launch(x, *found, parts)
+    else:
+        count = found[3] if len(found) == 4 else None
+        plan.launch(x, contiguous(mask), *found[:3], count, parts)
+    return plan.form, parts
 
 
 def _sums_like(dy, x, mask, pivot, per_sample):

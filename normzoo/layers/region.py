@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from .. import checks, ranks
 from ..dispatch import transformed
 from ..engine import normalize
+from ..fused import fused
 from ..moments import Moments
-from ..passes import divisor
+from ..sets import fits
 from ..side_inputs import side_input
 from ..state import Guarded, finite, recomputing
+from .two_regions import RegionScaling
 
 RESIZES = ("nearest", "max")
 
@@ -90,36 +92,22 @@ def _given(
     checks.choice(layer, "resize", resize, RESIZES)
     hole = _mask_of(layer, mask, x, resize)
     gamma1, beta1, gamma0, beta0 = affine
-    weight = _of_regions(x, gamma0, gamma1)
-    bias = _of_regions(x, beta0, beta1)
-    if bias is not None and not separate_beta:
-        # Not their sum over the regions, whose backward pass would give both the same memory for a gradient.
-        bias = bias[:1] + bias[1:]
-    return by_region(
-        layer, x, hole, None if weight is None else 1 + weight, bias, eps, per_instance, sync, process_group
-    )
-
-
-def _of_regions(x: Tensor, outside: Tensor | None, inside: Tensor | None) -> Tensor | None:
-    """(2, C) in the dtype of the statistics of x."""
-    if outside is None and inside is None:
-        return None
-    given = [x.new_zeros(x.shape[1]) if p is None else p for p in (outside, inside)]
-    return torch.stack([p.to(checks.statistics_dtype(x)) for p in given])
+    parameters = (gamma0, beta0, gamma1, beta1)
+    return by_region(layer, x, hole, parameters, separate_beta, eps, per_instance, sync, process_group)
 
 
 def by_region(
     layer: str,
     x: Tensor,
     hole: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    parameters: tuple[Tensor | None, ...],
+    separate_beta: bool,
     eps: float,
     per_instance: bool,
     sync: bool,
     process_group: Any,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(y, (mean, var)) with weight and bias ([2], C), of the two regions or of both."""
+    """(y, (mean, var)); parameters: gamma and beta of what is around, then of the hole."""
     sync = sync and ranks.size(process_group) > 1
     if not sync and (x.numel() == x.shape[1] or (per_instance and x.shape[2:].numel() == 1)) and x.numel():
         raise ValueError(
@@ -129,25 +117,17 @@ def by_region(
 
     def combine(m: Moments):
         m = m.across_ranks(process_group) if sync else m
-        share = divisor(m.count) / divisor(m.count.sum(0, keepdim=True))
-        scale = torch.rsqrt(m.var + eps / share)
-        if weight is not None:
-            scale = scale * _beside_samples(weight, scale)
-        shift = -m.delta * scale
-        if bias is not None:
-            shift = shift + _beside_samples(bias, scale)
-        return scale, shift, (m.mean.detach(), m.var.detach())
+        scaling = RegionScaling(eps, separate_beta)
+        tensors = (m.count, m.pivot, m.delta, m.m2, *parameters)
+        kernels = m.kernels and m.unmerged and fits(*parameters)
+        scale, shift, *statistics = fused(scaling, *tensors) if kernels else scaling.plain(tensors)
+        return scale, shift, tuple(t.detach() for t in statistics)
 
     return normalize(x, combine, mask=hole, per_sample=per_instance)
 
 
-def _beside_samples(parameter: Tensor, statistics: Tensor) -> Tensor:
-    """([2,] C) as it broadcasts with (2, C) or (2, N, C)."""
-    return parameter.unsqueeze(1) if statistics.dim() == 3 else parameter
-
-
 def _mask_of(layer: str, mask: Tensor, x: Tensor, resize: str) -> Tensor:
-    """The mask as uint8 (N, \\*), in the size of x."""
+    """The mask as bool (N, \\*), in the size of x."""
     if not isinstance(mask, Tensor):
         how = "; torch.from_numpy makes one" if type(mask).__name__ == "ndarray" else ""
         raise TypeError(
@@ -180,7 +160,7 @@ def _mask_of(layer: str, mask: Tensor, x: Tensor, resize: str) -> Tensor:
     mask = mask.detach() > 0.5 if mask.dtype != torch.bool else mask.detach()
     if mask.shape[2:] != x.shape[2:]:
         mask = _resized(layer, mask, x, resize)
-    return mask.squeeze(1).expand(x.shape[0], *x.shape[2:]).to(torch.uint8)
+    return mask.squeeze(1).expand(x.shape[0], *x.shape[2:])
 
 
 def _mended(mask: Tensor, x: Tensor) -> str:

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
+from ..dispatch import use_kernel
 from ..engine import without_autocast
+from ..fused import fused
 from ..pooling import mean_and_max
-from . import native
 from .region import Region, by_region
+from .two_regions import Gate, PixelMap
 
 KERNEL = 7
 
@@ -76,13 +78,17 @@ def _found(
     _check(layer, "importance", (importance, None), 2, x)
     _check(layer, "gamma", gamma, 1, x)
     _check(layer, "beta", beta, 1, x)
+    # Inductor fuses arithmetic on pixels itself.
+    kernels = use_kernel(x, fusible=False) and not torch.compiler.is_compiling()
     with without_autocast(x.device.type):
-        a = torch.sigmoid(_conv(mean_and_max(x), importance))
-        scale, shift = (_conv(a, *both) for both in (gamma, beta))
-    hole = (a.detach() >= threshold).squeeze(1).to(torch.uint8)
+        found = _conv(mean_and_max(x), importance)
+        gate = Gate(threshold)
+        a, again, hole = fused(gate, found) if kernels else gate.plain((found,))
+        scale, shift = _conv(a, *gamma), _conv(again, *beta)
     how = {"sync": False, "process_group": None} | how
-    y, statistics = by_region(layer, x, hole, None, None, **how)
-    return native.like(x, torch.addcmul(shift, checks.at_least_float32(y), 1 + scale)), statistics
+    y, statistics = by_region(layer, x, hole.squeeze(1), (None,) * 4, False, **how)
+    (y,) = fused(PixelMap(), y, scale, shift) if kernels else PixelMap().plain((y, scale, shift))
+    return y, statistics
 
 
 def _check(layer: str, name: str, both: tuple[Tensor, Tensor | None], channels: int, x: Tensor) -> None:

@@ -9,12 +9,16 @@ nothing of it stays in the layer, where the authors' code walks the model and le
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..dispatch import use_kernel
+from ..fused import Tensors, fused
+from ..sets import fits
 from ..side_inputs import side_input
 from .modulated import check_input, modulated
 
@@ -78,9 +82,47 @@ def time_dependent_rms_norm(
 def _by_time(layer, kind, x, t, weight, bias, eps, partial=None) -> Tensor:
     names = ("scale", "offset") if kind == "root" else ("weight", "bias")
     t = _time(layer, t, x)
-    gamma = _at(layer, names[0], weight, t, x)
-    beta = None if bias is None else _at(layer, names[1], bias, t, x)
+    given = _four(layer, names[0], weight, x)
+    if bias is not None:
+        given += _four(layer, names[1], bias, x)
+    values = _Glide()
+    # Inductor fuses this with its neighbours.
+    kernels = fits(*given) and x.numel() and use_kernel(x, t, *given) and not torch.compiler.is_compiling()
+    made = fused(values, t, *given) if kernels else values.plain((t, *given))
+    gamma, *rest = made
+    beta = rest[0] if rest else None
     return modulated(layer, kind, x, gamma, beta, eps, offset=0.0, part=_part(layer, partial, x.shape[-1]))
+
+
+class _Glide:
+    """The values (B, d) of one or two parameters, four tensors (d,) each, at the times t (B, 1)."""
+
+    differentiable = 2
+
+    def plain(self, tensors: Any) -> tuple[Tensor, ...]:
+        t, *parts = tensors
+        parts = [part.to(t.dtype) for part in parts]
+
+        def value(first: Tensor, second: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            return torch.lerp(second, first, torch.sigmoid(torch.addcmul(b, 1 + w, t)))
+
+        return tuple(value(*parts[i : i + 4]) for i in range(0, len(parts), 4))
+
+    def forward(self, tensors: Any) -> tuple[tuple[Tensor, ...], Tensors]:
+        from normzoo_kernels import gliding as kernels
+
+        t, *parts = tensors
+        return tuple(kernels.values(t, parts)), ()
+
+    def backward(self, tensors: Any, kept: Any, grads: Tensors, needs: Sequence[bool]) -> Tensors:
+        from normzoo_kernels import gliding as kernels
+
+        t, *parts = tensors
+        some = grads[: len(parts) // 4]
+        # The norm has a gradient for both, or for none.
+        ups = [torch.zeros_like(t).expand(-1, len(parts[0])) if g is None else g for g in some]
+        *found, dt = kernels.backward(ups, t, parts, needs[0])
+        return dt, *found
 
 
 def _part(layer: str, partial: float | None, width: int) -> int | None:
@@ -109,8 +151,8 @@ def _time(layer: str, t: Tensor, x: Tensor) -> Tensor:
     return t.reshape(-1, 1).to(checks.statistics_dtype(x))
 
 
-def _at(layer: str, name: str, p: Iterable[Tensor], t: Tensor, x: Tensor) -> Tensor:
-    """The value (B, d) of a parameter at the times t (B, 1)."""
+def _four(layer: str, name: str, p: Iterable[Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    """The tensors (d,) of a parameter."""
     four = tuple(p) if isinstance(p, Iterable) else ()
     if len(four) != 4:
         came = f"has {len(four)} tensors" if isinstance(p, Iterable) else f"is a {type(p).__name__}"
@@ -120,8 +162,7 @@ def _at(layer: str, name: str, p: Iterable[Tensor], t: Tensor, x: Tensor) -> Ten
         )
     for place, part in enumerate(four):
         _check_part(layer, f"{name}[{place}]", part, x)
-    first, second, w, b = (part.to(t.dtype) for part in four)
-    return torch.lerp(second, first, torch.sigmoid(torch.addcmul(b, 1 + w, t)))
+    return four
 
 
 def _check_part(layer: str, name: str, part: Tensor, x: Tensor) -> None:

@@ -52,7 +52,10 @@ class ChannelNorm:
         pivot, scale, shift = (torch.empty(of, device="meta") for _ in range(3))
 
         def forward() -> None:
-            launcher(channels.moments)(x, mask, self.per_sample)
+            if mask is None:
+                launcher(channels.moments)(x, mask, self.per_sample)
+            else:
+                launcher(channels.region_moments)(x, mask, self.per_sample)
             launcher(channels.apply)(x, mask, pivot, scale, shift)
 
         def backward() -> None:

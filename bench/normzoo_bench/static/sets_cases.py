@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from normzoo_kernels import balance, carry, sets, stages
+from normzoo_kernels import balance, carry, gliding, pixels, sets, stages
 
 from . import fake
 from .case import DTYPES, EVERYWHERE, ON_SM90, Bound, Call, Case, Plan, launcher
@@ -149,6 +149,74 @@ def _totals(samples: int, dtype: torch.dtype) -> Call:
     return lambda: launcher(carry.totals)([_empty(samples, _CHANNELS) for _ in range(4)])
 
 
+@dataclass(frozen=True)
+class _Regions:
+    """Scale and shift of two regions, by statistics of samples, or all gradients."""
+
+    backward: bool = False
+
+    def __call__(self, samples: int, dtype: torch.dtype) -> Call:
+        count, pivot, delta, m2, dscale, dshift = (_empty(2, samples, _CHANNELS) for _ in range(6))
+        parameters = [_empty(_CHANNELS, dtype=dtype) for _ in range(4)]
+        if self.backward:
+            given = (dscale, dshift, count, delta, m2, *parameters, 1e-5, False)
+            return lambda: launcher(pixels.scaling_backward)(*given)
+        return lambda: launcher(pixels.scaling)(count, pivot, delta, m2, *parameters, 1e-5, False)
+
+
+@dataclass(frozen=True)
+class _Glide:
+    """Two parameters at the times of all samples, or all gradients."""
+
+    backward: bool = False
+
+    def __call__(self, samples: int, dtype: torch.dtype) -> Call:
+        t, parameters = _empty(samples, 1), [_empty(_CHANNELS, dtype=dtype) for _ in range(8)]
+        ups = [_empty(samples, _CHANNELS) for _ in range(2)]
+        if self.backward:
+            return lambda: launcher(gliding.backward)(ups, t, parameters, True)
+        return lambda: launcher(gliding.values)(t, parameters)
+
+
+def _gate(samples: int, dtype: torch.dtype) -> Call:
+    return lambda: launcher(pixels.gate)(_empty(samples, 1, 16, 16), 0.8)
+
+
+def _gate_grad(samples: int, dtype: torch.dtype) -> Call:
+    pixel = [_empty(samples, 1, 16, 16) for _ in range(3)]
+    return lambda: launcher(pixels.gate_backward)(*pixel)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The map by pixels of x (samples, 256, 56, 56), in one sweep each way."""
+
+    backward: bool
+    last: bool
+    samples: int = 16
+
+    @property
+    def name(self) -> str:
+        return f"pixel-map-{'bwd' if self.backward else 'fwd'}{'-last' * self.last}-{self.samples}"
+
+    def build(self, samples: int, dtype: str, target: fake.Target) -> tuple[Call, Tensor]:
+        size = (samples, 56, 56, _CHANNELS) if self.last else (samples, _CHANNELS, 56, 56)
+        x, dy = (_empty(*size, dtype=DTYPES[dtype]) for _ in range(2))
+        if self.last:
+            x, dy = x.movedim(-1, 1), dy.movedim(-1, 1)
+        scale, shift = (_empty(samples, 1, 56, 56) for _ in range(2))
+        if self.backward:
+            return lambda: launcher(pixels.apply_backward)(dy, x, scale), x
+        return lambda: launcher(pixels.apply)(x, scale, shift), x
+
+    def case(self, plan: Plan) -> Case:
+        bounds = [Bound("x_passes", most=(3 if self.backward else 2) + 0.001), Bound("launches", most=1)]
+        bounds += [Bound("copies", most=0), Bound("variants", most=3)]  # fewer samples: narrower rows
+        if plan != EVERYWHERE:
+            bounds.append(Bound("x_width", least=16))
+        return Case(self.name, self.build, self.samples, tuple(bounds), plan)
+
+
 _OTHERS = {
     "mixed-scaling": _mixed,
     "stored-scaling": _stored,
@@ -157,6 +225,12 @@ _OTHERS = {
     "second-stage-bwd": _Second(_CHANNELS, True),
     "statistics-pull": _pull,
     "sum-rows": _totals,
+    "region-scaling-fwd": _Regions(),
+    "region-scaling-bwd": _Regions(True),
+    "glide-fwd": _Glide(),
+    "glide-bwd": _Glide(True),
+    "importance-fwd": _gate,
+    "importance-bwd": _gate_grad,
 }
 _OF_FEW = {
     "second-stage-groups-fwd": _Second(32),
@@ -187,3 +261,7 @@ def sets_cases() -> Iterator[Case]:
         yield Small(f"{name}-few", calls, samples=8).case(EVERYWHERE)
     for name, calls in _OF_FEW.items():
         yield Small(name, calls, vectors=False).case(EVERYWHERE)
+    for backward in (False, True):
+        for last in (False, True):
+            yield Pixels(backward, last).case(ON_SM90)
+        yield Pixels(backward, False, samples=2).case(EVERYWHERE)
