@@ -28,7 +28,7 @@ _SHAPE = {
 """Fields of a case that say how large it is; the others are options."""
 
 _CHANNELS = (1, 3, 8, 20, 64, 149, 256, 442, 2048)
-_SAMPLES = (1, 4, 32)
+_SAMPLES = (1, 5, 32)
 _FEW_AND_MANY = (7, 4096)
 _GROUPS = (1, 4, 32)
 
@@ -166,8 +166,8 @@ def planned(cases: Iterable[Case]) -> Iterator[Call]:
 def jobs(cases: Iterable[Case], targets: Iterable[str], seed: int, most: int | None = None) -> list[Job]:
     """Calls of the sweep that together have every configuration that the cases leave out; `most` of them.
 
-    sm_90 stands for all targets; on another one only the configurations are compiled that sm_90 does not have, as
-    far as a quarter of the calls shows them.
+    sm_90 stands for all targets; on another one only the configurations are compiled that sm_90 does not have,
+    as far as a quarter of the calls shows them.
     """
     cases = list(cases)
     seen = set().union(*(call.configurations() for call in planned(cases)))
