@@ -8,6 +8,7 @@ for other layouts than contiguous and channels_last, nothing is cut.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -93,9 +94,9 @@ class Grid:
             s = self.shape[0]
             scale, shift = (self.spread(t).view(-1) for t in (scale, shift))
             rows = x.view(1, s, -1)  # batch norm with a mean of zero and a deviation of one
-            return torch.batch_norm(
-                rows, scale, shift, scale.new_zeros(s), scale.new_ones(s), False, 0.0, 0.0, False
-            ).view(x.shape)
+            standard = (scale.new_zeros(s), scale.new_ones(s))
+            y = torch.batch_norm(rows, scale, shift, *standard, False, 0.0, 0.0, False)
+            return shaped(y, x)
         if not wide:
             return None
         made = torch.empty_like(x)
@@ -103,24 +104,46 @@ class Grid:
         return made
 
 
+def _memory(size: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # for calls outside of it too
+        return torch.empty(size, dtype=dtype, device="cpu")
+
+
 def _most() -> int:
     """Entries of a block."""
     return _GRAIN * max(_FEWEST, torch.get_num_threads())
 
 
+class _Free(threading.local):
+    """Memory of rooms that are gone: the first touch of new memory takes longer than what is done there."""
+
+    def __init__(self) -> None:
+        self.of: dict[torch.dtype, list[Tensor]] = {torch.float32: [], torch.float64: []}
+
+
+_free = _Free()
+_KEPT = 6
+
+
 class Room:
-    """Memory for a block in the dtype of the statistics, used again for every block."""
+    """Memory for a block in the dtype of the statistics, used again for every block, and by later rooms."""
 
     def __init__(self, x: Tensor) -> None:
         self.dtype = statistics_dtype(x)
-        self.held = torch.empty(0, dtype=self.dtype)
+        free = _free.of[self.dtype]
+        self.whole = free.pop() if free else _memory(0, self.dtype)
+        self.held = self.whole
+
+    def __del__(self) -> None:
+        free = _free.of[self.dtype]
+        if len(free) < _KEPT and plain(self.whole) and self.whole.numel() <= _most():
+            free.append(self.whole)
 
     def like(self, block: Tensor) -> Tensor:
         if self.held.shape != block.shape:
-            whole = self.held._base if self.held._base is not None else self.held
-            if whole.numel() < block.numel():
-                whole = whole.new_empty(block.numel())
-            self.held = whole[: block.numel()].view(block.shape)
+            if self.whole.numel() < block.numel():
+                self.whole = _memory(block.numel(), self.dtype)
+            self.held = self.whole[: block.numel()].view(block.shape)
         return self.held
 
     def wide(self, block: Tensor) -> Tensor:
@@ -171,6 +194,11 @@ def summed(
         of_samples = whole.view(grid.shape[0], -1, grid.shape[2]).sum(1).view(-1, grid.channels)
         made.append(of_samples if per_sample else of_samples.sum(0))
     return made
+
+
+def shaped(made: Tensor, like: Tensor) -> Tensor:
+    """A new tensor in the shape of another; no view, for what a Function returns may be changed in place."""
+    return torch.ops.aten._unsafe_view(made, like.shape)
 
 
 def total(block: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ y = scale · n(x) + shift, where n(x) of a row is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch.autograd import Function
 
 from normzoo_kernels._op import batched, differentiated, needs_grad, through_reference
 
-from .blocks import Grid, Room, total
+from .blocks import Block, Grid, Room, shaped, total
 from .checks import at_least_float32, statistics_dtype
 from .dispatch import plain, transformed
 
@@ -27,6 +27,9 @@ Reference = Callable[..., Tensor]
 
 _SMALL = 1 << 17
 """Entries that are in the cache anyway; a few operators over all of them are as fast."""
+
+_MANY_ROWS = 16
+"""Of a sample: enough that an operator for each sample costs little."""
 
 _IN_LINE = 8192
 """Squares that one vector_norm may add up in float32 before the last digits suffer."""
@@ -119,13 +122,13 @@ def _forward(x: Tensor, scale: Tensor | None, shift: Tensor | None, kind: Kind, 
     """(y, statistics): of rows, (S, rows, 1), the mean before the inverse for "layer"."""
     grid = _grid(x, dims, scale if scale is not None and scale.dim() > dims else shift)
     h3, scale, shift = x.detach().view(grid.shape), _wide(scale, grid, x), _wide(shift, grid, x)
-    if grid.one:
+    if grid.one and not _by_samples(kind, grid):
         y, statistics = _forward_block(at_least_float32(h3), scale, shift, kind, None)
-        return y.view(x.shape).to(x.dtype), statistics
+        return shaped(y, x).to(x.dtype), statistics
     made = torch.empty_like(x)
     y3, wide, room = made.view(grid.shape), Room(x), Room(x)
     found: list[tuple[Tensor, ...]] = []
-    for s, rows in grid.blocks():
+    for s, rows in _blocks(kind, grid):
         h, target = wide.wide(h3[s, rows]), y3[s, rows]
         out = target if target.dtype == room.dtype else room.like(h)
         y, statistics = _forward_block(h, _of(scale, s), _of(shift, s), kind, out)
@@ -138,11 +141,27 @@ def _forward(x: Tensor, scale: Tensor | None, shift: Tensor | None, kind: Kind, 
     ]
 
 
+def _by_samples(kind: Kind, grid: Grid) -> bool:
+    """Whether torch's operator of layer norm, which takes one scale and shift, goes sample by sample."""
+    return kind.name == "layer" and grid.shape[1] >= _MANY_ROWS
+
+
+def _blocks(kind: Kind, grid: Grid) -> Iterable[Block]:
+    if not _by_samples(kind, grid):
+        return grid.blocks()
+    return ((slice(i, i + 1), slice(0, grid.shape[1])) for i in range(grid.shape[0]))
+
+
 def _forward_block(h, scale, shift, kind: Kind, out) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(y, statistics) of a block, y in `out` where there is one and torch's operator can."""
     if kind.name == "layer":
-        y, *of_rows = torch.native_layer_norm(h, h.shape[-1:], None, None, kind.eps)
+        alone = [p for p in (scale, shift) if p is not None and len(p) == 1]
+        fused = scale is not None and len(alone) == 1 + (shift is not None)
+        own = (_row(scale), _row(shift)) if fused else (None, None)
+        y, *of_rows = torch.native_layer_norm(h, h.shape[-1:], *own, kind.eps)
         statistics = tuple(of_rows)
+        if fused:
+            return y, statistics
     else:
         statistics = (kind.inverse(h),)
         y = torch.mul(h, statistics[0], out=out)
@@ -151,6 +170,11 @@ def _forward_block(h, scale, shift, kind: Kind, out) -> tuple[Tensor, tuple[Tens
     if shift is not None:
         y.add_(shift)
     return y, statistics
+
+
+def _row(p: Tensor | None) -> Tensor | None:
+    """(1, 1, d) as (d,)."""
+    return None if p is None else p.view(-1)
 
 
 class _Rows(Function):
@@ -180,20 +204,31 @@ def _backward(dy, x, scale, shift, statistics, kind, dims, wants):
     rooms, s3 = [Room(x) for _ in range(4)], _wide(scale, grid, x)
     of_scale: list[Tensor] = []
     of_shift: list[Tensor] = []
-    for s, rows in grid.blocks():
+    for s, rows in _blocks(kind, grid):
         h, g = rooms[0].wide(h3[s, rows]), rooms[1].wide(dy3[s, rows])
         own, r = _of(s3, s), statistics[-1][s, rows]
-        if shift is not None and wants[2]:
-            of_shift.append(total(g))
         if kind.name == "layer":
             mean = statistics[0][s, rows]
+            if own is not None and len(own) == 1:
+                wanted = [True, wants[1], shift is not None and wants[2]]
+                how = (h.shape[-1:], mean, r, _row(own), _row(own), wanted)
+                dx3[s, rows], ds, db = torch.ops.aten.native_layer_norm_backward(g, h, *how)
+                if wanted[1]:
+                    of_scale.append(ds.view(own.shape))
+                if wanted[2]:
+                    of_shift.append(db.view(own.shape))
+                continue
             if scale is not None and wants[1]:
                 away = torch.sub(h, mean, out=rooms[2].like(h))
                 of_scale.append(total(away.mul_(g).mul_(r)))
+            if shift is not None and wants[2]:
+                of_shift.append(total(g))
             g = g if own is None else torch.mul(g, own, out=rooms[3].like(h))
             how = (h.shape[-1:], mean, r, None, None, [True, False, False])
             dx3[s, rows] = torch.ops.aten.native_layer_norm_backward(g, h, *how)[0]
             continue
+        if shift is not None and wants[2]:
+            of_shift.append(total(g))
         product = torch.mul(g, h, out=rooms[2].like(h))
         if scale is not None and wants[1]:
             of_scale.append(total(torch.mul(product, r, out=rooms[3].like(h))))
