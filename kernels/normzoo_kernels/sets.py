@@ -21,7 +21,7 @@ from torch import Tensor
 from ._channel_calls import contiguous
 from ._channel_forms import merge_tile
 from ._channels_merge import merge_rows
-from ._launch import launch, sm_count
+from ._launch import launch, remembered, sm_count
 from ._op import op
 from ._sets import sets_backward, sets_forward
 
@@ -55,7 +55,11 @@ class _Plan(NamedTuple):
 
 def _plan(t: Tensor, how: str, size: int) -> _Plan:
     columns = t.shape[-1]
-    rows = t.numel() // columns
+    return _plan_of(t.numel() // columns, columns, how, size, t.device)
+
+
+@remembered
+def _plan_of(rows: int, columns: int, how: str, size: int, device: torch.device) -> _Plan:
     if how == "groups":
         groups, tall = columns // size, min(triton.next_power_of_2(size), _TILE)
         wide = max(_TILE // 4 // tall, 1)
@@ -75,7 +79,7 @@ def _plan(t: Tensor, how: str, size: int) -> _Plan:
         "own": (1, rows, 1, 0),
         "interleaved": (size, rows // size if size else 0, 1, rows // size if size else 0),
     }.get(how) or (size, -(-rows // size), size, 1)
-    wide = 128 if how == "own" else _columns_at_once(columns, sm_count(t.device))
+    wide = 128 if how == "own" else _columns_at_once(columns, sm_count(device))
     blocks = -(-columns // wide)
     unit = 4 if columns % 4 == 0 else 1
     constants = {"GROUPED": False, "OWN": how == "own", "UNIT": unit, "MB": 1, "E": wide, "num_warps": 1}
