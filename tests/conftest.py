@@ -8,6 +8,7 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite(
+    "arithmetic_checks",
     "channel_checks",
     "distributed_checks",
     "distributed_work",
