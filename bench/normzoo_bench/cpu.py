@@ -34,17 +34,17 @@ from .workloads import DIRECTIONS, Workload, memory_formats
 DOCUMENTS = ("cpu-layers", "cpu-scaling")
 
 _SHAPES: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
-    "rows": (("small", (64, 1024)), ("llm", (1024, 4096)), ("vit", (32, 197, 768)), ("odd", (1024, 1023))),
+    "rows": (("llm", (1024, 4096)), ("small", (64, 1024)), ("vit", (32, 197, 768)), ("odd", (1024, 1023))),
     "channels": (
+        ("resnet", (8, 512, 28, 28)),
         ("small", (16, 64, 8, 8)),
         ("resnet", (8, 256, 56, 56)),
-        ("resnet", (8, 512, 28, 28)),
         ("resnet", (16, 2048, 7, 7)),
     ),
-    "running": (("small", (64, 1024)), ("tokens", (1024, 1024)), ("tokens", (32, 197, 768))),
-    "weights": (("small", (64, 64, 3, 3)), ("conv", (512, 512, 3, 3)), ("stem", (64, 3, 7, 7))),
+    "running": (("tokens", (1024, 1024)), ("small", (64, 1024)), ("tokens", (32, 197, 768))),
+    "weights": (("conv", (512, 512, 3, 3)), ("small", (64, 64, 3, 3)), ("stem", (64, 3, 7, 7))),
 }
-"""Where starting operators takes the time, and where memory does."""
+"""Where memory takes the time, and where starting operators does."""
 
 _TORCHS = ("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm")
 _MODELS = ("adaptive_layer_norm", "adaptive_rms_norm")
