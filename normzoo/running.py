@@ -10,7 +10,7 @@ Where r, or a and b, are known before the statistics of a step, one sweep over x
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,9 +22,11 @@ from normzoo_kernels._op import differentiated, needs_grad
 from . import ranks, sweeps
 from .dispatch import insisted, or_none, use_kernel
 from .passes import divisor
-from .state import commit
+from .state import commit, present, snapshot
 
-State = Sequence[Tensor]
+State = Sequence[Tensor | None]
+"""Of a forward pass (mean, window, iters, outliers, skipped), of a backward pass (mean, window, skipped): None
+for what a layer has not."""
 
 _WIDEST = 8192
 """Channels of a group that a kernel can hold."""
@@ -68,25 +70,23 @@ class Rule(Protocol):
         """
         ...
 
-    @property
-    def known(self) -> dict[str, Any]:
+    def known(self, state: State) -> tuple[Tensor | None, Tensor | None, int | None]:
         """What the first sweep forward needs in order to write y: d, iters, warmup; see the kernels."""
         ...
 
-    def known_backward(self, kept: Any) -> tuple[Any, ...] | None:
-        """What the first sweep backward needs in order to write dx: a, b, ema, rate; None where it cannot."""
+    def known_backward(self, state: State) -> tuple[Any, float] | None:
+        """What the first sweep backward needs in order to write dx: ema and rate; None where it cannot."""
         ...
 
-    def launch_forward(
-        self, kernels: Any, sums: Tensor, counts: Tensor | None, count: int
-    ) -> tuple[Tensor, State, State]:
-        """(r, kept, new state) by the kernel."""
+    def launch_forward(self, kernels: Any, sums: Tensor, state: State) -> Any:
+        """What is kept, by the kernel, which leaves the state to the last sweep."""
         ...
 
     def launch_backward(
-        self, kernels: Any, kept: Any, weight: Tensor | None, *sums: Any
-    ) -> tuple[Tensor, Any, State]:
-        """(dweight, (a, b) where they were not known before, new state) by the kernel."""
+        self, kernels: Any, sums: Sequence[Any], kept: Any, parameters: Any, state: State
+    ) -> Any:
+        """(dweight, dbias) by the kernel, which moves the state; or, where no sweep wrote dx,
+        (dweight, dbias, rows, flags) for that which does."""
         ...
 
     def plain(self, kept: Any) -> State:
@@ -109,11 +109,16 @@ def run(
     groups: each position is first divided by the root mean square of each of so many groups of channels.
     """
     kernels = use_kernel(x, weight, bias, fusible=False)
-    kernels = kernels and _fits(x, groups, *rule.state, *rule.gradient_state)
+    kernels = kernels and _fits(x, groups, *_there(rule.state), *_there(rule.gradient_state))
     ranked = sync and ranks.size(process_group) > 1
     y, *new = _Run.apply(x, weight, bias, pad_mask, groups, rule, ranked, process_group, kernels, insisted())
-    commit(zip(rule.state, new, strict=True))
+    if new:
+        commit(zip(_there(rule.state), new, strict=True))
     return y
+
+
+def _there(state: State) -> list[Tensor]:
+    return [t for t in state if t is not None]
 
 
 def by_stored(
@@ -158,8 +163,10 @@ class _Run(Function):
         found = None
         if kernels:
             found = or_none(strict, _forward_by_kernels, x, weight, bias, pad_mask, *how)
-        ctx.kernels, ctx.strict, ctx.how, ctx.has_bias = found is not None, strict, how, bias is not None
+        ctx.kernels, ctx.strict, ctx.how = found is not None, strict, how
+        ctx.bias = None if bias is None else bias.dtype
         y, counts, kept, new = found or _forward(x, weight, bias, pad_mask, *how)
+        new = _there(new)
         ctx.save_for_backward(x, weight, counts, *kept)
         ctx.mark_non_differentiable(*new)
         ctx.set_materialize_grads(False)
@@ -179,12 +186,14 @@ class _Run(Function):
         x, weight, counts, *kept = ctx.saved_tensors
         rule, found, wants_x = ctx.how[1], None, ctx.needs_input_grad[0]
         if ctx.kernels:
-            found = or_none(ctx.strict, _backward_by_kernels, dy, x, weight, counts, kept, wants_x, *ctx.how)
+            step = (dy, x, weight, ctx.bias, counts, kept, wants_x)
+            found = or_none(ctx.strict, _backward_by_kernels, *step, *ctx.how)
             kept = kept if found else rule.plain(kept)
         dx, dweight, dbias, new = found or _backward(dy, x, weight, counts, kept, wants_x, *ctx.how)
-        commit(zip(rule.gradient_state, new, strict=True))
+        if new:
+            commit(zip(_there(rule.gradient_state), _there(new), strict=True))
         dweight = None if weight is None else dweight.to(weight.dtype)
-        return dx, dweight, dbias if ctx.has_bias else None, *nothing[3:]
+        return dx, dweight, None if ctx.bias is None else dbias, *nothing[3:]
 
 
 def _stored_by_kernel(x, stored, weight, bias, eps, groups):
@@ -192,7 +201,7 @@ def _stored_by_kernel(x, stored, weight, bias, eps, groups):
     from normzoo_kernels._channel_layout import like
 
     y = like(x)
-    kernels.map_into(y, x, stored, weight, bias, None, 0, groups or 0, eps)
+    kernels.map_into(y, x, stored, weight, bias, None, groups or 0, eps)
     return y
 
 
@@ -209,8 +218,9 @@ def _forward(x, weight, bias, pad_mask, groups, rule, ranked, process_group):
     whole = sweeps.squares(u)
     valid = whole if pad_mask is None else sweeps.squares(u, pad_mask)
     counts = _counts(x, pad_mask, u.dtype)
-    if ranked:
-        valid, whole, counts = ranks.total((valid, whole, counts), process_group)
+    if ranked:  # packed as the sums of the kernels, which other ranks may have run
+        valid, here, whole, count = ranks.total((valid, counts[0], whole, counts[1]), process_group)
+        counts = torch.stack((here, count))
     certain = pad_mask is None and not ranked and x.numel() > 0
     here, count = divisor(counts).unbind()
     r, kept, new = rule.forward(valid / here, whole / count, None if certain else counts[0] > 0)
@@ -232,26 +242,43 @@ def _backward(dy, x, weight, counts, kept, wants_x, groups, rule, ranked, proces
 def _forward_by_kernels(x, weight, bias, pad_mask, groups, rule, ranked, process_group):
     from normzoo_kernels import running as kernels
 
-    known = rule.known
-    until = (known["iters"], known["warmup"], groups or 0)
-    y, sums = kernels.sweep(x, pad_mask, known["d"], weight, bias, *until, known["eps"])
-    counts = None if pad_mask is None and not ranked else _counts(x, pad_mask, sums.dtype)
-    if ranked and counts is not None:
-        sums, counts = ranks.total((sums, counts), process_group)
-    r, kept, new = rule.launch_forward(kernels, sums, counts, x.numel() // x.shape[1])
-    kernels.map_into(y, x, r, weight, bias, *until, None)
-    return y, counts, kept, new
+    state = _lying(rule.state, snapshot)
+    d, iters, warmup = rule.known(state)
+    y, sums = kernels.sweep(x, pad_mask, d, weight, bias, iters, warmup or 0, groups or 0, rule.eps)
+    if ranked:
+        (sums,) = ranks.total((sums,), process_group)
+    rows, flags = rule.launch_forward(kernels, sums, state)
+    kernels.map_into(y, x, rows, weight, bias, warmup, groups or 0, None, flags, *state)
+    return y, sums[:, -1] if ranked else None, (rows, flags), _written(rule.state, state)
 
 
-def _backward_by_kernels(dy, x, weight, counts, kept, wants_x, groups, rule, ranked, process_group):
+def _backward_by_kernels(dy, x, weight, bias, counts, kept, wants_x, groups, rule, ranked, process_group):
     from normzoo_kernels import running as kernels
 
-    known = rule.known_backward(kept) if wants_x else None
-    a, b, ema, rate = known or (None, None, None, 0.0)
-    dx, (dbias, slope) = kernels.gradient(dy, x, a, b, weight, ema, rate, groups or 0, True)
-    total = ranks.total((slope,), process_group)[0] if ranked else slope
-    sums = (slope, total, counts, x.numel() // x.shape[1])
-    dweight, late, new = rule.launch_backward(kernels, kept, weight, *sums)
-    if wants_x and late is not None:
-        dx, _ = kernels.gradient(dy, x, late[0], late[1], None, None, 0.0, groups or 0, False)
-    return dx if wants_x else None, dweight, dbias, new
+    state = _lying(rule.gradient_state, lambda b: present(b, dy))
+    known = rule.known_backward(state) if wants_x else None
+    ema, rate = known or (None, 0.0)
+    rows, factor = (kept[0], weight) if known else (None, None)
+    dx, sums = kernels.gradient(dy, x, rows, factor, ema, rate, groups or 0)
+    total = ranks.total((sums[1],), process_group)[0] if ranked else None
+    whole = None if counts is None else counts[1]
+    found = (sums, total, whole, x.numel() // x.shape[1])
+    dweight, dbias, *late = rule.launch_backward(kernels, found, kept, (weight, bias), state)
+    if late:
+        dx = kernels.late_gradient(dy, x, late[0], groups or 0, wants_x, late[1], *state)
+    return dx if wants_x else None, dweight, dbias, _written(rule.gradient_state, state)
+
+
+def _lying(buffers: State, copy: Callable[[Tensor], Tensor]) -> State:
+    """What the kernels write: the buffers as they are, but copies in a graph, and of what is not contiguous."""
+    if torch.compiler.is_compiling():
+        return [None if b is None else copy(b) for b in buffers]
+    return [None if b is None else b.contiguous() for b in buffers]
+
+
+def _written(buffers: State, state: State) -> State:
+    """What is left to commit when kernels have written `state`. Autograd, which sees no kernel, is told."""
+    if torch.compiler.is_compiling() or any(a is not b for a, b in zip(state, buffers, strict=True)):
+        return state
+    torch.autograd.graph.increment_version(_there(state))
+    return ()

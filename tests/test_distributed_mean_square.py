@@ -163,6 +163,13 @@ def in_kernels(name):
     assert ours.batches_skipped == ours.gradients_skipped == 1
 
 
+@check(2, **{name: (name,) for name in ("power", "unified")})
+def in_kernels_of_one_rank(name):
+    """As where those of another do not compile."""
+    ours, alone = pair(name, torch.float32)
+    compare(ours, alone, eager if dist.get_rank() else by_kernels, MIXED)
+
+
 @check(2, **{name: (name,) for name in ("power", "filtered")})
 def in_a_graph(name):
     """One collective forward and one backward, which `compiled` counts."""

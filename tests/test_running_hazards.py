@@ -161,13 +161,15 @@ def test_empty_batches(make, shape):
 
 def test_where_the_filter_draws_the_line():
     """Against the unbiased variance of the window before the step, here of four numbers."""
-    zero, iters = (torch.tensor(n, device=DEVICE) for n in (0, 4))
+    iters = torch.tensor(4, device=DEVICE)
     found, wanted = [], []
     for _ in range(40):
         window, q = torch.rand(2, 2, device=DEVICE) + 0.1, torch.rand(2, device=DEVICE) + 0.1
-        how = (window, iters, zero, None, 1e-5, 0.9, 0, 1000, True, False)
-        _, flags, *_ = kernels.unified_forward(torch.stack((q, q)), None, 1, torch.ones_like(q), *how)
+        how = (window, iters, 1e-5, 0.9, 0, 1000, True, False)
+        sums = torch.cat((q, torch.ones(1, device=DEVICE))).expand(2, 3).contiguous()
+        _, flags = kernels.unified_forward(sums, torch.ones_like(q), *how)
         now = torch.stack((window[0], q))
+        assert flags[2] == flags[3]
         found.append(bool(flags[3]))
         wanted.append(bool((now.mean(0) - now.log().mean(0).exp() > 2 * window.sqrt().var()).any()))
     assert found == wanted and 5 < sum(wanted) < 35
@@ -185,15 +187,18 @@ def test_after_the_warm_up_no_token_sees_the_others():
 def test_y_is_written_once(iters):
     """By the sweep after a warm-up of two steps, else by the map."""
     x, d, w, b = values(40, 6).detach(), *torch.rand(3, 6, device=DEVICE)
-    until = (torch.tensor(iters, device=DEVICE), 2, 2, 1e-5)
-    y, sums = kernels.sweep(x, None, d, w, b, *until)
+    number = torch.tensor(iters, device=DEVICE)
+    y, sums = kernels.sweep(x, None, d, w, b, number, 2, 2, 1e-5)
     assert sums.isfinite().all() and (y.isfinite().all() if iters >= 2 else y.isnan().all())
-    later = torch.full_like(x, NAN)
-    kernels.map_into(later, x, d, w, b, *until)
+    always, later = torch.full_like(x, NAN), torch.full_like(x, NAN)
+    rows, flags = torch.rand(4, 6, device=DEVICE), torch.tensor([iters, 1, 0, 0, 1], device=DEVICE)
+    rows[0] = torch.rsqrt(d + 1e-5)
+    skipped = torch.tensor(7, device=DEVICE)
+    kernels.map_into(later, x, rows, w, b, 2, 2, None, flags, d, None, number, None, skipped)
     assert later.isnan().all() if iters >= 2 else later.isfinite().all()
-    always = torch.full_like(x, NAN)
-    kernels.map_into(always, x, d, w, b, None, *until[1:])
-    assert torch.equal(always, y if iters >= 2 else later)
+    kernels.map_into(always, x, rows, w, b, None, 2, None)
+    torch.testing.assert_close(always, y if iters >= 2 else later)
+    assert torch.equal(d, rows[3]) and number == iters + 1 and skipped == 8
 
 
 @per("make", {"power": Power, "unified": Unified})
@@ -219,28 +224,29 @@ def test_operators_are_well_formed(masked, warmup):
         torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
         return operator(*args)
 
-    iters, skipped = torch.tensor(2, device=DEVICE), torch.tensor(1, device=DEVICE)
-    d, w, b, a, ema = (torch.rand(6, device=DEVICE) for _ in range(5))
+    def number(n):
+        return torch.tensor(n, device=DEVICE)
+
+    d, w, b, ema = (torch.rand(6, device=DEVICE) for _ in range(4))
+    windows, skips = torch.rand(2, 3, 6, device=DEVICE), number(1) if masked else None
+    rows, flags = torch.rand(4, 6, device=DEVICE), torch.tensor([2, 1, 0, 0, 0], device=DEVICE)
     for x in (randn(4, 6, 5), randn(4, 5, 6).transpose(1, 2), randn(5, 6, 4).permute(2, 1, 0)):
         mask = torch.rand(len(x), *x.shape[2:], device=DEVICE) < 0.4 if masked else None
-        y, sums = opcheck("running_sweep", x, mask, d, w, b, iters, warmup, 2, 1e-5)
+        y, sums = opcheck("running_sweep", x, mask, d, w, b, number(2), warmup, 2, 1e-5)
         opcheck("running_sweep", x, mask, None, w, None, None, 0, 0, 1e-5)
-        opcheck("running_map", y, x, d, w, b, iters, warmup, 2, None)
-        opcheck("running_gradient", x.clone(), x, a, b, w, ema, 0.1, 2, True)
-        opcheck("running_gradient", x.clone(), x, None, None, w, None, 0.0, 0, True)
-        opcheck("running_gradient", x.clone(), x, a, b, None, None, 0.0, 0, False)
-    counts, count = torch.tensor([7.0, 9.0], device=DEVICE) if masked else None, 9
-    skips = skipped if masked else None
-    how = (1e-5, 0.9, warmup, True, masked)
-    r, counted, *_ = opcheck("power_statistics", sums, counts, count, d, iters, skips, *how)
-    opcheck("power_gradient", a, b, counts, count, r, counted, w, ema, skips, 0.1, masked)
-    how = (1e-5, 0.9, warmup, 1000, True, masked)
-    windows = torch.rand(2, 3, 6, device=DEVICE)
-    r, flags, *_ = opcheck(
-        "unified_statistics", sums, counts, count, d, windows[0], iters, skipped.clone(), skips, *how
-    )
-    how = (0.9, warmup, masked)
-    opcheck("unified_gradient", a, b, counts, count, r, flags, w, ema, windows[1], skips, *how)
+        opcheck("running_map", y, x, d, w, b, None, 2, 1e-5)
+        how = (flags, d.clone(), windows[0].clone(), number(2), number(0), skips)
+        opcheck("running_map", y, x, rows, w, b, warmup, 2, None, *how)
+        opcheck("running_gradient", x.clone(), x, rows, w, ema, 0.1, 2)
+        _, slopes = opcheck("running_gradient", x.clone(), x, None, None, None, 0.0, 0)
+        how = (flags, d.clone(), windows[0].clone(), skips)
+        opcheck("running_late_gradient", x.clone(), x, rows, 0, masked, *how)
+    opcheck("power_statistics", sums, d, number(2), 1e-5, 0.9, warmup, True, masked)
+    some = (slopes[1].clone(), torch.tensor(9.0, device=DEVICE)) if masked else (None, None)
+    given = (slopes, *some, 9, rows, flags, w, torch.bfloat16)
+    opcheck("power_gradient", *given, ema.clone(), skips, 0.1, masked)
+    opcheck("unified_statistics", sums, d, windows[0], number(2), 1e-5, 0.9, warmup, 1000, True, masked)
+    opcheck("unified_gradient", *given, ema, windows[1], 0.9, warmup, masked)
 
 
 COMPILED = {
@@ -274,7 +280,8 @@ def _unavailable(*args):
 
 LAUNCHERS = [
     *((Power, name) for name in ("sweep", "power_forward", "map_into", "gradient", "power_backward")),
-    *((Unified, name) for name in ("sweep", "unified_forward", "map_into", "gradient", "unified_backward")),
+    *((Unified, name) for name in ("sweep", "unified_forward", "map_into")),
+    *((Unified, name) for name in ("gradient", "unified_backward", "late_gradient")),
 ]
 per_launcher = pytest.mark.parametrize(
     ("make", "launcher"), LAUNCHERS, ids=lambda v: v if isinstance(v, str) else ""
@@ -309,7 +316,7 @@ def test_a_kernel_that_does_not_compile_is_an_error_where_it_was_asked_for(monke
     before = state_of(layer)
     with pytest.raises(KernelUnavailable, match="no compiler"):
         step(layer, "triton", values(20, 6), randn(20, 6))
-    backward = launcher == "gradient" or launcher.endswith("backward")
+    backward = launcher.endswith(("gradient", "backward"))
     assert layer.iters == 3 + backward
     same({"ema_gz": layer.ema_gz}, {"ema_gz": before["ema_gz"]})
 

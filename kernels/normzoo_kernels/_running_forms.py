@@ -25,7 +25,7 @@ def running_form(kernel: Any, problem: Problem, group: int, two: bool) -> Form:
     else:
         tile = tile_of(p, elements)
         blocks = triton.cdiv(p.channels, tile["CB"])
-    parts = parts_of(tiles_in(p, tile), blocks, _LEAST, 4 * sms)
+    parts = parts_of(max(tiles_in(p, tile), 1), blocks, _LEAST, 4 * sms)
     # Entries of a warp: with more of them the gradient of wide groups spills.
     warps = tile["CB"] * tile["NB"] * tile["L"] // (512 if two else 1024)
     if (tile["CB"] * p.itemsize < 128) if p.tokens else tile["L"] <= 64:

@@ -245,18 +245,20 @@ class Step:
     def __init__(self, layer: MeanSquareNorm) -> None:
         self.layer, self.eps, self.ema_gz = type(layer).__name__, layer.eps, layer.ema_gz
         self.guard = layer.nonfinite == "skip"
-        counters = (layer.batches_skipped, layer.gradients_skipped)
-        self.batches_skipped, self.gradients_skipped = (() if n is None else (n,) for n in counters)
+        self.batches_skipped, self.gradients_skipped = layer.batches_skipped, layer.gradients_skipped
+
+    def skipped(self, lost: Tensor) -> Tensor | None:
+        """`batches_skipped` after a step, which may be `lost`."""
+        return None if self.batches_skipped is None else self.batches_skipped + lost
+
+    def gradient_skipped(self, lost: Tensor) -> Tensor | None:
+        return None if self.gradients_skipped is None else self.gradients_skipped + lost
 
     def fits(self, *statistics: Tensor) -> Tensor:
         """Whether new statistics may be stored, and fit the dtype of the state: a bool on the device."""
         if self.guard:
             return finite(*(s.to(self.ema_gz.dtype) for s in statistics))
         return torch.ones((), dtype=torch.bool, device=statistics[0].device)
-
-
-def first(counters: tuple[Tensor, ...]) -> Tensor | None:
-    return counters[0] if counters else None
 
 
 def in_widest(*statistics: Tensor) -> tuple[Tensor, ...]:

@@ -7,21 +7,21 @@ token in `group_num` groups, and a warm-up in which the forward pass goes by the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..running import Rule
-from ..state import average, kernel_state, present, snapshot
+from ..running import Rule, State
+from ..state import average, present, snapshot
 from .mean_square import (
     MeanSquareNorm,
     Step,
     check_channel_dim,
     check_group_num,
     check_input,
-    first,
     in_widest,
     laid_back,
     without_state,
@@ -82,12 +82,12 @@ class _Power(Step):
         self.alpha_fwd, self.alpha_bkw, self.paper = layer.alpha_fwd, layer.alpha_bkw, layer.backward == "paper"
 
     @property
-    def state(self) -> tuple[Tensor, ...]:
-        return self.running_phi, self.iters, *self.batches_skipped
+    def state(self) -> State:
+        return self.running_phi, None, self.iters, None, self.batches_skipped
 
     @property
-    def gradient_state(self) -> tuple[Tensor, ...]:
-        return self.ema_gz, *self.gradients_skipped
+    def gradient_state(self) -> State:
+        return self.ema_gz, None, self.gradients_skipped
 
     def forward(self, q: Tensor, whole: Tensor, some: Tensor | None):
         phi, before = snapshot(self.running_phi), snapshot(self.iters)
@@ -104,8 +104,7 @@ class _Power(Step):
         stored = good if some is None else good & some
         r = torch.rsqrt(d + self.eps)
         inverse = r if self.paper else torch.rsqrt(q + self.eps)
-        skipped = [n + ~good for n in self.batches_skipped]
-        new = (torch.where(stored, moved, phi), before + stored, *skipped)
+        new = (torch.where(stored, moved, phi), None, before + stored, None, self.skipped(~good))
         return r, (r, inverse, whole * r.square(), stored), new
 
     def backward(self, kept: Any, weight: Tensor | None, slope: Tensor, after: Tensor):
@@ -115,30 +114,26 @@ class _Power(Step):
         nu = (1 - self.alpha_bkw) * ema
         moved = ema + w * r * slope - nu * power
         good = self.fits(moved)
-        skipped = [n + (counted & ~good) for n in self.gradients_skipped]
-        return w * inverse, -nu * r * inverse, r, (torch.where(counted & good, moved, ema), *skipped)
+        new = (torch.where(counted & good, moved, ema), None, self.gradient_skipped(counted & ~good))
+        return w * inverse, -nu * r * inverse, r, new
 
-    @property
-    def known(self) -> dict[str, Any]:
-        start = {"d": kernel_state(self.running_phi), "iters": kernel_state(self.iters)}
-        return start | {"warmup": self.warmup_iters, "eps": self.eps}
+    def known(self, state: State):
+        return state[0], state[2], self.warmup_iters
 
-    def known_backward(self, kept: Any):
-        return kept[0][1], kept[0][0], self.ema_gz, 1 - self.alpha_bkw
+    def known_backward(self, state: State):
+        return state[0], 1 - self.alpha_bkw
 
-    def launch_forward(self, kernels: Any, sums: Tensor, counts: Tensor | None, count: int):
-        before = (kernel_state(self.running_phi), kernel_state(self.iters), first(self.batches_skipped))
+    def launch_forward(self, kernels: Any, sums: Tensor, state: State):
         how = (self.eps, self.alpha_fwd, self.warmup_iters, self.paper, self.guard)
-        r, counted, *new = kernels.power_forward(sums, counts, count, *before, *how)
-        return r[0], (r, counted), new if self.guard else new[:-1]
+        return kernels.power_forward(sums, state[0], state[2], *how)
 
-    def launch_backward(self, kernels: Any, kept: Any, weight: Tensor | None, *sums: Any):
-        before = (weight, self.ema_gz, first(self.gradients_skipped))
-        dweight, *new = kernels.power_backward(*sums, *kept, *before, 1 - self.alpha_bkw, self.guard)
-        return dweight, None, new if self.guard else new[:-1]
+    def launch_backward(self, kernels: Any, sums: Sequence[Any], kept: Any, parameters: Any, state: State):
+        how = (state[0], state[2], 1 - self.alpha_bkw, self.guard)
+        return kernels.power_backward(*sums, *kept, *parameters, *how)
 
     def plain(self, kept: Any):
-        return *kept[0], kept[1] != 0
+        rows, flags = kept
+        return *rows[:3], flags[1] != 0
 
 
 class PowerNorm(MeanSquareNorm):

@@ -12,20 +12,20 @@ and the outputs of the steps after it grow 316-fold; here such steps are left ou
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..running import Rule
-from ..state import average, kernel_state, present, snapshot
+from ..running import Rule, State
+from ..state import average, present, snapshot
 from .mean_square import (
     MeanSquareNorm,
     Step,
     check_channel_dim,
     check_input,
-    first,
     in_widest,
     laid_back,
     without_state,
@@ -84,12 +84,12 @@ class _Unified(Step):
         self.warmup_iters, self.decay, self.filtered = layer.warmup_iters, layer.decay, layer.outlier_filtration
 
     @property
-    def state(self) -> tuple[Tensor, ...]:
-        return self.running_var, self.buffer_x2, self.iters, self.skip_counter, *self.batches_skipped
+    def state(self) -> State:
+        return self.running_var, self.buffer_x2, self.iters, self.skip_counter, self.batches_skipped
 
     @property
-    def gradient_state(self) -> tuple[Tensor, ...]:
-        return self.ema_gz, self.buffer_gz, *self.gradients_skipped
+    def gradient_state(self) -> State:
+        return self.ema_gz, self.buffer_gz, self.gradients_skipped
 
     def forward(self, q: Tensor, whole: Tensor, some: Tensor | None):
         state = (snapshot(b) for b in (self.running_var, self.buffer_x2))
@@ -116,10 +116,9 @@ class _Unified(Step):
         good = self.fits(moved, window)
         kept = good if some is None else good & some
         r = torch.rsqrt(d + eps)
-        counters = (before + kept, self.skip_counter + (odd & kept))
-        skipped = [n + ~good for n in self.batches_skipped]
+        counters = (before + kept, self.skip_counter + (odd & kept), self.skipped(~good))
         new = (torch.where(kept, moved, stored), torch.where(kept, window, squares))
-        return r, (r, ratio, own, t, kept), (*new, *counters, *skipped)
+        return r, (r, ratio, own, t, kept), (*new, *counters)
 
     def backward(self, kept: Any, weight: Tensor | None, slope: Tensor, after: Tensor):
         r, ratio, own, t, counted = kept
@@ -133,35 +132,28 @@ class _Unified(Step):
         c = torch.where(own, smooth, moved)
         good = self.fits(moved, window)
         stored = counted & good
-        skipped = [n + (counted & ~good) for n in self.gradients_skipped]
-        new = (torch.where(stored, moved, ema), torch.where(stored, window, slopes), *skipped)
-        return w * r, -c * r.square(), ratio * r, new
+        new = (torch.where(stored, moved, ema), torch.where(stored, window, slopes))
+        return w * r, -c * r.square(), ratio * r, (*new, self.gradient_skipped(counted & ~good))
 
-    @property
-    def known(self) -> dict[str, Any]:
-        return {"d": None, "iters": None, "warmup": 0, "eps": self.eps}
+    def known(self, state: State):
+        return None, None, None
 
-    def known_backward(self, kept: Any) -> None:
+    def known_backward(self, state: State) -> None:
         return None
 
-    def launch_forward(self, kernels: Any, sums: Tensor, counts: Tensor | None, count: int):
-        before = [kernel_state(b) for b in self.state[:4]]
+    def launch_forward(self, kernels: Any, sums: Tensor, state: State):
         plain = max(_COMPENSATED_AFTER, self.warmup_iters)
         how = (self.eps, self.decay, self.warmup_iters, plain, self.filtered, self.guard)
-        made = kernels.unified_forward(sums, counts, count, *before, first(self.batches_skipped), *how)
-        r, flags, var, squares, skipped = made
-        new = (var, squares, flags[0], flags[1], *([skipped] if self.guard else []))
-        return r[0], (r, flags), new
+        return kernels.unified_forward(sums, *state[:3], *how)
 
-    def launch_backward(self, kernels: Any, kept: Any, weight: Tensor | None, *sums: Any):
-        before = (weight, self.ema_gz, self.buffer_gz, first(self.gradients_skipped))
-        how = (self.decay, self.warmup_iters, self.guard)
-        late, dweight, *new = kernels.unified_backward(*sums, *kept, *before, *how)
-        return dweight, late, new if self.guard else new[:-1]
+    def launch_backward(self, kernels: Any, sums: Sequence[Any], kept: Any, parameters: Any, state: State):
+        how = (*state[:2], self.decay, self.warmup_iters, self.guard)
+        rows, flags, dweight, dbias = kernels.unified_backward(*sums, *kept, *parameters, *how)
+        return dweight, dbias, rows, flags
 
     def plain(self, kept: Any):
-        r, flags = kept
-        return *r, flags[3] != 0, flags[2], flags[4] != 0
+        rows, flags = kept
+        return *rows[:2], flags[2] != 0, flags[0] + 1, flags[1] != 0
 
 
 def _slot(window: Tensor, t: Tensor) -> Tensor:

@@ -50,45 +50,42 @@ class RunningNorm:
             sizes = (samples, *self.size, self.channels)
             x, dy = (torch.empty(sizes, dtype=kind, device="meta").movedim(-1, 1) for _ in range(2))
         pad = torch.empty((samples, *self.size), dtype=torch.bool, device="meta") if self.padded else None
-        counts = torch.empty(2, device="meta") if self.padded else None
         c = self.channels
-        phi, ema, weight, bias, slope = (torch.empty(c, device="meta") for _ in range(5))
+        phi, ema, weight, bias = (torch.empty(c, device="meta") for _ in range(4))
         number = torch.empty((), dtype=torch.long, device="meta")
         window = torch.empty((self.window, c), device="meta")
-        flags = torch.empty(5, dtype=torch.long, device="meta")
-        steps = (number, _WARMUP, self.groups)
+        sums = torch.empty((2, c + 1), device="meta")
+        kept = torch.empty((4, c), device="meta"), torch.empty(5, dtype=torch.long, device="meta")
+        given = (None, None, 1, *kept, weight, torch.float32)
 
         def power_forward() -> None:
-            y, sums = launcher(running.sweep)(x, pad, phi, weight, bias, *steps, 1e-5)
-            how = (1e-5, 0.9, _WARMUP, False, True)
-            r, *_ = launcher(running.power_forward)(sums, counts, 1, phi, number, number, *how)
-            launcher(running.map_into)(y, x, r[0], weight, bias, *steps, None)
+            y, sums = launcher(running.sweep)(x, pad, phi, weight, bias, number, _WARMUP, self.groups, 1e-5)
+            rule = launcher(running.power_forward)(sums, phi, number, 1e-5, 0.9, _WARMUP, False, True)
+            state = (phi, None, number, None, number)
+            how = (_WARMUP, self.groups, None)
+            launcher(running.map_into)(y, x, rule[0], weight, bias, *how, rule[1], *state)
 
         def power_backward() -> None:
-            known = (phi, phi, weight, ema, 0.1, self.groups)
-            launcher(running.gradient)(dy, x, *known, True)
-            r = torch.empty((3, c), device="meta")
-            before = (slope, slope, counts, 1, r, number, weight, ema, number)
-            launcher(running.power_backward)(*before, 0.1, True)
+            _, sums = launcher(running.gradient)(dy, x, kept[0], weight, ema, 0.1, self.groups)
+            launcher(running.power_backward)(sums, *given, ema, number, 0.1, True)
 
         def unified_forward() -> None:
-            y, sums = x, torch.empty((2, c), device="meta")
+            y, found = x, sums
             if self.swept:
-                y, sums = launcher(running.sweep)(x, pad, None, weight, bias, None, 0, 0, 1e-5)
-            before = (phi, window, number, number, number)
+                y, found = launcher(running.sweep)(x, pad, None, weight, bias, None, 0, 0, 1e-5)
             how = (1e-5, 0.9, _WARMUP, _WARMUP, True, True)
-            r, *_ = launcher(running.unified_forward)(sums, counts, 1, *before, *how)
+            rule = launcher(running.unified_forward)(found, phi, window, number, *how)
+            state = (phi, window, number, number, number)
             if self.swept:
-                launcher(running.map_into)(y, x, r[0], weight, bias, None, 0, 0, None)
+                launcher(running.map_into)(y, x, rule[0], weight, bias, None, 0, None, rule[1], *state)
 
         def unified_backward() -> None:
+            found = sums
             if self.swept:
-                launcher(running.gradient)(dy, x, None, None, None, None, 0.0, 0, True)
-            r = torch.empty((2, c), device="meta")
-            before = (slope, slope, counts, 1, r, flags, weight, ema, window, number)
-            ab, *_ = launcher(running.unified_backward)(*before, 0.9, _WARMUP, True)
+                _, found = launcher(running.gradient)(dy, x, None, None, None, 0.0, 0)
+            rule = launcher(running.unified_backward)(found, *given, ema, window, 0.9, _WARMUP, True)
             if self.swept:
-                launcher(running.gradient)(dy, x, ab[0], ab[1], None, None, 0.0, 0, False)
+                launcher(running.late_gradient)(dy, x, rule[0], 0, True, rule[1], ema, window, number)
 
         power, unified = (power_forward, power_backward), (unified_forward, unified_backward)
         return (unified if self.unified else power)[self.backward], x
@@ -111,7 +108,7 @@ class RunningNorm:
             yield Bound("kb_in_flight", least=32, dtypes=("bf16",))
 
     def case(self, plan: Plan) -> Case:
-        loads = (("iters_ptr", 0 if self.warm else _WARMUP),)
+        loads = (("iters_ptr", 0 if self.warm else _WARMUP), ("flags_ptr", 1))
         return Case(self.name, self.build, self.samples, tuple(self.bounds(plan)), plan, loads)
 
 
