@@ -25,8 +25,8 @@ from normzoo.zoo import ZOO, find
 
 from . import peers
 from .cases import Case
-from .checks import unchanged_state
 from .measure import call_of
+from .peers import unchanged_state
 from .workloads import Workload
 from .workloads import passes as fewest
 
