@@ -1,15 +1,17 @@
 """Which launches count as one configuration: what is shown of one of them is taken to hold for all.
 
 A launch has a core and options. The core is what decides about registers and shared memory: the kernel, the
-type of x, the kind of norm, residual and gradients, the tile, the pipeline, the warps. Every core is compiled
-with every value of every option, though not with all of them together. Not told apart at all are
+type of x, the kind of norm, residual and gradients, the tile, the pipeline, the warps, and of rows whether they
+are whole vectors. Every core is compiled, and every value of every option with some core of its kernel, for x
+of 16 and of 32 bits; not every core with every option. Not told apart at all are
 
 - float16 and bfloat16: the same code but for the conversions;
 - numbers (eps, offset, rate) that are not zero, and what is only compared with numbers found in memory;
 - lengths of rows and strides, but for whether all of them are whole vectors. So two widths in one tile differ
   in where their masks end, in a divisor, and in how much narrower than a vector an access is;
 - tiles of the channel kernels, [channels, samples, positions], with as many entries: the axis that lies along
-  memory is rounded up to 1, 16, 256 or 4096, the others are one or more;
+  memory is rounded up to 1, 16, 256 or 4096, the others are one or more; and tiles of less than 1024 entries,
+  which have registers to spare;
 - how many rows, programs and parts there are: arguments, which compile nothing.
 """
 
@@ -35,14 +37,16 @@ Configuration = tuple[Hashable, ...]
 
 
 def configurations(kernel: JITFunction, values: dict[str, Any]) -> frozenset[Configuration]:
-    """The core of a launch, with each of its options."""
+    """The core of a launch, and each of its options."""
     constants = {p.name for p in kernel.params if p.is_constexpr} | {"num_warps"}
     pointers = {
         name: value for name, value in values.items() if isinstance(value, torch.Tensor) or value is None
     }
     present = [value for value in pointers.values() if value is not None]
-    core: list[Hashable] = [kernel.fn.__name__, *(_dtype(t) for t in present[:1])]
-    options: list[Hashable] = [("whole vectors", _whole_vectors(constants, values, present))]
+    kind = (kernel.fn.__name__, *(_dtype(t) for t in present[:1]))
+    core, options = [*kind], []
+    vectors = ("whole vectors", _whole_vectors(constants, values, present))
+    (core if "R" in constants else options).append(vectors)
     for name, value in sorted(pointers.items()):
         (core if name in _DECISIVE else options).append((name, None if value is None else _dtype(value)))
     for name in sorted(constants & values.keys() - pointers.keys()):
@@ -52,7 +56,7 @@ def configurations(kernel: JITFunction, values: dict[str, Any]) -> frozenset[Con
             (options if name in _OPTIONS else core).append((name, value))
     if _CHANNEL_TILE <= constants:
         core.append(_channel_tile(values))
-    return frozenset((*core, option) for option in options)
+    return frozenset([tuple(core), *((*kind, option) for option in options)])
 
 
 def _dtype(t: torch.Tensor) -> torch.dtype:
@@ -71,4 +75,5 @@ def _channel_tile(values: dict[str, Any]) -> Hashable:
     channels, samples, positions = (values[name] for name in ("CB", "NB", "L"))
     inner, outer = (channels, positions) if values.get("TOKENS") else (positions, channels)
     rounded = 1 << 4 * -(-(inner.bit_length() - 1) // 4)
-    return channels * samples * positions, rounded, outer > 1, samples > 1
+    entries = channels * samples * positions
+    return entries if entries >= 1024 else 0, rounded, outer > 1, samples > 1
