@@ -95,6 +95,27 @@ def test_passes_are_reads_and_writes():
     assert of(lambda: x.double()) == 3 and of(lambda: x.sum(0).expand(8, 16) + x) == pytest.approx(3.25)
 
 
+def test_jumps():
+    """Where rounding decides between two branches, one entry in a thousand may be off, and no more."""
+    exact = torch.ones(4000).double()
+    found = exact.float()
+    found[:4] = 2
+    assert checks.relative_error("y", found, exact) == 1 and checks.relative_error("y", found, exact, 1e-3) == 0
+    found[4] = 3
+    assert checks.relative_error("y", found, exact, 1e-3) == 1
+    found[:5] = torch.tensor([torch.nan, 1, 1, 1, 1])
+    assert not checks.relative_error("y", found, exact, 1e-3) <= 1
+    for name, jumps in (
+        ("evo_norm_b0", True),
+        ("region_norm_l", True),
+        ("evo_norm_s0", False),
+        ("adab2n", False),
+    ):
+        case = passes.case_of(name)
+        layer, buffers = case.layer(CPU), case.buffers(CPU, 1)
+        assert bool(checks.Check(case, layer, buffers[0]).jumps) == jumps
+
+
 def test_absent():
     image = case_of(find("power_norm"), (2, 6, 3, 3))
     last = case_of(find("batch_channel_norm"), (2, 8, 4, 4), memory_format="channels_last", mode="training")
