@@ -16,9 +16,7 @@ from normzoo_bench import launches
 from normzoo_bench.launches import Step, counted, main, steps
 
 
-@pytest.mark.parametrize(
-    "step", [pytest.param(s, id=s.name) for s in steps(ZOO) if s.entry.family != "running"]
-)
+@pytest.mark.parametrize("step", [pytest.param(s, id=s.name) for s in steps(ZOO)])
 def test_limits(step: Step):
     for found, most in zip(step.count(), step.limit, strict=True):
         assert 0 < found.total <= most, str(found)
