@@ -56,7 +56,7 @@ for shape, strides in (
     found = []
     for s, t in ((x, dy), (x.contiguous(), dy.contiguous())):
         y, sums = running.sweep(s, mask.bool(), d, a, b, torch.tensor(3), 0, 2, 1e-5)
-        dx, slopes = running.gradient(t, s, a, b, d, b, 0.1, 2, True)
+        dx, slopes = running.gradient(t, s, torch.stack((b, a)), d, b, 0.1, 2)
         found.append((y, sums, dx, slopes))
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

@@ -122,6 +122,10 @@ def running_forward(
             d_ptr, flags_ptr, mean_ptr, window_ptr, steps_ptr, outliers_ptr, skipped_ptr, part, c, there, C,
             WINDOW,
         )  # fmt: skip
+    if pad_ptr is not None:  # before the loop, which has no registers for it
+        first = entries_before(low, N, S, span, False, CHUNKED, NB, L)
+        end = entries_before(high, N, S, span, False, CHUNKED, NB, L)
+        _store_counts(sum_ptr, pad_ptr, first, end, part, parts, tl.cast(C, tl.int64) + 1)
     steady = True
     if iters_ptr is not None:
         steady = tl.load(iters_ptr) >= WARMUP
@@ -136,10 +140,6 @@ def running_forward(
     if sum_ptr is not None:
         s1 = tl.zeros([CB, NB * L], tl.float32)
         if pad_ptr is not None:
-            # Before the loop, which has no registers for it.
-            first = entries_before(low, N, S, span, False, CHUNKED, NB, L)
-            end = entries_before(high, N, S, span, False, CHUNKED, NB, L)
-            _store_counts(sum_ptr, pad_ptr, first, end, part, parts, tl.cast(C, tl.int64) + 1)
             s2 = tl.zeros([CB, NB * L], tl.float32)
     for i in tl.range(low, high, num_stages=STAGES):
         n, s, here = columns(i, 0, N, S, span, False, CHUNKED, NB, L)
