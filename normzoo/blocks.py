@@ -33,6 +33,8 @@ def unrecorded(*tensors: Tensor | None) -> bool:
     """Whether nobody sees what is done to these in place: ordinary tensors on a CPU, outside of any graph."""
     if torch.compiler.is_compiling() or needs_grad(*tensors) or transformed():
         return False
+    if torch._C._len_torch_dispatch_stack():  # make_fx must not meet a branch on what tensors hold
+        return False
     return all(t is None or (plain(t) and t.device.type == "cpu" and not batched(t)) for t in tensors)
 
 

@@ -22,8 +22,10 @@ def expanded(parameters: Sequence[Tensor], shape: torch.Size, kernels: bool) -> 
     """All parameters in the shape of the statistics; with `kernels` the gradients of several are summed up over
     the samples at once."""
     found = [t.expand(shape) for t in parameters]
-    own = [i for i, t in enumerate(parameters) if len(shape) == 2 and t.shape == shape[1:] and needs_grad(t)]
-    if kernels and len(own) > 1 and all(shape):
+    if not kernels or len(shape) != 2:
+        return found
+    own = [i for i, t in enumerate(parameters) if t.dim() == 1 and t.shape == shape[1:] and needs_grad(t)]
+    if len(own) > 1 and all(shape):
         made = fused(_Expansion(shape), *(parameters[i] for i in own[:_MOST]))
         for i, t in zip(own, made, strict=False):
             found[i] = t

@@ -73,8 +73,8 @@ class Slabs:
         inside = self.mask.to(dtype).unsqueeze(2 - self.along)
         outside = 1 - inside
         shape = self.view(self.x).shape[1:]
-        made = [torch.empty(shape, dtype=dtype) for _ in statistics]
-        beside = torch.empty(shape, dtype=dtype)
+        made = [torch.empty(shape, dtype=dtype, device="cpu") for _ in statistics]
+        beside = torch.empty(shape, dtype=dtype, device="cpu")
         for i in range(len(self.mask)):
             for t, out in zip(statistics, made, strict=True):
                 torch.mul(self.at(t, (1, i)), inside[i], out=out)

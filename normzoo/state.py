@@ -150,6 +150,8 @@ def moved_by_kernel(
         from normzoo_kernels import tracking
 
         tracking.track(*[*state[-4:], tracked, skipped, rate, number, batches])
+        written = (*(old for old, _ in pairs), tracked, skipped)
+        torch.autograd.graph.increment_version([t for t in written if t is not None])  # autograd sees no kernel
         return True
 
     return or_none(insisted(), launched) or False

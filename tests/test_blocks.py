@@ -144,3 +144,23 @@ def test_memory_is_used_again_and_fits_every_mode():
     y, _ = normalize(x, lambda m: m.standardize())
     y.sum().backward()
     assert len(blocks._free.of[torch.float32]) <= blocks._KEPT
+
+
+def test_another_default_device():
+    layer, x = normzoo.RegionNormB(8), torch.randn(2, 8, 64, 64)
+    mask = (torch.rand(2, 1, 64, 64) > 0.5).float()
+    expected = layer(x, mask)
+    torch.set_default_device("meta")
+    try:
+        found = layer(x, mask)
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(found, expected)
+
+
+def test_tracing_meets_no_branch_on_what_tensors_hold():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    layer, x = normzoo.EvoNormS0(8, groups=2), torch.randn(2, 8, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(make_fx(layer)(x)(x + 3), layer(x + 3))

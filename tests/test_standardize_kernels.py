@@ -265,6 +265,17 @@ def test_a_mean_that_does_not_fit_its_buffer_is_skipped():
     assert skipped == 1 and tracked == 0 and not torch.stack(running).any()
 
 
+def test_autograd_knows_of_what_tracking_writes():
+    """A graph over the old statistics must not go backward through the new ones."""
+    layer = normzoo.BatchNorm2d(6, nonfinite="skip").to(DEVICE).eval()
+    x = randn(4, 6, 3, 3).requires_grad_()
+    with normzoo.backend("triton"):
+        y = layer(x)
+        layer.train()(randn(4, 6, 3, 3))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.square().sum().backward()
+
+
 def test_state_that_a_kernel_cannot_move_is_left_to_torch():
     """Counts on the device, as across ranks, nothing at all, and other dtypes."""
     running, new = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)

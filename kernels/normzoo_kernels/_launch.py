@@ -23,8 +23,18 @@ _memories: list[Any] = []
 def remembered(function: Callable) -> Callable:
     """Keeps what `function` returns for the latest arguments: a pure function of what a call looks like, which
     takes longer than to look it up."""
-    _memories.append(functools.lru_cache(maxsize=2048)(function))
-    return _memories[-1]
+    kept = functools.lru_cache(maxsize=2048)(function)
+    _memories.append(kept)
+
+    @functools.wraps(function)
+    def call(*args):
+        try:
+            return kept(*args)
+        except TypeError:  # sizes of a graph that serves many have no hash
+            return function(*args)
+
+    call.cache_info = kept.cache_info
+    return call
 
 
 def forget() -> None:
