@@ -53,9 +53,11 @@ def forward_form(width: int, itemsize: int, scalar: bool, device: torch.device) 
     """`scalar`: rows lie so that 16-bit entries are read one by one, which asks for smaller tiles."""
     block, sms = triton.next_power_of_2(width), sm_count(device)
     if block > _ON_CHIP:
-        chunk = 8192
+        chunk, warps = 8192, 8
+        if itemsize == 4 and width % 4:
+            chunk, warps = 4096, 16  # entry by entry, more of them spill
         stages = _stages(device, chunk * itemsize, 3 * chunk * itemsize)
-        return Form(norm_fwd_wide, 2 * sms, 1, {"C": chunk, "STAGES": stages, "num_warps": 8})
+        return Form(norm_fwd_wide, 2 * sms, 1, {"C": chunk, "STAGES": stages, "num_warps": warps})
     warps = max(4, block // 1024)
     elements = 8192 if itemsize == 2 and not scalar else 4096
     if block <= 128 and itemsize == 4:
