@@ -38,6 +38,11 @@ def unrecorded(*tensors: Tensor | None) -> bool:
     return all(t is None or (plain(t) and t.device.type == "cpu" and not batched(t)) for t in tensors)
 
 
+def large(x: Tensor) -> bool:
+    """Whether x is large enough for blocks to be worth their while."""
+    return x.numel() >= _GRAIN
+
+
 @dataclass(frozen=True)
 class Grid:
     """x (N, C, \\*) as (S, L, D), with statistics over L: (N · C, pixels, 1), or (N or 1, positions, C) where
@@ -50,10 +55,10 @@ class Grid:
 
     @staticmethod
     def of(x: Tensor, per_sample: bool) -> Grid | None:
-        """None where x is empty or lies otherwise in memory."""
+        """None where x is small, so that nothing has to be cut, or lies otherwise in memory."""
         n, c = x.shape[:2]
         pixels = math.prod(x.shape[2:])
-        if not x.numel():
+        if not large(x):
             return None
         if pixels > 1 and x.is_contiguous():
             return Grid(n, c, False, (n * c, pixels, 1))

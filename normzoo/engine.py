@@ -20,7 +20,7 @@ from torch.autograd import Function
 
 from normzoo_kernels._op import differentiated, needs_grad
 
-from . import checks, curves, passes
+from . import blocks, checks, curves, passes
 from .carry import expanded, slope_and_offset
 from .dispatch import insisted, or_none, transformed, use_kernel
 from .moments import Moments
@@ -122,7 +122,7 @@ def _normalize(
 ) -> tuple[Tensor, Any]:
     body = _body(curve, use_kernel(x, fusible=False))
     # Where nothing goes in blocks, autograd is faster through a curve than the passes, which read x once more.
-    whole = torch.compiler.is_compiling() or x.device.type != "cpu"
+    whole = torch.compiler.is_compiling() or x.device.type != "cpu" or not blocks.large(x)
     seen_through = transformed() or (curve != "affine" and not body.kernels and whole)
     carriers: Sequence[Tensor] = ()
     if seen_through or not needs_grad(x):

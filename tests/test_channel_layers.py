@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from tolerance import assert_as_good
 from torch import nn
 from zoo_cases import (
     BACKENDS,
@@ -55,11 +56,15 @@ def test_memory_formats_are_kept(entry, cls, backend):
     for image in images:
         for mode in modes(layer):
             expected = step(copy.deepcopy(layer).train(mode), image)
+            exact = step(copy.deepcopy(layer).double().train(mode), image.double())
             for memory_format in (torch.contiguous_format, last):
                 given = in_format(image, memory_format)
                 with normzoo.backend(backend):
                     found = step(copy.deepcopy(layer).train(mode), given)
-                torch.testing.assert_close(found, expected)
+                # Of a few values a set, most of dx cancels: a hard range.
+                assert_as_good("dx", found["dx"], expected["dx"], exact["dx"], hard=True)
+                rest = found.keys() - {"dx"}
+                torch.testing.assert_close({n: found[n] for n in rest}, {n: expected[n] for n in rest})
                 for name in ("y", "dx"):
                     assert found[name].is_contiguous(memory_format=memory_format), name
                     assert found[name].is_contiguous() == given.is_contiguous(), name

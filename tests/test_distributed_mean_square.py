@@ -96,7 +96,7 @@ def results(layer, call, x: Tensor, dy: Tensor, mask: Tensor | None) -> dict[str
     return found | {f"d{name}": p.grad.clone() for name, p in layer.named_parameters()}
 
 
-def compare(ours, alone, way, rounds: Rounds, group=None) -> None:
+def compare(ours, alone, way, rounds: Rounds, group=None, *, to_the_bit=True) -> None:
     rank, call = dist.get_rank(group), way(ours)
     dtype = ours.ema_gz.dtype
     near = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
@@ -118,7 +118,8 @@ def compare(ours, alone, way, rounds: Rounds, group=None) -> None:
             torch.testing.assert_close(
                 value, buffer, msg=lambda m, n=name, s=sizes: f"{n} after {s}: {m}", **near
             )
-        assert_same_on_all_ranks(ours, group)
+        if to_the_bit:
+            assert_same_on_all_ranks(ours, group)
 
 
 @check(3, **{f"{name}-uneven": (name, "uneven") for name in FORMS})
@@ -165,9 +166,9 @@ def in_kernels(name):
 
 @check(2, **{name: (name,) for name in ("power", "unified")})
 def in_kernels_of_one_rank(name):
-    """As where those of another do not compile."""
+    """As where those of another do not compile; eager PyTorch rounds otherwise."""
     ours, alone = pair(name, torch.float32)
-    compare(ours, alone, eager if dist.get_rank() else by_kernels, MIXED)
+    compare(ours, alone, eager if dist.get_rank() else by_kernels, MIXED, to_the_bit=False)
 
 
 @check(2, **{name: (name,) for name in ("power", "filtered")})

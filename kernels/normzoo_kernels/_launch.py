@@ -28,6 +28,8 @@ def remembered(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args):
+        if torch.compiler.is_compiling():  # Dynamo looks into no cache
+            return function(*args)
         try:
             return kept(*args)
         except TypeError:  # sizes of a graph that serves many have no hash

@@ -288,8 +288,10 @@ class AdaB2N(Running):
         how = (*parameters, self.sync, self.process_group)
         y, (mean, var, count) = _with_balance("AdaB2N", x, task_ids, *how)
         if not recomputing():
-            *to, rate = self._targets(mean, var, count)
-            if not transformed():  # of which nothing may stay behind
+            if transformed():  # of which nothing may stay behind
+                rate = self._rate(mean.dtype)
+            else:
+                *to, rate = self._targets(mean, var, count)
                 self._differentiable = torch.is_grad_enabled()
                 self._pulled = tuple(zip((mean, var), to, strict=True))
             self._track(mean, var, count, factor=rate)
