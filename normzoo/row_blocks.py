@@ -25,8 +25,8 @@ from .dispatch import plain, transformed
 
 Reference = Callable[..., Tensor]
 
-_SMALL = 1 << 17
-"""Entries that are in the cache anyway; a few operators over all of them are as fast."""
+_SMALL = 1 << 16
+"""Entries over which a few operators of torch are faster than a Function of Python."""
 
 _MANY_ROWS = 16
 """Of a sample: enough that an operator for each sample costs little."""
@@ -78,12 +78,18 @@ def norm_of_rows(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.cat(norms, dim=-1), dim=-1, keepdim=True)
 
 
-def fits(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether the blocks can take over and gain something: ordinary contiguous tensors on a CPU that are
-    recorded or large, and no transform or compiler."""
-    if torch.compiler.is_compiling() or transformed():  # whose sizes must not be looked at
+def small(x: Tensor) -> bool:
+    """Whether x is on a CPU and takes less time than to start operators does; False where a compiler or a
+    transform looks, which must see no branch on sizes."""
+    if torch.compiler.is_compiling() or transformed():
         return False
-    if x.numel() <= _SMALL and not needs_grad(x, *parameters):
+    return x.numel() <= _SMALL and x.device.type == "cpu"
+
+
+def fits(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether the blocks can take over and gain something: ordinary contiguous tensors on a CPU, not small, and
+    no transform or compiler."""
+    if torch.compiler.is_compiling() or transformed() or x.numel() <= _SMALL:
         return False
     ours = all(t is None or (plain(t) and t.device.type == "cpu" and not batched(t)) for t in (x, *parameters))
     return ours and x.numel() > 0 and x.is_contiguous()

@@ -114,6 +114,8 @@ def check_input(layer: str, x: Tensor, dim: int | None = None) -> None:
 def _normalized(h: Tensor, kind: str, eps: float, part: int | None) -> Tensor:
     if kind == "layer":
         return F.layer_norm(h, h.shape[-1:], eps=eps)
+    if kind == "rms" and part is None and row_blocks.small(h):
+        return torch.rms_norm(h, h.shape[-1:], eps=eps)
     first = h if part is None else h[..., :part]
     square = sum_of_squares(first, 1) / first.shape[-1]
     if kind == "rms":

@@ -25,9 +25,10 @@ def in_one_dtype(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
 
     Some operators take few mixtures, and not the same ones on every device.
     """
-    if all(p is None or p.dtype == x.dtype for p in parameters):
-        return (x, *parameters)
-    return in_statistics_dtype(x, x, *parameters)
+    for p in parameters:
+        if not (p is None or p.dtype == x.dtype):
+            return in_statistics_dtype(x, x, *parameters)
+    return (x, *parameters)
 
 
 def fresh_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,6 +65,9 @@ def rms_norm(
         how = {"eps": eps, "offset": offset, "llama": cast == "llama"}
         return rows.norm("rms", x, shape, weight, bias, **how, reference=Reference(again))
 
+    bare = cast == "torch" and bias is None and not offset and (weight is None or weight.dtype == x.dtype)
+    if bare and row_blocks.small(x):
+        return torch.rms_norm(x, shape, weight, eps)
     if row_blocks.fits(x, weight, bias) and (cast != "llama" or x.dtype.itemsize >= 4):
 
         def whole(x, weight, bias):
@@ -189,7 +192,9 @@ def sum_of_squares(h: Tensor, dims: int) -> Tensor:
     """Over the last `dims` dimensions, kept with size one."""
     rows = h if dims == 1 else h.flatten(-dims)
     recorded = rows.requires_grad and torch.is_grad_enabled()
-    if recorded and not (torch.compiler.is_compiling() or transformed()):
+    if recorded and row_blocks.small(rows):  # sooner done than a Function of Python is called
+        squares = rows.square().sum(-1, keepdim=True)
+    elif recorded and not (torch.compiler.is_compiling() or transformed()):
         squares = _SumOfSquares.apply(rows)
     else:
         squares = _SumOfSquares.forward(rows)
