@@ -1,11 +1,14 @@
 """The measurement of the forms that only a measurement can choose: what it asks, and what it says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from measuring import FakeClock
 
 pytest.importorskip("triton")
 
-from normzoo_bench import choices, gpu, run
+from normzoo_bench import checks, choices, gpu, results, run
 from normzoo_bench.measure import Settings
 from normzoo_kernels import _choices, _on_chip_forms
 from normzoo_kernels._channel_forms import Problem
@@ -50,11 +53,12 @@ def test_every_choice_is_measured_and_shown(capsys):
         assert {row["value"] for row in rows if row["choice"] == name} == {choice.default, *choice.others}
         for value in choice.others:
             of_value = [row for row in rows if (row["choice"], row["value"]) == (name, value)]
-            assert of_value and all(row["baseline"] == f"{name}={choice.default}" for row in of_value)
+            assert of_value and all(row["baseline"] == f"normzoo-{name}={choice.default}" for row in of_value)
     choices.show(rows)
     told = capsys.readouterr().out
     assert all(
-        f"{name}={choice.others[0]}, bfloat16: wall time" in told for name, choice in _choices.CHOICES.items()
+        f"normzoo-{name}={choice.others[0]}, bfloat16: wall time" in told
+        for name, choice in _choices.CHOICES.items()
     )
 
 
@@ -69,6 +73,30 @@ def test_what_fails_is_told(monkeypatch):
     choices.measure_choice(question, Settings(device, (), (), clocks, 2, cache), document)
     assert len(document.failed) == 4 and "planted" in document.failed[0]["reason"]
     assert document.extra["choices"] == []
+
+
+def test_a_value_that_computes_something_else_fails_and_stays_off(monkeypatch, capsys):
+    """Though it is fast: on chip the map is off by a half, in the forward pass."""
+    document = results.Document({}, {}, {"median": 1e9})
+    question = choices.questions("cpu", "bfloat16")[0]
+    assert question.choice == "on_chip"
+    right = checks.Check.forward
+
+    def wrong(check, contender):
+        if contender.name.endswith("on_chip=True"):
+            contender = replace(contender, call=lambda x: 1.5 * question.case.layer(x.device)(x))
+        return right(check, contender)
+
+    monkeypatch.setattr(checks.Check, "forward", wrong)
+    settings = Settings(torch.device("cpu"), (), (), (FakeClock(1e-3, 2e-3, 1e-3),), 2, 1 << 12)
+    choices.measure_choice(question, settings, document)
+    (failed,) = document.failed
+    assert failed["contender"] == "normzoo-on_chip=True" and document.ours_failed
+    rows = [row | {"clock": "kernel"} for row in document.extra["choices"]]
+    assert [row["speedup"]["median"] for row in rows if row["value"]] == [2.0]  # the backward pass
+    choices.show(rows, document.failed)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "It must stay off: it failed 1 times, first in batch_norm" in told and "Switch it on" not in told
 
 
 def test_questions_for_a_gpu_are_about_sizes_where_a_form_runs(monkeypatch):

@@ -95,7 +95,7 @@ def measure_choice(question: Question, settings: Settings, document: Document) -
     layer, buffers = case.layer(settings.device), case.buffers(settings.device, settings.cache)
     check = checks.Check(case, layer, buffers[0])
     contender = peers.contender("normzoo", case, layer, settings.device)
-    names = {value: f"{question.choice}={value}" for value in (choice.default, *choice.others)}
+    names = {value: _called(question.choice, value) for value in (choice.default, *choice.others)}
     for direction in question.directions:
         rows, rotations = [], []
         for value, name in names.items():
@@ -128,6 +128,11 @@ def measure_choice(question: Question, settings: Settings, document: Document) -
         document.extra.setdefault("choices", []).extend(found)
 
 
+def _called(choice: str, value: int | bool) -> str:
+    """A contender of normzoo, so that one that computes something else fails the command."""
+    return f"normzoo-{choice}={value}"
+
+
 def _row(name: str, direction: str) -> dict:
     return {"contender": name, "direction": direction}
 
@@ -142,8 +147,9 @@ def _under(choice: str, value: int | bool, call: Callable[[int], object]) -> Cal
     return under
 
 
-def show(rows: Sequence[dict]) -> None:
-    """Prints a table for every value that is not the default, and what to do about it."""
+def show(rows: Sequence[dict], failed: Sequence[dict] = ()) -> None:
+    """Prints a table for every value that is not the default, and what to do about it: `failed` are the
+    entries of the document."""
     for choice, value in dict.fromkeys((row["choice"], row["value"]) for row in rows):
         tried = [row for row in rows if (row["choice"], row["value"]) == (choice, value) and row["speedup"]]
         if not tried or tried[0]["contender"] == tried[0]["baseline"]:
@@ -161,7 +167,7 @@ def show(rows: Sequence[dict]) -> None:
         ]
         header = ("layer", "direction", "time", f"x {tried[0]['baseline']}", "% copy", "launches")
         table(f"{tried[0]['contender']}, {tried[0]['dtype']}: {tried[0]['clock']} time in us", header, cells)
-        say(advice(choice, value, tried))
+        say(advice(choice, value, tried, failed))
         print()
 
 
@@ -170,13 +176,17 @@ def _place(row: dict) -> str:
     return f"{row['layer']} {'x'.join(map(str, row['shape']))}{last}"
 
 
-def advice(choice: str, value: int | bool, rows: Sequence[dict]) -> str:
-    """Whether a value should become the default, by rows that tell how many times as fast it is."""
+def advice(choice: str, value: int | bool, rows: Sequence[dict], failed: Sequence[dict] = ()) -> str:
+    """Whether a value should become the default, by rows that tell how many times as fast it is, and by what
+    failed, which no speed makes up for."""
     mean = statistics.geometric_mean(row["speedup"]["median"] for row in rows)
     faster = sum(row["speedup"]["p20"] > 1 for row in rows)
     slower = [row for row in rows if row["speedup"]["p80"] < 1]
     told = f"{choice}={value} is {short(mean)} times as fast: faster in {faster} of {len(rows)} rows, "
     told += f"slower in {len(slower)}. "
+    if wrong := [entry for entry in failed if entry["contender"] == _called(choice, value)]:
+        place = f"{_place(wrong[0])} {wrong[0]['direction']}: {wrong[0]['reason']}"
+        return told + f"It must stay off: it failed {len(wrong)} times, first in {place}."
     if rows[0]["clock"] != "kernel":
         return told + "No kernel was measured, so nothing follows."
     if not faster:

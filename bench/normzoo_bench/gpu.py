@@ -164,7 +164,7 @@ def _measured(folder: Path, limit: float, rehearse: bool) -> int:
         document.extra["memory_check"] = memory_check(folder, seconds)
         document.write(path)
     show(asdict(document))
-    choices.show(document.extra.get("choices", ()))
+    choices.show(document.extra.get("choices", ()), document.failed)
     print(f"Kernel tests: {tests['passed']} passed, {len(tests['failed'])} failed. {tests['note']}".strip())
     for name in tests["failed"]:
         print(f"FAILED {name}")
