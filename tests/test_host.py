@@ -167,3 +167,23 @@ def test_interpreted_kernels_are_refused(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert host.main([]) == 2
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+def test_without_triton():
+    """Every command that needs it says so, and still tells its options."""
+    code = (
+        "import runpy, sys\nsys.modules['triton'] = None\n"
+        "for line in ('host', 'launches', 'static', 'host --help', 'launches --help'):\n"
+        "    name, *given = sys.argv = line.split()\n"
+        "    try:\n"
+        "        runpy.run_module(f'normzoo_bench.{name}', run_name='__main__', alter_sys=True)\n"
+        "    except SystemExit as end:\n"
+        "        print('ended', end.code)"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "bench"))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert "Traceback" not in done.stderr
+    ends = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("ended")]
+    assert ends == ["2", "2", "2", "0", "0"], done.stderr
+    lines = [line for line in done.stderr.splitlines() if "runpy" not in line]
+    assert len(lines) == 3 and all(line.endswith("pip install triton") for line in lines)

@@ -22,6 +22,12 @@ _USUAL_CACHE = 32 << 20
 _DISTRIBUTIONS = {"triton": "triton", "liger_kernel": "liger-kernel", "quack": "quack-kernels"}
 
 
+def demand_triton() -> None:
+    """Raises ValueError where what needs Triton's compiler or launches cannot be done."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("Triton is not installed, and it takes part in this; pip install triton")
+
+
 def environment(device: torch.device | str = "cpu") -> dict:
     """Versions and machine, ready for JSON; None for what is not installed or not known."""
     device = torch.device(device)

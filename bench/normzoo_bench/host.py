@@ -16,15 +16,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction, KernelInterface
 
 import normzoo
 from normzoo import dispatch
@@ -34,12 +30,16 @@ from normzoo.zoo import ZOO, Entry, find
 from . import peers
 from .cases import Buffers, Case
 from .clocks import Prepared, Rotation, WallClock, seconds_a_call
-from .environment import environment
+from .environment import demand_triton, environment
 from .measure import call_of, timed
 from .peers import Absent, Contender
 from .results import Document, demand_writable
 from .timing import summary
 from .workloads import Workload
+
+if TYPE_CHECKING:  # where there is no Triton, the command says so
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
 
 OURS, TORCHS = "normzoo-empty", "torch"
 DIRECTIONS = ("forward", "saving", "both")
@@ -128,6 +128,8 @@ Start = Callable[..., None]
 @contextlib.contextmanager
 def emptied(start: Callable[[Any, tuple], Start] = lambda kernel, grid: _nothing) -> Iterator[None]:
     """Inside, layers start kernels for CPU tensors too, by `start(kernel, grid)(...)`, which does nothing."""
+    from triton.runtime.jit import KernelInterface
+
     patches = (
         mock.patch.object(KernelInterface, "__getitem__", start),
         mock.patch.object(dispatch, "_insist", _nothing),  # on a device, or on Triton's interpreter
@@ -219,6 +221,8 @@ class _Driver:
     """A device for Triton's own launch path, which is not there."""
 
     def get_current_target(self) -> GPUTarget:
+        from triton.backends.compiler import GPUTarget
+
         return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> str:
@@ -247,6 +251,9 @@ def _compile(kernel: JITFunction, key: str, signature, device: str, *args, **kwa
 def triton_share(launched: Sequence[Started], clock: WallClock, rounds: int) -> list[dict]:
     """What each kernel costs from ``kernel[grid](...)`` to the driver: binding, specialisation and the look
     into the cache, with nothing compiled and nothing launched."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
     ones = list({one.key: one for one in launched}.values())
     with (
         mock.patch.object(driver, "_active", _Driver()),
@@ -314,7 +321,7 @@ def _cell(row: dict) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if all is well, 1 if a layer could not be measured, 2 for wrong usage."""
+    """Returns 0 if all is well, 1 if a layer could not be measured, 2 for wrong usage or without Triton."""
     parser = argparse.ArgumentParser(
         prog="python -m normzoo_bench.host",
         description="Times layers with empty kernels beside torch's layers, on a CPU and one thread.",
@@ -328,6 +335,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(given)
     try:
+        demand_triton()
+        from triton import knobs
+
         if knobs.runtime.interpret:
             raise ValueError(
                 "TRITON_INTERPRET is set; unset it, Triton's launches are part of what is measured"

@@ -26,9 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import normzoo
 from normzoo.terminal import table
 from normzoo.zoo import ZOO, Entry, find
-from normzoo_kernels import _launch
 
-from .environment import environment
+from .environment import demand_triton, environment
 from .host import HostCase, emptied
 from .results import Document, demand_writable
 from .workloads import Workload
@@ -88,6 +87,8 @@ class Counted:
 
 @contextlib.contextmanager
 def _counting(kernels: collections.Counter[str], operators: collections.Counter[str]) -> Iterator[None]:
+    from normzoo_kernels import _launch
+
     def start(kernel: Any, grid: tuple) -> Callable[..., None]:
         def note(*args: Any, **meta: Any) -> None:
             kernels[kernel.__name__] += 1
@@ -235,7 +236,7 @@ def show(document: Document) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if all is well, 1 if a layer starts more than its limit, 2 for wrong usage."""
+    """Returns 0 if all is well, 1 if a layer is over its limit, 2 for wrong usage or without Triton."""
     parser = argparse.ArgumentParser(
         prog="python -m normzoo_bench.launches",
         description="Counts the kernels that a training step starts, normzoo's and torch's, and holds limits.",
@@ -246,6 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(given)
     try:
+        demand_triton()
         if arguments.output:
             demand_writable(arguments.output)
         entries = {entry.name: entry for entry in map(find, arguments.layer)} or {e.name: e for e in ZOO}
