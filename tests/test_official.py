@@ -12,7 +12,7 @@ from normzoo_bench.cases import Case
 from normzoo_bench.report.goals import MANY_PASSES
 from normzoo_bench.report.judging import MET, MISSED
 from normzoo_bench.results import Document
-from normzoo_bench.workloads import Workload
+from normzoo_bench.workloads import Workload, memory_formats
 
 
 @pytest.fixture(autouse=True)
@@ -184,6 +184,38 @@ def test_the_plan_has_what_the_goals_ask_for():
     assert {part.scaling for part in cpu.PARTS} == {None, "rows", "width", "channels"}
 
 
+def test_every_layer_of_a_part_comes_first_in_float32(monkeypatch):
+    """In both memory formats, large and small, before any gets another shape or dtype."""
+    for part in cpu.PARTS:
+        if part.scaling is not None:
+            continue
+        cases = part.cases()
+        wanted = {
+            (name, use, shape, memory_format)
+            for name in part.layers
+            for use, shape in cpu._SHAPES[find(name).family][:2]
+            for memory_format in memory_formats(find(name).family, shape)
+        }
+        assert wanted == {
+            (case.entry.name, case.workload.use, case.workload.shape, case.memory_format)
+            for case in cases[: sum(len(part.modes) if find(n).couples_samples else 1 for n, *_ in wanted)]
+        }
+        assert {case.dtype for case in cases} == {"float32", "bfloat16"}
+        assert len({str(case) for case in cases}) == len(cases)
+
+
+def test_region_norm_l_decides_as_its_authors_do():
+    """Also in bfloat16, where a mask by rounded means has other pixels."""
+    for seed in (0, 4, 19):
+        torch.manual_seed(seed)
+        case = Case(
+            find("region_norm_l"), Workload("resnet", (8, 8, 8, 8)), "bfloat16", "contiguous", "training"
+        )
+        layer, buffers = case.layer(CPU), case.buffers(CPU, 1)
+        check = checks.Check(case, layer, buffers[0])
+        assert max(check.both(peers.contender("official", case, layer, CPU)).values()) < 3e-2
+
+
 def test_a_rehearsal(tmp_path, monkeypatch, capsys):
     few = cpu.Part(
         "few", 1.0, ("rms_norm", "crms_norm"), ("normzoo", "torch", "official"), ("both",), ("float32",)
@@ -201,7 +233,31 @@ def test_a_rehearsal(tmp_path, monkeypatch, capsys):
     assert all(row["saved_bytes"] and row["peak_bytes"] for row in layers["rows"])
     assert {row["workload"].partition("-")[0] for row in scaling["rows"]} == {"width"}
     assert [row["layer"] for row in layers["extra"]["passes"]] == ["crms_norm", "rms_norm"]
-    assert "Goals on this CPU" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Goals on this CPU" in told and "No time was left" not in told
+    for document in (layers, scaling):
+        assert document["settings"]["command"] == "python -m normzoo_bench.cpu"
+        output = tmp_path.name  # a place on this machine is nobody's business
+        assert document["settings"]["arguments"] == {"output": output, "minutes": 1.0, "rehearse": True}
+
+
+def test_what_is_not_run_is_told_at_the_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    few = cpu.Part("few", 1.0, ("rms_norm",), ("normzoo", "torch"), ("both",), ("float32",))
+    monkeypatch.setattr(cpu, "PARTS", (few,))
+    monkeypatch.setattr(
+        cpu.runs, "start", lambda *_: (Document({}, {"rounds": 2}, {"median": 1e9}), (), 1 << 12)
+    )
+    monkeypatch.setattr(cpu.runs, "finish", lambda *_: None)
+    monkeypatch.setattr(cpu, "show", lambda *_: None)
+    assert cpu.main(["--output", "out/here", "--minutes", "1e-9"]) == 0
+    count = len(few.cases())
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.endswith(
+        f"No time was left for {count} measurements, first {few.cases()[0]}; more --minutes have them."
+    )
+    document = json.loads((tmp_path / "out/here/cpu-layers.json").read_text())
+    assert document["settings"]["arguments"]["output"] == "out/here" and len(document["not_run"]) == count
 
 
 @pytest.mark.parametrize("wrong", [["--minutes", "0"], ["--minutes", "nan"]])

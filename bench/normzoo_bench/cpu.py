@@ -11,14 +11,14 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from normzoo.terminal import progress, say, table
-from normzoo.zoo import find
+from normzoo.zoo import Entry, find
 
 from . import passes
 from . import run as runs
@@ -44,7 +44,9 @@ _SHAPES: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
     "running": (("tokens", (1024, 1024)), ("small", (64, 1024)), ("tokens", (32, 197, 768))),
     "weights": (("conv", (512, 512, 3, 3)), ("small", (64, 64, 3, 3)), ("stem", (64, 3, 7, 7))),
 }
-"""Where memory takes the time, and where starting operators does."""
+"""Where memory takes the time, and where starting operators does: one of each, then more."""
+_FIRST = 2
+"""Shapes that every layer of a part gets, in its first dtype, before any gets another."""
 
 _TORCHS = ("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm")
 _MODELS = ("adaptive_layer_norm", "adaptive_rms_norm")
@@ -76,19 +78,24 @@ class Part:
             size = "smoke" if rehearse else "default"
             made = plan(entries, "cpu", size, self.dtypes, scaling=self.scaling)
             return [case for case in made if case.mode != "eval"]
-        made = []
-        for place in range(max(map(len, _SHAPES.values()))):
-            for entry in entries:
-                for use, shape in _SHAPES[entry.family][place : place + 1]:
-                    shape = tuple(min(n, 8) for n in shape) if rehearse else shape
-                    made += [
-                        Case(entry, Workload(use, shape), dtype, memory_format, mode)
-                        for dtype in self.dtypes
-                        for memory_format in memory_formats(entry.family, shape)
-                        for mode in (self.modes if entry.couples_samples else ("any",))
-                        if memory_format != "padded"
-                    ]
-        return made
+        first, rest = range(_FIRST), range(_FIRST, max(map(len, _SHAPES.values())))
+        turns = ((first, self.dtypes[:1]), (first, self.dtypes[1:]), (rest, self.dtypes))
+        return [
+            case
+            for places, dtypes in turns
+            for place in places
+            for entry in entries
+            for case in self._at(place, entry, dtypes, rehearse)
+        ]
+
+    def _at(self, place: int, entry: Entry, dtypes: Sequence[str], rehearse: bool) -> Iterator[Case]:
+        for use, shape in _SHAPES[entry.family][place : place + 1]:
+            shape = tuple(min(n, 8) for n in shape) if rehearse else shape
+            for dtype in dtypes:
+                for memory_format in memory_formats(entry.family, shape):
+                    for mode in self.modes if entry.couples_samples else ("any",):
+                        if memory_format != "padded":
+                            yield Case(entry, Workload(use, shape), dtype, memory_format, mode)
 
 
 _OFFICIAL = ("ghost_batch_norm", "adab2n", "batch_channel_norm", "evo_norm_b0", "evo_norm_s0")
@@ -159,8 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measured(folder: Path, limit: float, rehearse: bool) -> int:
     end, device = time.monotonic() + limit, torch.device("cpu")
     first, clocks, cache = runs.start(device, _SAMPLE_SECONDS, 2 if rehearse else _ROUNDS)
-    first.settings["arguments"] = {"minutes": limit / 60, "rehearse": rehearse}
-    first.settings["command"] = "python -m normzoo_bench.cpu --output bench/results"
+    place = folder.name if folder.is_absolute() else str(folder)  # nothing about the machine
+    first.settings["command"] = "python -m normzoo_bench.cpu"
+    first.settings["arguments"] = {"output": place, "minutes": limit / 60, "rehearse": rehearse}
     second = Document(first.environment, {**first.settings}, {**first.copy_bandwidth})
     documents = dict(zip(DOCUMENTS, (first, second), strict=True))
     for name, document in documents.items():
@@ -177,6 +185,8 @@ def _measured(folder: Path, limit: float, rehearse: bool) -> int:
         document.write(folder / f"{name}.json")
         show(asdict(document))
     show_verdicts(verdicts(folder))
+    if left := [case for document in documents.values() for case in document.not_run]:
+        say(f"No time was left for {len(left)} measurements, first {left[0]}; more --minutes have them.")
     if not undisturbed:
         print(f"normzoo_bench.cpu: interrupted; what is done lies in {folder}", file=sys.stderr)
         return 130

@@ -221,6 +221,7 @@ def _region_norm_b(layer: Any, beside: Any) -> Call:
 
 
 def _region_norm_l(layer: Any, _: nn.Module) -> Call:
+    """Which pixels are in a region is decided in float32, lest both compute different functions."""
     sa = layer.sa
 
     def conv(x: Tensor, of: nn.Conv2d) -> Tensor:
@@ -228,9 +229,11 @@ def _region_norm_l(layer: Any, _: nn.Module) -> Call:
         return F.conv2d(x, of.weight.to(x.dtype), bias, padding=of.padding)  # type: ignore[arg-type]
 
     def call(x: Tensor) -> Tensor:
-        seen = torch.cat((x.mean(1, keepdim=True), x.max(1, keepdim=True).values), 1)
-        importance = torch.sigmoid(conv(seen, sa.conv1))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean, most = x.mean(1, keepdim=True, dtype=wide), x.max(1, keepdim=True).values
+        importance = torch.sigmoid(conv(torch.cat((mean, most.to(wide)), 1), sa.conv1))
         mask = (importance.detach() >= layer.threshold).to(x.dtype)
+        importance = importance.to(x.dtype)
         gamma, beta = conv(importance, sa.gamma_conv), conv(importance, sa.beta_conv)
         return _of_regions(x, mask, layer.eps) * (1 + gamma) + beta
 
