@@ -38,11 +38,29 @@ def test_a_row_adds_up():
         assert row["gigabytes_a_second"] == pytest.approx(row["bytes"] / 1e6)
         assert row["share_of_copy"] == pytest.approx(row["gigabytes_a_second"])  # a copy moves 1 GB/s here
         assert row["speedup"]["median"] == pytest.approx(2) and row["baseline"] == "torch"
-        assert rows["torch", direction]["speedup"]["median"] == 1
+        assert rows["torch", direction]["speedup"]["median"] == 1 and row["speedups"] == {}
         assert (row["saved_bytes"] is None) == (direction == "forward")
     assert set(rows["normzoo", "forward"]["error"]) == {"y"}
     assert set(rows["normzoo", "backward"]["error"]) == {"dx", "weight"}
     assert set(rows["normzoo", "both"]["error"]) == {"y", "dx", "weight"}
+
+
+def test_every_other_contender_takes_turns_with_normzoo(monkeypatch):
+    """A ratio of medians would be 3.5 / 2."""
+
+    class Drifting(FakeClock):
+        def stopwatch(self, function):
+            function()
+            samples = self.seconds[self.runs.index(function)]
+            return 4 * next(samples)
+
+    plant(monkeypatch, lambda layer: layer)
+    clock = Drifting(*(iter((9, *samples)) for samples in ((1, 3), (2, 2), (4, 3))))
+    found = measured(case_of(find("rms_norm")), ("normzoo", "torch", "planted"), ("forward",), clock)
+    ours, torchs, planted = found.rows
+    assert ours["baseline"] == "torch" and list(ours["speedups"]) == ["planted"]
+    assert ours["speedups"]["planted"]["median"] == pytest.approx((4 / 1 + 3 / 3) / 2)
+    assert torchs["speedups"] == planted["speedups"] == {}
 
 
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])

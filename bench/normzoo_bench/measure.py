@@ -165,7 +165,8 @@ def timed(
 ) -> list[dict]:
     """The rows of a case with times by `clock`, less those of contenders that it cannot time.
 
-    Each is set against the first of its `baselines` that is there.
+    Each is set against the first of its `baselines` that is there; what is normzoo's also, in ``speedups``,
+    against everything else that is not.
     """
     ready: list[tuple[dict, Prepared]] = []
     for row, rotation in zip(rows, rotations, strict=True):
@@ -175,18 +176,25 @@ def timed(
             document.add_failed(case, row["contender"], error, f"{row['direction']} {clock.name}")
     seconds = seconds_a_call(clock, [prepared for _, prepared in ready], rounds)
     by_name = {row["contender"]: own for (row, _), own in zip(ready, seconds, strict=True)}
+    rivals = [name for name in by_name if not _is_normzoo(name)]
     for row, prepared in ready:
         own = by_name[row["contender"]]
         baseline = next((name for name in baselines(row["contender"]) if name in by_name), None)
         spent = timing.summary(own)
         speed = None if row["bytes"] is None else row["bytes"] / spent.median
+        others = [name for name in rivals if name != baseline] if _is_normzoo(row["contender"]) else []
         row |= {
             "seconds": spent._asdict(),
             "rounds": rounds,
             "calls": prepared.calls,
             "baseline": baseline,
             "speedup": timing.ratio(by_name[baseline], own)._asdict() if baseline else None,
+            "speedups": {name: timing.ratio(by_name[name], own)._asdict() for name in others},
             "gigabytes_a_second": None if speed is None else speed / 1e9,
             "share_of_copy": None if speed is None else speed / document.copy_bandwidth["median"],
         }
     return [row for row, _ in ready]
+
+
+def _is_normzoo(contender: str) -> bool:
+    return contender.partition("-")[0] == "normzoo"
