@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+from normzoo_bench.report import asked
+from normzoo_bench.workloads import DIRECTIONS
+
 ENVIRONMENT = {
     "normzoo": "0.0.9",
     "torch": "7.7.7",
@@ -50,10 +53,28 @@ def pair(speedup, **other):
     return [row(speedup=speedup, **other), row("torch", **other)]
 
 
-def on_gpu(share, direction="forward", layer="rms_norm", **other):
-    given = {"workload": "llm-8192x4096", "shape": [8192, 4096], "dtype": "bfloat16", "mode": "any"}
+def pairs(layers=asked.WITH_TORCH, speedup=1.1, other="torch", directions=DIRECTIONS, **known):
+    """Of every layer in every direction, so that no row of a goal is lacking."""
+    known = {"workload": "resnet-9x64x8x8"} | known
+    each = [{"layer": layer, "direction": direction, **known} for layer in layers for direction in directions]
+    ours = [row(speedup=speedup, baseline=other, **one) for one in each]
+    return [*ours, *(row(other, **one) for one in each)]
+
+
+def along_sweeps(speedup=1.0):
+    swept = [(f"{sweep}-8x64x8x8", layer) for sweep, layers in asked.SWEEPS.items() for layer in layers]
+    return [one for use, layer in swept for one in pair(speedup, workload=use, layer=layer)]
+
+
+def on_gpu(share, direction="forward", layer="rms_norm", width=4096, **other):
+    given = {"workload": f"llm-8192x{width}", "shape": [8192, width], "dtype": "bfloat16", "mode": "any"}
     given |= {"clock": "kernel", "share_of_copy": share, "layer": layer, "direction": direction}
     return row(**(given | other))
+
+
+def of_widths(share, widths=(1024, 2048, 4096, 8192), **other):
+    """Both layers of the goals of row norms in each width."""
+    return [on_gpu(share, layer=name, width=w, **other) for name in ("rms_norm", "layer_norm") for w in widths]
 
 
 def document(*rows, environment=ENVIRONMENT, command="normzoo bench --planted", **other):
@@ -71,12 +92,13 @@ def put(folder, **documents):
 def static(**other):
     """A document of the static gate."""
     given = {"launches": [launch("c")], "calls": [], "beaten": [], "sweep": [], "failures": []}
-    return {"command": "python -m static --all", "environment": ENVIRONMENT, **given, **other}
+    gpus = {"H200": {"copy": 1e12}}
+    return {"command": "python -m static --all", "environment": ENVIRONMENT, "gpus": gpus, **given, **other}
 
 
 def launch(case):
     return {"case": case, "dtype": "bf16", "target": "sm_90", "kernel": "k"}
 
 
-def call(name, share):
-    return {"call": name, "predicted": {"H200": {"share_of_copy": share}}}
+def call(name, microseconds):
+    return {"call": name, "predicted": {"H200": {"microseconds": microseconds, "share_of_copy": 0.01}}}

@@ -9,10 +9,10 @@ from measuring import CPU, case_of, quicken
 from normzoo.zoo import ZOO, find
 from normzoo_bench import checks, cpu, official, passes, peers
 from normzoo_bench.cases import Case
-from normzoo_bench.report.goals import MANY_PASSES
-from normzoo_bench.report.judging import MET, MISSED
+from normzoo_bench.report.asked import MANY_PASSES, SWEEPS, WITH_TORCH
+from normzoo_bench.report.judging import MET, MISSED, UNDECIDED
 from normzoo_bench.results import Document
-from normzoo_bench.workloads import Workload, memory_formats
+from normzoo_bench.workloads import DIRECTIONS, Workload, memory_formats
 
 
 @pytest.fixture(autouse=True)
@@ -155,9 +155,14 @@ def _verdicts(folder, rows: list[dict], sweep: list[dict]) -> dict[str, tuple[st
 
 def test_verdicts(tmp_path):
     """What is a tenth slower than torch, or not twice as fast as a code of many passes, misses its goal."""
-    good = [*_row("rms_norm", "torch", 0.91), *_row("power_norm", "official", 2.01)]
-    sweep = _row("rms_norm", "torch", 1.5, "rows-8x8")
+    good = [row for way in DIRECTIONS for n in WITH_TORCH for row in _row(n, "torch", 0.91, direction=way)]
+    good += [row for name in MANY_PASSES for row in _row(name, "official", 2.01)]
+    swept = [(f"{what}-8x8", name) for what, names in SWEEPS.items() for name in names]
+    sweep = [row for use, name in swept for row in _row(name, "torch", 1.5, use)]
     assert {v for v, _ in _verdicts(tmp_path, good, sweep).values()} == {MET}
+    some = _row("rms_norm", "torch", 0.91), _row("rms_norm", "torch", 1.5, "rows-8x8")
+    found = {key: verdict for key, (verdict, _) in _verdicts(tmp_path, *some).items()}
+    assert found["cpu-torch"] == found["cpu-sweeps"] == UNDECIDED
 
     slow = [*good, *_row("layer_norm", "torch", 0.89, direction="forward")]
     found = _verdicts(tmp_path, slow, sweep)

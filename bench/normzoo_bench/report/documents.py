@@ -24,6 +24,8 @@ COMMANDS = {
     "launches": "python -m normzoo_bench.launches --output bench/results/launches.json",
     "static": "python -m normzoo_bench.static --all --output bench/results/static.json",
     "gpu": "python -m normzoo_bench.gpu --output bench/results/gpu",
+    "measured": "python -m normzoo_bench.static --all --output bench/results/static.json --measured "
+    "bench/results/gpu/bench.json",
 }
 """What writes each, where it is not there to say so itself."""
 
@@ -67,6 +69,11 @@ class Source:
         return _without_places(words)
 
     @property
+    def is_smoke(self) -> bool:
+        """Whether its sizes are those of a try."""
+        return "--size smoke" in self.command.replace("=", " ")
+
+    @property
     def device(self) -> str:
         return str(self.environment.get("device", "cpu"))
 
@@ -90,7 +97,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Documents:
-    """What a folder holds, by the names of the files without their ending."""
+    """What a folder holds, by the paths of the files below it without their ending."""
 
     sources: tuple[Source, ...] = ()
     unread: tuple[tuple[str, str], ...] = ()
@@ -121,7 +128,7 @@ def read(folder: Path) -> Documents:
     """All documents below `folder`; one that cannot be read is told in ``unread``, and the rest stands."""
     sources, unread = [], []
     for path in sorted(folder.rglob("*.json")):
-        name = path.stem
+        name = path.relative_to(folder).with_suffix("").as_posix()
         try:
             document = _document(path)
         except ValueError as error:
@@ -129,8 +136,6 @@ def read(folder: Path) -> Documents:
             continue
         if _rehearsed(document):
             unread.append((name, "a rehearsal on a CPU, whose times mean nothing"))
-        elif any(source.name == name for source in sources):
-            unread.append((name, "there is another document of that name"))
         else:
             sources.append(Source(name, document))
     timings = [(source, row) for source in sources for row in source.entries("rows") if _is_timing(row)]

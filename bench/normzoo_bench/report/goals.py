@@ -9,125 +9,49 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from ..models import MODELS
+from ..workloads import DIRECTIONS
+from .asked import (
+    ACROSS,
+    BANDS,
+    CHANNELS,
+    FEW_LAUNCHES,
+    LAYERS,
+    MANY_PASSES,
+    MORE_LAUNCHES,
+    RIVALS,
+    SMALL,
+    SWEEPS,
+    WITH_TORCH,
+)
 from .documents import COMMANDS, Documents, Source, is_sweep
-from .judging import (
-    Chosen,
-    Goal,
+from .gate import compiled, gates, predicted_beside_measured, unbeaten
+from .judges import (
     along_sweeps,
     bandwidth,
     beyond_a_copy,
-    compiled,
     covered,
     faster,
-    gates,
     host,
     in_one_launch,
     launched,
-    predicted_beside_measured,
     remembered,
     short_calls,
     slower,
-    unbeaten,
+    than_another,
 )
+from .judging import Chosen, Goal
 
 CAUSES: dict[str, str] = {}
 """By the key of a goal, why it is missed. A missed goal that is not here is told as one without a cause."""
 
-MANY_PASSES = (
-    "crms_norm", "ghost_batch_norm", "adab2n", "batch_channel_norm", "region_norm_b", "region_norm_l",
-    "evo_norm_b0", "evo_norm_s0", "time_dependent_layer_norm", "time_dependent_rms_norm", "power_norm",
-    "unified_norm", "weight_standardize",
-)  # fmt: skip
-"""Layers whose official code goes over x more than 8 times in a step, as ``normzoo_bench.passes`` counts."""
-
-_PAIR = ("rms_norm", "layer_norm")
-_ODD = ("crms_norm", "rms_norm")
-_SUMS = ("add_rms_norm", "add_layer_norm")
-_CHANNELS = ("batch_norm", "group_norm", "instance_norm")
-_OTHERS = ("region_norm_b", "alpha_batch_norm", "adab2n", "evo_norm_b0", "evo_norm_s0")
-FEW_LAUNCHES = (*_CHANNELS, "power_norm")
-
-_BF16, _EITHER = ("bfloat16",), ("bfloat16", "float32")
-_LLM = "RMSNorm and LayerNorm, 1024 to 8192 wide", Chosen(_PAIR, ("llm-*",), _BF16)
-_QK = "RMSNorm and LayerNorm, 64 to 512 wide", Chosen(_PAIR, ("qk-*",), _BF16)
-_NARROW = (
-    "CRMSNorm and RMSNorm of odd width, contiguous",
-    Chosen(_ODD, ("odd-*",), _BF16, formats=("contiguous",)),
-)
-_SMALL = Chosen(_PAIR, ("small-*",))
-
-_BANDS = {
-    "rows": (*_LLM, 0.92, 0.85),
-    "wide": (
-        "RMSNorm and LayerNorm, 16384 and 32768 wide",
-        Chosen(_PAIR, ("wide-*",), _EITHER, widths=(16384, 32768)),
-        0.90,
-        0.75,
-    ),
-    "widest": (
-        "RMSNorm and LayerNorm, 65536 wide and more",
-        Chosen(_PAIR, ("wide-*",), _BF16, widths=(65536, 1 << 18)),
-        0.75,
-        0.60,
-    ),
-    "qk": (*_QK, 0.90, 0.80),
-    "odd": (*_NARROW, 0.70, 0.60),
-    "padded": (
-        "CRMSNorm and RMSNorm of odd width, padded to 16 bytes",
-        Chosen(_ODD, ("odd-*",), _BF16, formats=("padded",)),
-        0.90,
-        None,
-    ),
-    "added": ("sum and norm in one, 4096 and 8192 wide", Chosen(_SUMS, dtypes=_BF16), 0.90, 0.85),
-    "batch": (
-        "BatchNorm in training, channels_last, 3 and 5 passes",
-        Chosen(("batch_norm",), (), _EITHER, ("channels_last",), modes=("training",)),
-        0.85,
-        0.85,
-    ),
-    "group": (
-        "GroupNorm and BatchChannelNorm, either memory format",
-        Chosen(("group_norm", "batch_channel_norm"), dtypes=_BF16),
-        0.85,
-        0.80,
-    ),
-    "power": ("PowerNorm after its warm-up", Chosen(("power_norm",), dtypes=_BF16), 0.90, 0.85),
-    "others": ("RegionNormB, AlphaBatchNorm, AdaB2N and EvoNorm", Chosen(_OTHERS, dtypes=_EITHER), 0.80, 0.75),
-}
-"""By key: words, rows, and the least share of a copy's speed forward and backward."""
-
-_RIVALS = (
-    (*_LLM, "forward", "quack", 0.97),
-    (*_LLM, "forward", "torch.compile", 0.97),
-    (*_LLM, "backward", "liger", 1.2),
-    (*_LLM, "backward", "torch", 1.7),
-    (*_BANDS["wide"][:2], "backward", "liger", 2.0),
-    (*_QK, "*ward", "torch.compile", 1.0),
-    (*_NARROW, "*ward", "torch.compile", 1.3),
-    ("sum and norm in one", Chosen(_SUMS), "backward", "liger", 1.2),
-    (*_BANDS["batch"][:2], "*ward", "torch", 0.95),
-    (*_BANDS["batch"][:2], "*ward", "torch.compile", 1.2),
-    (
-        "BatchNorm in training, contiguous",
-        Chosen(("batch_norm",), formats=("contiguous",), modes=("training",)),
-        "*ward",
-        "torch",
-        1.5,
-    ),
-    ("BatchChannelNorm, its two norms", Chosen(("batch_channel_norm",)), "*ward", "reference", 1.8),
-    ("PowerNorm after its warm-up", Chosen(("power_norm",)), "*ward", "reference", 3.0),
-    (*_BANDS["others"][:2], "*ward", "reference", 2.5),
-    (*_BANDS["others"][:2], "*ward", "torch.compile", 1.2),
-)
-"""Words, rows, directions, against whom, and how many times as fast at least."""
-
 _MODELS = [
-    (model, direction, contender)
-    for model in ("gpt", "vit", "resnet50")
+    (model, direction, contender, memory_format)
+    for model, made in MODELS.items()
     for direction in ("step", "inference")
     for contender in ("torch", "normzoo", "torch.compile", "normzoo-compiled")
+    for memory_format in made.memory_formats
 ]
-_SWEEPS = [("rows", "rms_norm"), ("rows", "batch_norm"), ("width", "rms_norm"), ("channels", "batch_norm")]
 
 _TUNE = "compile the worst shape with `python -m normzoo_bench.static --only CASE`; then its tile and depth"
 _FEWER = "one launch less: the parts of a statistic merged by the program that is last"
@@ -141,7 +65,7 @@ def goals() -> list[Goal]:
 
 def share_goals() -> Iterator[tuple[str, str, float]]:
     """(layer, direction, least share of a copy's speed) of every goal about memory on a GPU."""
-    for _, chosen, *bounds in _BANDS.values():
+    for _, chosen, *bounds in BANDS.values():
         for direction, least in zip(("forward", "backward"), bounds, strict=True):
             if least is not None:
                 yield from ((layer, direction, least) for layer in chosen.layers)
@@ -149,12 +73,13 @@ def share_goals() -> Iterator[tuple[str, str, float]]:
 
 def _on_a_cpu() -> Iterator[Goal]:
     goal = partial(Goal, section="Speed on this CPU, times as fast")
-    every = Chosen(modes=("any", "training", "eval"))
+    every = Chosen(WITH_TORCH, modes=("any", "training", "eval"))
     yield goal(
         key="cpu-torch",
-        what="every layer that torch has, all shapes, dtypes and directions, against torch",
+        what="every layer that torch has or models write in its operators, all shapes, dtypes and directions, "
+        "against torch (of classes for 1 to 3 dimensions those for images)",
         bound="≥ 0.90",
-        judge=faster(every, "*", "torch", 0.9, "cpu"),
+        judge=faster(every, DIRECTIONS, ("torch",), 0.9, "cpu"),
         command=COMMANDS["cpu-layers"],
         ahead="more rounds for the rows that are named; then torch's own operator for that shape",
     )
@@ -162,7 +87,7 @@ def _on_a_cpu() -> Iterator[Goal]:
         key="cpu-sweeps",
         what="the same along rows, width and channels",
         bound="≥ 0.90",
-        judge=along_sweeps("torch", 0.9),
+        judge=along_sweeps(SWEEPS, "torch", 0.9),
         command=COMMANDS["cpu-scaling"],
         ahead="the smallest sizes, which are host time of the call",
     )
@@ -170,7 +95,7 @@ def _on_a_cpu() -> Iterator[Goal]:
         key="cpu-official",
         what="layers whose official code goes over x more than 8 times, forward and backward, against it",
         bound="≥ 2.00",
-        judge=faster(Chosen(MANY_PASSES), "both", "official", 2.0, "cpu"),
+        judge=faster(Chosen(MANY_PASSES), ("both",), ("official",), 2.0, "cpu"),
         command=COMMANDS["cpu-layers"],
         ahead="one operator of torch for two: sums and squares in one pass, the map by addcmul",
     )
@@ -183,7 +108,7 @@ def _launches() -> Iterator[Goal]:
             key=f"few-{direction}",
             what=f"launches of BatchNorm, GroupNorm, InstanceNorm and PowerNorm, {direction}",
             bound="≤ 4",
-            judge=launched(direction, 4, layers=FEW_LAUNCHES),
+            judge=launched(direction, 4, FEW_LAUNCHES),
             command=COMMANDS["launches"],
             ahead=_FEWER,
         )
@@ -191,17 +116,18 @@ def _launches() -> Iterator[Goal]:
             key=f"many-{direction}",
             what=f"launches of every other layer with a kernel, {direction}",
             bound="≤ 12",
-            judge=launched(direction, 12, but=FEW_LAUNCHES),
+            judge=launched(direction, 12, MORE_LAUNCHES),
             command=COMMANDS["launches"],
             ahead="the combine as one kernel, with its derivative written by hand",
         )
     for key, layers, words, most in (
         ("rows", ("layer_norm", "rms_norm", "crms_norm"), "row norms", 1.2),
-        ("channels", _CHANNELS, "BatchNorm, GroupNorm and InstanceNorm", 1.5),
+        ("channels", CHANNELS, "BatchNorm, GroupNorm and InstanceNorm", 1.5),
     ):
         yield goal(
             key=f"host-{key}",
-            what=f"host time of forward and backward with empty kernels, {words}, in torch's",
+            what=f"host time of forward and backward, {words} of the smallest tensors with empty kernels, in "
+            "torch's; Triton's own part of a launch is apart",
             bound=f"≤ {most:.2f}",
             judge=host(layers, most),
             command=COMMANDS["host"],
@@ -213,7 +139,8 @@ def _whole() -> Iterator[Goal]:
     goal = partial(Goal, section="Measured, and kept", bound="all")
     yield goal(
         key="models",
-        what="GPT, ViT and ResNet-50: step and inference, torch's norms and normzoo's, eager and compiled",
+        what="GPT, ViT and ResNet-50 in either memory format: step and inference, torch's norms and normzoo's, "
+        "eager and compiled",
         judge=covered("are there", _MODELS, _models),
         command=COMMANDS["cpu-models"],
         ahead="what is named, with `--contender`",
@@ -221,18 +148,18 @@ def _whole() -> Iterator[Goal]:
     yield goal(
         key="sweeps",
         what="curves against rows, width and channels",
-        judge=covered("are there", _SWEEPS, _sweeps),
+        judge=covered("are there", [(sweep, name) for sweep in SWEEPS for name in SWEEPS[sweep]], _sweeps),
         command=COMMANDS["cpu-scaling"],
         ahead="what is named, with `--scaling`",
     )
     for what, words in (
-        ("saved_bytes", "bytes that autograd keeps for the backward pass, every layer that is measured"),
-        ("peak_bytes", "the most bytes that forward and backward hold, every layer that is measured"),
+        ("saved_bytes", "bytes that autograd keeps for the backward pass, every layer"),
+        ("peak_bytes", "the most bytes that forward and backward hold, every layer"),
     ):
         yield goal(
             key=what,
             what=words,
-            judge=remembered(what, "both"),
+            judge=remembered(what, LAYERS),
             command=COMMANDS["cpu-layers"],
             ahead="the rows that are named, whose measurement failed",
         )
@@ -240,9 +167,12 @@ def _whole() -> Iterator[Goal]:
 
 def _models(documents: Documents) -> dict[tuple, Source]:
     return {
-        (row["workload"].partition("-")[0], row["direction"], row["contender"]): source
+        (
+            row["workload"].partition("-")[0],
+            *(row[name] for name in ("direction", "contender", "memory_format")),
+        ): source
         for source, row in documents
-        if row["direction"] in ("step", "inference")
+        if row["direction"] in ("step", "inference") and not source.is_smoke
     }
 
 
@@ -291,16 +221,16 @@ def _static() -> Iterator[Goal]:
         )
     yield goal(
         key="predicted",
-        what="time predicted from bytes beside measured time, wherever a GPU ran",
+        what="time that the static gate predicts beside measured time, wherever a GPU ran",
         bound="a table",
         judge=predicted_beside_measured(),
-        command=COMMANDS["gpu"],
-        ahead="a run on a GPU",
+        command=COMMANDS["measured"],
+        ahead="a run on a GPU, and its document for the static gate",
     )
 
 
 def _bandwidths() -> Iterator[Goal]:
-    for key, (what, chosen, *bounds) in _BANDS.items():
+    for key, (what, chosen, *bounds) in BANDS.items():
         for direction, least in zip(("forward", "backward"), bounds, strict=True):
             if least is not None:
                 yield Goal(
@@ -315,17 +245,29 @@ def _bandwidths() -> Iterator[Goal]:
 
 
 def _beside_others() -> Iterator[Goal]:
-    names = {"reference": "its eager body", "liger": "Liger", "*ward": "either way"}
-    for i, (what, chosen, direction, other, least) in enumerate(_RIVALS):
-        yield Goal(
-            key=f"rival-{i}-{other}",
-            section="Beside others on a GPU, times as fast",
-            what=f"{what}, {names.get(direction, direction)}, against {names.get(other, other)}",
+    goal = partial(Goal, section="Beside others on a GPU, times as fast", command=COMMANDS["gpu"], ahead=_TUNE)
+    for i, (what, chosen, directions, others, least) in enumerate(RIVALS):
+        way = directions[0] if len(directions) == 1 else "either way"
+        yield goal(
+            key=f"rival-{i}-{others[0]}",
+            what=f"{what}, {way}, against {', else '.join(_WHO.get(name, name) for name in others)}",
             bound=f"≥ {least:.2f}",
-            judge=faster(chosen, direction, other, least),
-            command=COMMANDS["gpu"],
-            ahead=_TUNE,
+            judge=faster(chosen, directions, others, least),
         )
+    for what, chosen, other, direction, least in ACROSS:
+        yield goal(
+            key=f"across-{chosen.layers[0]}-{direction}",
+            what=f"{what}, {direction}",
+            bound=f"≥ {least:.2f}",
+            judge=than_another(chosen, other, direction, least),
+        )
+
+
+_WHO = {
+    "reference": "its eager body",
+    "liger": "Liger",
+    "official": "the authors' code, which is two native layers",
+}
 
 
 def _small() -> Iterator[Goal]:
@@ -341,14 +283,14 @@ def _small() -> Iterator[Goal]:
         key="small-forward",
         what="host time of a forward pass without gradients, 256 rows at most, in µs",
         bound="≤ 15",
-        judge=short_calls(_SMALL, 15),
+        judge=short_calls(SMALL, 15),
         ahead="fewer arguments to a launch; what is between `kernel[grid]` and the driver is Triton's",
     )
     yield goal(
         key="small-both",
         what="host time of forward and backward, 256 rows at most, in torch's",
         bound="≤ 1.25",
-        judge=slower(_SMALL, 1.25),
+        judge=slower(SMALL, 1.25),
         ahead="fewer tensors for autograd to keep, each of which costs the host",
     )
     yield goal(

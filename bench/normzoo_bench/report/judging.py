@@ -1,30 +1,23 @@
-"""What a goal is, and the ways in which the documents decide about one."""
+"""What a goal is, which rows it is about, and how what was measured of them decides it."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from typing import Any
+from itertools import product
 
-from .documents import Documents, Row, Source
-from .measures import (
-    EMPTY,
-    LAYER_DIRECTIONS,
-    Ratio,
-    launches,
-    memory,
-    predictions,
-    ratios,
-    shares,
-    without_sweeps,
-)
+from ..workloads import DIRECTIONS
+from .documents import Documents, Row, Source, is_sweep
+from .measures import Ratio
 
-MET, MISSED, ELSEWHERE, ABSENT = "met", "missed", "not measurable here", "not measured here"
+MET, MISSED, UNDECIDED = "met", "missed", "not decided"
+ELSEWHERE, ABSENT = "not measurable here", "not measured here"
+VERDICTS = (MET, MISSED, UNDECIDED, ELSEWHERE, ABSENT)
 _SHOWN = 3
-"""Rows that miss a goal and are named."""
+"""Rows that miss a goal and are named, and rows that there are not."""
 
 
 @dataclass(frozen=True)
@@ -55,25 +48,54 @@ class Goal:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which rows a goal is about; empty means all."""
+    """Which rows a goal is about; empty means all. Of layers, widths, dtypes, memory formats and directions
+    that are named, every combination has to be there."""
 
     layers: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
     """Patterns of workloads."""
     dtypes: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
-    widths: tuple[float, float] = (0, float("inf"))
+    widths: tuple[int, ...] = ()
     modes: tuple[str, ...] = ("any", "training")
+    directions: tuple[str, ...] = ()
+    sweeps: bool = False
+    """Whether they are of a sweep."""
 
     def __call__(self, row: Row) -> bool:
         return (
-            (not self.layers or row["layer"] in self.layers)
+            all(not asked or own in asked for own, asked in zip(_of(row), self._axes, strict=True))
             and (not self.uses or any(fnmatch(row["workload"], use) for use in self.uses))
-            and (not self.dtypes or row["dtype"] in self.dtypes)
-            and (not self.formats or row["memory_format"] in self.formats)
-            and self.widths[0] <= row["shape"][-1] <= self.widths[1]
             and (not self.modes or row["mode"] in self.modes)
+            and bool(is_sweep(row)) == self.sweeps
         )
+
+    @property
+    def _axes(self) -> tuple[tuple, ...]:
+        return self.layers, self.widths, self.dtypes, self.formats, self.directions
+
+    def going(self, *directions: str) -> Chosen:
+        return replace(self, directions=directions)
+
+    def lacking(self, rows: Iterable[Row]) -> Iterator[str]:
+        """What is named and that none of `rows` is of, in words."""
+        axes = self._axes
+        there = {tuple(own if asked else "" for own, asked in zip(_of(row), axes, strict=True)) for row in rows}
+        open_ = [place for place in product(*(axis or ("",) for axis in axes)) if place not in there]
+        begun = {layer for layer, *_ in there}
+        if without := [layer for layer in self.layers if layer not in begun]:
+            yield f"{len(without)} of {len(self.layers)} layers have no rows: {', '.join(without)}"
+        if partly := [place for place in open_ if place[0] in begun]:
+            yield "no rows of " + ", ".join(few([_place(place) for place in partly]))
+
+
+def _of(row: Row) -> tuple:
+    return row["layer"], row["shape"][-1], row["dtype"], row["memory_format"], row["direction"]
+
+
+def _place(words: Iterable[object]) -> str:
+    told = (f"{word} wide" if isinstance(word, int) else str(word) for word in words)
+    return " ".join(word for word in told if word not in ("", "contiguous"))
 
 
 def number(value: float) -> str:
@@ -101,274 +123,153 @@ class Measured:
         return f"{self.name}: {value}{around}"
 
 
-def decided(found: Sequence[Measured], least: float | None = None, most: float | None = None) -> Finding:
-    """Met where every value is within the bounds. The median of a row decides, its range is shown."""
-
-    def off(one: Measured) -> bool:
-        return (least is not None and one.value < least) or (most is not None and one.value > most)
-
-    low = most is None
-    values = sorted(one.value for one in found)
-    worst = sorted(filter(off, found), key=lambda one: one.value, reverse=not low)
-    ends = f"median {number(statistics.median(values))}, {number(values[0])} to {number(values[-1])}"
-    text = f"{ends}; {len(found) - len(worst)} of {len(found)} rows" if len(found) > 1 else str(found[0])
-    return Finding(MISSED if worst else MET, text, _sources(found), _few(worst))
-
-
-def _sources(found: Iterable[Measured]) -> tuple[Source, ...]:
-    return tuple({one.source.name: one.source for one in found}.values())
-
-
-def _few(worst: Sequence[Measured]) -> tuple[str, ...]:
-    return (*map(str, worst[:_SHOWN]), *_more(len(worst)))
-
-
-def _more(count: int) -> tuple[str, ...]:
-    return (f"and {count - _SHOWN} more",) if count > _SHOWN else ()
-
-
-def nothing(device: str, predicted: str = "", sources: tuple[Source, ...] = ()) -> Finding:
-    """There are no such rows: of a GPU because there is none, of a CPU because nobody ran the command."""
-    if device == "cuda":
-        return Finding(ELSEWHERE, predicted or "no GPU", sources)
-    return Finding(ABSENT, "")
-
-
 def of_ratios(found: Sequence[Ratio]) -> list[Measured]:
     return [Measured(r.source, named(r.row), r.median, (r.p20, r.p80)) for r in found]
 
 
-def bandwidth(chosen: Chosen, direction: str, least: float) -> Judge:
-    """The share of the copy's speed on a GPU; without one, what the bytes of the static gate allow."""
+def decided(
+    documents: Documents,
+    device: str,
+    found: Sequence[Measured],
+    gaps: Iterable[str] = (),
+    least: float | None = None,
+    most: float | None = None,
+) -> Finding:
+    """Missed where a value is out of the bounds; met where none is and there are no gaps. The median of a row
+    decides, its range is shown."""
 
-    def judge(documents: Documents) -> Finding:
-        rows = without_sweeps(shares(documents, "cuda", direction=direction))
-        found = [Measured(s, named(row), row["share_of_copy"]) for s, row in rows if chosen(row)]
-        if found:
-            return decided(found, least=least)
-        allowed = [p for p in predictions(documents) if p.layer in chosen.layers and p.direction == direction]
-        if not allowed:
-            return nothing("cuda")
-        ends = min(p.share for p in allowed), max(p.share for p in allowed)
-        said = "no GPU; predicted " + " to ".join(dict.fromkeys(map(number, ends)))
-        return nothing("cuda", said, (allowed[0].source,))
+    def off(one: Measured) -> bool:
+        return (least is not None and one.value < least) or (most is not None and one.value > most)
 
-    return judge
-
-
-def faster(chosen: Chosen, direction: str, other: str, least: float, device: str = "cuda") -> Judge:
-    """How many times as fast as another contender."""
-
-    def judge(documents: Documents) -> Finding:
-        clock = "kernel" if device == "cuda" else "wall"
-        all_of_them = ratios(documents, device, other, clock=clock)
-        there = {name for name in LAYER_DIRECTIONS if fnmatch(name, direction)}
-        wanted = [r for r in all_of_them if chosen(r.row) and r.row["direction"] in there]
-        found = of_ratios(without_sweeps(wanted))
-        return decided(found, least=least) if found else nothing(device)
-
-    return judge
+    gaps = tuple(gaps)
+    if not found:
+        return nothing(documents, device, gaps)
+    values = sorted(one.value for one in found)
+    worst = sorted(filter(off, found), key=lambda one: one.value, reverse=most is not None)
+    ends = f"median {number(statistics.median(values))}, {number(values[0])} to {number(values[-1])}"
+    text = f"{ends}; {len(found) - len(worst)} of {len(found)} rows" if len(found) > 1 else str(found[0])
+    verdict = MISSED if worst else UNDECIDED if gaps else MET
+    return Finding(verdict, "; ".join((text, *gaps)), sources_of(found), few(list(map(str, worst))))
 
 
-def slower(chosen: Chosen, most: float) -> Judge:
-    """The host's time of forward and backward on a GPU's machine, in torch's."""
-
-    def judge(documents: Documents) -> Finding:
-        found = ratios(documents, "cuda", "torch", clock="host", direction="both")
-        mine = of_ratios([r.inverse for r in found if chosen(r.row)])
-        return decided(mine, most=most) if mine else nothing("cuda")
-
-    return judge
-
-
-def short_calls(chosen: Chosen, most: float) -> Judge:
-    """Microseconds of the host for a call without gradients."""
-
-    def judge(documents: Documents) -> Finding:
-        rows = documents.rows("cuda", contender="normzoo", clock="host", direction="forward")
-        found = [Measured(s, named(row), 1e6 * row["seconds"]["median"]) for s, row in rows if chosen(row)]
-        return decided(found, most=most) if found else nothing("cuda")
-
-    return judge
+def nothing(documents: Documents, device: str, gaps: Sequence[str] = (), predicted: str = "") -> Finding:
+    """There are no such rows: of a GPU because there is none, else because nobody ran the command, or what is
+    in the `gaps`."""
+    there = any(source.device == device for source in documents.sources)
+    if device == "cuda" and not there:
+        return Finding(ELSEWHERE, "; ".join(filter(None, ("no GPU yet", predicted))))
+    without_rows = "a GPU ran, and no such row is there" if device == "cuda" else ""
+    return Finding(ABSENT, "; ".join(gaps) if there and gaps else without_rows)
 
 
-def beyond_a_copy(chosen: Chosen, times: float, seconds: float) -> Judge:
-    """The kernels' time, in `times` that of a copy of the fewest bytes and `seconds`."""
-
-    def judge(documents: Documents) -> Finding:
-        found = []
-        for source, row in documents.rows("cuda", contender="normzoo", clock="kernel", direction="forward"):
-            if chosen(row) and row.get("bytes"):
-                allowed = times * row["bytes"] / source.document["copy_bandwidth"]["median"] + seconds
-                found.append(Measured(source, named(row), row["seconds"]["median"] / allowed))
-        return decided(found, most=1.0) if found else nothing("cuda")
-
-    return judge
+def sources_of(found: Iterable[Measured]) -> tuple[Source, ...]:
+    return tuple({one.source.name: one.source for one in found}.values())
 
 
-def in_one_launch(layer: str, most_bytes: float, least: float) -> Judge:
-    """How many times as fast a small layer is where one launch holds a set on chip, of what takes several."""
-
-    def judge(documents: Documents) -> Finding:
-        found = []
-        for source in documents.sources:
-            rows = (source.document.get("extra") or {}).get("choices") or ()
-            for row in rows if source.device == "cuda" else ():
-                small = 2 * math.prod(row["shape"]) <= most_bytes  # of 16 bits
-                tried = row["choice"] == "on_chip" and row["value"] is True and row["speedup"]
-                if tried and small and row["layer"] == layer:
-                    speedup = row["speedup"]
-                    around = speedup["p20"], speedup["p80"]
-                    found.append(Measured(source, named(row), speedup["median"], around))
-        return decided(found, least=least) if found else nothing("cuda")
-
-    return judge
+def few(names: Sequence[str]) -> tuple[str, ...]:
+    """The first of them, and how many more there are."""
+    more = len(names) - _SHOWN
+    return (*names[:_SHOWN], f"and {more} more") if more > 0 else tuple(names)
 
 
-def gates() -> Judge:
-    """What falls in the static gate, beside what is excused with a reason."""
-
-    def judge(documents: Documents) -> Finding:
-        source = documents.find("static")
-        if source is None:
-            return nothing("cpu")
-        failures = source.entries("failures")
-        fallen = [f for f in failures if not f.get("exception")]
-        names = [f"{f['case']} {f['target']}: {f['measure']} {f['measured']:g}, {f['bound']}" for f in fallen]
-        text = f"{len(fallen)} fall, {len(failures) - len(fallen)} are excused with a reason"
-        return _static(source, text, names)
-
-    return judge
-
-
-def unbeaten() -> Judge:
-    """Figures in which a kernel of a peer is better than ours, and why that is so."""
-
-    def judge(documents: Documents) -> Finding:
-        source = documents.find("static")
-        if source is None or "beaten" not in source.document:
-            return nothing("cpu")
-        beaten = source.entries("beaten")
-        names = [f"{b['call']}: {b['measure']} of {b['peer']}" for b in beaten if not b.get("reason")]
-        calls = [call for call in source.entries("calls") if call.get("peers")]
-        text = f"{len(names)} without, {len(beaten) - len(names)} with one, in {len(calls)} calls"
-        return _static(source, text, names)
-
-    return judge
+def gaps(
+    documents: Documents,
+    device: str,
+    chosen: Chosen,
+    rows: Iterable[Row],
+    contenders: tuple[str, ...] = ("normzoo",),
+    clock: str = "",
+) -> list[str]:
+    """Why `rows` do not decide a goal about all that is `chosen`: what has no row, and what of it the documents
+    tell as failed or not run."""
+    found = list(chosen.lacking(rows))
+    if found:
+        found += absent(documents, device, chosen, contenders)
+    return found + unfinished(documents, device, chosen, contenders, clock)
 
 
-def compiled(cases: str = "") -> Judge:
-    """Whether everything was compiled: all that the forms can choose or, with a pattern, some cases."""
-
-    def judge(documents: Documents) -> Finding:
-        source = documents.find("static")
-        if source is None:
-            return nothing("cpu")
-        launches = [one for one in source.entries("launches") if fnmatch(str(one.get("case")), cases or "*")]
-        fallen = [f for f in source.entries("failures") if fnmatch(str(f["case"]), cases or "*")]
-        names = [f"{f['case']} {f['target']}: {f['measure']}" for f in fallen if not f.get("exception")]
-        text = f"{len(launches)} launches of cases"
-        if not cases:
-            swept = sum(one.get("launches", 0) for one in source.entries("sweep"))
-            text += f", {swept} of the sweep over configurations"
-            if "--all" not in source.command.split():
-                names.append("only a sample of the configurations, without `--all`")
-        return _static(source, text, names if launches else ["no such case"])
-
-    return judge
+def absent(documents: Documents, device: str, chosen: Chosen, contenders: tuple[str, ...]) -> Iterator[str]:
+    """Why there is no such contender."""
+    reasons = {
+        f"{entry['contender']}: {entry['reason']}"
+        for source in documents.sources
+        for entry in (source.entries("absent") if source.device == device else ())
+        if entry["contender"] in contenders and (not chosen.layers or entry["layer"] in chosen.layers)
+    }
+    yield from sorted(reasons)
 
 
-def _static(source: Source, text: str, missed: Sequence[str]) -> Finding:
-    shown = (*missed[:_SHOWN], *_more(len(missed)))
-    return Finding(MISSED if missed else MET, text, (source,), shown)
+def unfinished(
+    documents: Documents,
+    device: str,
+    concerns: Chosen | Callable[[Row], bool],
+    contenders: tuple[str, ...],
+    clock: str = "",
+    choice: str = "",
+) -> list[str]:
+    """What failed and what was not run, of rows that it `concerns`; directions and clocks may not be told.
+
+    With `choice`, of the forms of which a measurement chooses.
+    """
+    failed, left = [], []
+    for source in documents.sources:
+        if source.device != device:
+            continue
+        for entry in source.entries("failed"):
+            if entry.get("contender") in (*contenders, "all") and _fits(entry, concerns, clock):
+                failed.append(f"{named(_told(entry))} {entry['contender']}".strip())
+        for text in source.document.get("not_run") or ():
+            row = _not_run(str(text))
+            known = row is not None and row["choice"] == choice and row["contender"] in (*contenders, "all")
+            if row is not None and known and _fits(row, concerns, clock):
+                left.append(str(text))
+    whats = ((failed, "failed"), (left, "not run"))
+    return [f"{len(names)} {what}: {', '.join(few(names))}" for names, what in whats if names]
 
 
-def predicted_beside_measured() -> Judge:
-    def judge(documents: Documents) -> Finding:
-        rows = shares(documents, "cuda")
-        if not rows:
-            return nothing("cuda")
-        sources = tuple({source.name: source for source, _ in rows}.values())
-        return Finding(MET, f"{len(rows)} rows in the table below", sources)
-
-    return judge
+def _told(entry: Row) -> Row:
+    return {**entry, "direction": str(entry.get("direction") or "").partition(" ")[0]}
 
 
-def along_sweeps(other: str, least: float) -> Judge:
-    def judge(documents: Documents) -> Finding:
-        every = ratios(documents, "cpu", other, clock="wall")
-        apart = {id(r) for r in without_sweeps(every)}
-        found = of_ratios([r for r in every if id(r) not in apart])
-        return decided(found, least=least) if found else nothing("cpu")
-
-    return judge
-
-
-def host(layers: tuple[str, ...], most: float) -> Judge:
-    """Host time of forward and backward with empty kernels, in that of torch."""
-
-    def judge(documents: Documents) -> Finding:
-        found = ratios(documents, "cpu", "torch", own=EMPTY, direction="both")
-        mine = of_ratios([r.inverse for r in found if r.row["layer"] in layers])
-        return decided(mine, most=most) if mine else nothing("cpu")
-
-    return judge
+def _fits(entry: Row, concerns: Callable[[Row], bool], clock: str) -> bool:
+    """Whether it may concern; a check of gradients that failed is one of every direction that has some."""
+    if any(name not in entry for name in ("layer", "workload", "shape", "dtype", "memory_format", "mode")):
+        return False
+    direction, _, by = str(entry.get("direction") or "").partition(" ")
+    if clock and by and by != clock:
+        return False
+    if direction == "":
+        tried: Iterable[str] = DIRECTIONS
+    elif direction == "backward" and not by:
+        tried = [name for name in DIRECTIONS if name != "forward"]
+    else:
+        tried = (direction,)
+    return any(concerns({**entry, "direction": one}) for one in tried)
 
 
-def launched(direction: str, most: int, layers: tuple[str, ...] = (), but: tuple[str, ...] = ()) -> Judge:
-    def judge(documents: Documents) -> Finding:
-        counted = [
-            c
-            for c in launches(documents)
-            if c.direction == direction and c.layer not in but and (not layers or c.layer in layers)
-        ]
-        found = [Measured(c.source, f"{c.layer} {c.direction}", c.launches) for c in counted]
-        if not found:
-            return nothing("cpu")
-        if lacking := set(layers) - {c.layer for c in counted}:
-            return Finding(ABSENT, f"not counted: {', '.join(sorted(lacking))}", _sources(found))
-        return _whole(decided(found, most=most), found)
-
-    return judge
-
-
-def _whole(finding: Finding, found: Sequence[Measured]) -> Finding:
-    """Launches are whole numbers."""
-    values = [int(one.value) for one in found]
-    text = f"{min(values)} to {max(values)} in {len(values)} layers" if len(values) > 1 else str(values[0])
-    return replace(finding, value=text)
-
-
-def remembered(what: str, direction: str) -> Judge:
-    """Whether the bytes are there for every row of normzoo, and how they stand to torch's."""
-
-    def judge(documents: Documents) -> Finding:
-        rows = without_sweeps(documents.rows("cpu", contender="normzoo", direction=direction))
-        if not rows:
-            return nothing("cpu")
-        sources = tuple({source.name: source for source, _ in rows}.values())
-        lacking = [named(row) for _, row in rows if row.get(what) is None]
-        beside = [value for *_, value in memory(documents, "cpu", what, direction)]
-        text = f"{len(rows) - len(lacking)} of {len(rows)} rows have it"
-        if beside:
-            ends = number(min(beside)), number(statistics.median(beside)), number(max(beside))
-            text += "; of torch's {1} as the median, {0} to {2}".format(*ends)
-        return Finding(MISSED if lacking else MET, text, sources, tuple(lacking[:_SHOWN]))
-
-    return judge
+def _not_run(text: str) -> dict | None:
+    """The case that `not_run` of a document names: layer, workload, dtype and, unless usual, memory format and
+    mode, then a direction or a contender; before it a choice."""
+    first, *words = text.split()
+    choice = first.removesuffix(":") if first.endswith(":") else ""
+    words = words if choice else [first, *words]
+    if len(words) < 3 or "-" not in words[1]:
+        return None
+    layer, workload, dtype, *rest = words
+    row = {"layer": layer, "workload": workload, "dtype": dtype, "choice": choice}
+    try:
+        row["shape"] = [int(n) for n in workload.rpartition("-")[2].split("x")]
+    except ValueError:
+        return None
+    for name, values, usual in (
+        ("memory_format", ("padded", "channels_last"), "contiguous"),
+        ("mode", ("training", "eval"), "any"),
+        ("direction", DIRECTIONS, ""),
+    ):
+        row[name] = rest.pop(0) if rest and rest[0] in values else usual
+    return {**row, "contender": rest[0] if rest else "all"}
 
 
-def covered(what: str, wanted: Iterable[tuple[Any, ...]], present: Callable[[Documents], dict]) -> Judge:
-    """Whether there is a number for each of `wanted`; `present` gives those that there are, with documents."""
-    wanted = tuple(wanted)
-
-    def judge(documents: Documents) -> Finding:
-        there = present(documents)
-        lacking = [" ".join(map(str, one)) for one in wanted if one not in there]
-        sources = tuple({there[one].name: there[one] for one in wanted if one in there}.values())
-        if not sources:
-            return nothing("cpu")
-        text = f"{len(wanted) - len(lacking)} of {len(wanted)} {what}"
-        return Finding(MISSED if lacking else MET, text, sources, tuple(lacking))
-
-    return judge
+def small(row: Row, most_bytes: float) -> bool:
+    """Whether x has so few bytes, in 16 bits."""
+    return 2 * math.prod(row["shape"]) <= most_bytes

@@ -1,17 +1,18 @@
-"""What the goals and the plots ask the documents: ratios, shares of the copy, launches, memory, predictions."""
+"""What the goals and the plots ask the documents: ratios, shares of the copy, launches, memory."""
 
 from __future__ import annotations
 
-import re
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..results import KEY
+from ..workloads import DIRECTIONS
 from .documents import Documents, Row, Source, is_sweep
 
-LAYER_DIRECTIONS = ("forward", "backward", "both")
+LAYER_DIRECTIONS = DIRECTIONS
 EMPTY = "normzoo-empty"
 """The contender whose kernels do nothing."""
 _BUT_CONTENDER = tuple(name for name in KEY if name != "contender")
@@ -41,16 +42,6 @@ class Counted(NamedTuple):
     launches: int
 
 
-class Prediction(NamedTuple):
-    """The share of a copy's speed that the static gate predicts from bytes, instructions and launches."""
-
-    source: Source
-    layer: str
-    direction: str
-    case: str
-    share: float
-
-
 def ratios(documents: Documents, device: str, other: str, own: str = "normzoo", **wanted: Any) -> list[Ratio]:
     """The ratios of `own` to `other` in all rows where both are; `wanted` as in :meth:`Documents.rows`."""
     theirs = {
@@ -69,8 +60,14 @@ def _place(row: Row) -> tuple:
 
 def _ratio(source: Source, row: Row, other: Row) -> Ratio:
     """Round by round where the document has it, else of the two summaries, as wide as these allow."""
-    if row.get("baseline") == other["contender"] and row.get("speedup"):
-        return Ratio(source, row, *(row["speedup"][name] for name in ("median", "p20", "p80")))
+    name = other["contender"]
+    paired = row.get("speedup") if row.get("baseline") == name else (row.get("speedups") or {}).get(name)
+    if paired:
+        return Ratio(source, row, *(paired[name] for name in ("median", "p20", "p80")))
+    return _of_times(source, row, other)
+
+
+def _of_times(source: Source, row: Row, other: Row) -> Ratio:
     own, their = row["seconds"], other["seconds"]
     return Ratio(
         source,
@@ -79,6 +76,36 @@ def _ratio(source: Source, row: Row, other: Row) -> Ratio:
         their["p20"] / own["p80"],
         their["p80"] / own["p20"],
     )
+
+
+def across(documents: Documents, device: str, layer: str, other: str, **wanted: Any) -> list[Ratio]:
+    """The ratios of normzoo's `layer` to torch's `other` on the same input in the same document. They did not
+    take turns, so these are ratios of medians."""
+    theirs = {
+        (source.name, *_input(row)): row
+        for source, row in documents.rows(device, layer=other, contender="torch", **wanted)
+        if row["mode"] != "eval"
+    }
+    found = []
+    for source, row in documents.rows(device, layer=layer, contender="normzoo", **wanted):
+        other_row = theirs.get((source.name, *_input(row)))
+        if other_row and row["mode"] != "eval":
+            found.append(_of_times(source, row, other_row))
+    return found
+
+
+def _input(row: Row) -> tuple:
+    return (tuple(row["shape"]), *(row[name] for name in ("dtype", "memory_format", "direction", "clock")))
+
+
+def smallest(found: Iterable[Ratio]) -> list[Ratio]:
+    """Of every layer the ratios of its smallest shape alone."""
+    found = list(found)
+    least: dict[tuple[str, str], int] = {}
+    for r in found:
+        key = r.source.name, r.row["layer"]
+        least[key] = min(least.get(key, math.prod(r.row["shape"])), math.prod(r.row["shape"]))
+    return [r for r in found if math.prod(r.row["shape"]) == least[r.source.name, r.row["layer"]]]
 
 
 def shares(documents: Documents, device: str, **wanted: Any) -> list[tuple[Source, Row]]:
@@ -116,9 +143,9 @@ def _count(row: Row, direction: str) -> int | None:
 
 
 def memory(documents: Documents, device: str, what: str, direction: str) -> list[tuple[Source, Row, float]]:
-    """(document, row of normzoo, `what` of torch over that of normzoo)."""
+    """(document, row of normzoo, `what` of it in that of torch); no sweeps."""
     by_place: dict[tuple, dict[str, tuple[Source, Row]]] = defaultdict(dict)
-    for source, row in documents.rows(device, direction=direction):
+    for source, row in without_sweeps(documents.rows(device, direction=direction)):
         by_place[(source.name, *_place(row))][row["contender"]] = source, row
     found = []
     for of in by_place.values():
@@ -127,27 +154,4 @@ def memory(documents: Documents, device: str, what: str, direction: str) -> list
             theirs = of["torch"][1].get(what)
             if row.get(what) and theirs:
                 found.append((source, row, row[what] / theirs))
-    return found
-
-
-_CALL = re.compile(r"^(?P<family>.*?)-(?P<direction>fwd|bwd)-(?P<rest>.*)-(?P<dtype>\w+)$")
-_LAYERS = {
-    "ln": "layer_norm", "rms": "rms_norm", "crms": "crms_norm", "add-ln": "add_layer_norm",
-    "add-rms": "add_rms_norm", "bn": "batch_norm", "gn": "group_norm", "alpha": "alpha_batch_norm",
-    "pn": "power_norm", "un": "unified_norm", "bounded": "evo_norm_b0", "swish": "evo_norm_s0",
-    "mod-ln": "adaptive_layer_norm", "mod-rms": "adaptive_rms_norm", "ws": "weight_standardize",
-}  # fmt: skip
-_DIRECTIONS = {"fwd": "forward", "bwd": "backward"}
-
-
-def predictions(documents: Documents, gpu: str = "H200", dtype: str = "bf16") -> list[Prediction]:
-    """What the static gate predicts for the calls of layers that have a goal."""
-    source = documents.find("static")
-    found = []
-    for call in source.entries("calls") if source else ():
-        match = _CALL.match(str(call.get("call")))
-        share = call.get("predicted", {}).get(gpu, {}).get("share_of_copy")
-        layer = _LAYERS.get(match["family"]) if match else None
-        if source and match and layer and share and match["dtype"] == dtype and "masked" not in match["rest"]:
-            found.append(Prediction(source, layer, _DIRECTIONS[match["direction"]], call["call"], share))
     return found

@@ -12,8 +12,7 @@ from markupsafe import Markup, escape
 
 from ..figures import Drawn
 from .documents import Documents, places
-from .judging import ABSENT, ELSEWHERE, MET, MISSED, number
-from .measures import shares
+from .judging import MET, MISSED, VERDICTS, number
 from .plots import PLOTS
 from .table import Line, commands, counts
 
@@ -77,7 +76,7 @@ def recolored(svg: str) -> str:
 
 def summary(found: Sequence[Line]) -> str:
     kept = counts(found)
-    words = [f"{kept[verdict]} {verdict}" for verdict in (MET, MISSED, ELSEWHERE, ABSENT) if verdict in kept]
+    words = [f"{kept[verdict]} {verdict}" for verdict in VERDICTS if verdict in kept]
     return f"Of {len(found)} goals: {', '.join(words)}."
 
 
@@ -105,20 +104,18 @@ def _sections(found: Sequence[Line]) -> Iterator[tuple[str, list[Line]]]:
 
 
 def _measured(documents: Documents) -> list[dict[str, str]]:
-    """Of every row of a GPU, the time that its bytes predict, and its time."""
-    found = []
-    for _, row in shares(documents, "cuda", direction={"forward", "backward"}):
-        seconds = row["seconds"]["median"]
-        found.append(
-            {
-                "layer": row["layer"],
-                "shape": f"{row['workload']} {row['dtype']} {row['memory_format']}",
-                "pass": row["direction"],
-                "predicted, µs": number(1e6 * seconds * row["share_of_copy"]),
-                "measured, µs": number(1e6 * seconds),
-            }
-        )
-    return found
+    """Of every row of a GPU that the static gate was given, the time that it predicts, and its time."""
+    return [
+        {
+            "call": row["name"],
+            "GPU": row["gpu"],
+            "predicted, µs": number(1e6 * row["predicted"]),
+            "measured, µs": number(1e6 * row["measured"]),
+            "ratio": number(row["measured"] / row["predicted"]),
+        }
+        for source in documents.sources
+        for row in (source.entries("measured") if source.name == "static" else ())
+    ]
 
 
 def goals_markdown(found: Sequence[Line]) -> str:

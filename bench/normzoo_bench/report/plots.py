@@ -8,20 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..figures import INK, Drawn, sheet
+from .asked import FEW_LAUNCHES
 from .bands import WIDTH, Band, Mark, Tick, bands, foot, plain_numbers
 from .documents import COMMANDS, Documents, Row, Source, is_sweep
-from .goals import FEW_LAUNCHES, share_goals
+from .goals import share_goals
 from .measures import (
     EMPTY,
     LAYER_DIRECTIONS,
     Ratio,
     launches,
     memory,
-    predictions,
     ratios,
     shares,
+    smallest,
     without_sweeps,
 )
+from .predictions import predictions
 
 _DASHED, _DOTTED = (0, (4, 3)), (0, (1, 2))
 _HUES = ("#0b7a75", "#d1682a", "#5b5ea6", "#97478a", "#7a5f00", "#0067a5")
@@ -69,7 +71,7 @@ def _share(row: Row) -> Tick:
 def roofline_gpu(documents: Documents) -> Drawn | None:
     rows = without_sweeps(shares(documents, "cuda", direction={"forward", "backward"}))
     found = _banded((row["layer"], row["direction"], _share(row)) for _, row in rows)
-    predicted = predictions(documents)
+    predicted = [p for p in predictions(documents) if p.row["dtype"] == "bfloat16"]
     marks = [
         Mark(p.layer, p.direction, p.share, "predicted")
         for p in predicted
@@ -121,7 +123,7 @@ def launch_counts(documents: Documents) -> Drawn | None:
 
 
 def host_times(documents: Documents) -> Drawn | None:
-    found = [r.inverse for r in ratios(documents, "cpu", "torch", own=EMPTY)]
+    found = [r.inverse for r in smallest(ratios(documents, "cpu", "torch", own=EMPTY))]
     if not found:
         return None
     entries = [(r.row["layer"], r.row["direction"], _tick(r)) for r in found]
@@ -253,8 +255,8 @@ PLOTS = (
         "roofline-gpu",
         "Roofline of a GPU",
         "The fewest bytes that a call can move over its time, as a share of a copy's speed: 1 is the limit of "
-        "memory. Bars are the goals, of different shapes. Hollow diamonds are no measurements: they "
-        "are predicted for an H200 from the bytes, instructions and launches of what is compiled, in bfloat16.",
+        "memory. Bars are the goals, of different shapes. Hollow diamonds are no measurements: their time is "
+        "predicted for an H200 from the bytes, instructions and launches of what is compiled, in bfloat16.",
         COMMANDS["gpu"],
         roofline_gpu,
     ),
@@ -317,8 +319,9 @@ PLOTS = (
     Plot(
         "host",
         "Time of the host",
-        "With kernels that do nothing, on tensors so small that torch's layers are host time too; less is "
-        "better. The goal is 1.2 for row norms (dashed) and 1.5 for batch, group and instance norm (dotted).",
+        "With kernels that do nothing, on the smallest tensor of each layer, where torch's layers are host "
+        "time too; less is better. Triton's own part of a launch is apart. The goal is 1.2 for row norms "
+        "(dashed) and 1.5 for batch, group and instance norm (dotted).",
         COMMANDS["host"],
         host_times,
     ),
