@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,13 @@ from measuring import quicken
 
 from normzoo.zoo import ZOO
 from normzoo_bench import gpu, models, peers, results
+from normzoo_bench.cases import DTYPES, Case
+from normzoo_bench.choices import Question
+from normzoo_bench.report.documents import read
+from normzoo_bench.report.goals import goals
+from normzoo_bench.report.judging import ABSENT, ELSEWHERE, MET
+from normzoo_bench.report.table import lines
+from normzoo_bench.workloads import DIRECTIONS
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +49,8 @@ def test_the_gpu_plan_rehearsed(tmp_path, capsys):
 
 @pytest.fixture
 def clockwork(tmp_path, monkeypatch):
-    """Runs the plan for a GPU with cases that take `seconds`; gives them and the time of the end."""
+    """Runs the plan for a GPU with cases that take `seconds`, or that by contenders; gives them and the time of
+    the end."""
 
     def go(seconds, minutes, tests=0.0):
         now, cases = [0.0], []
@@ -52,12 +61,14 @@ def clockwork(tmp_path, monkeypatch):
 
         def slow(case, settings, document):
             cases.append((case, settings))
-            wait(seconds)
+            wait(seconds(settings.contenders) if callable(seconds) else seconds)
 
         monkeypatch.setattr(time, "monotonic", lambda: now[0])
         monkeypatch.setattr(gpu, "kernel_tests", lambda *_: wait(tests))
         of_gpu = gpu.cases_of
         monkeypatch.setattr(gpu, "cases_of", lambda part, _: (of_gpu(part, "cuda")[0], slow))
+        of_part = gpu.contenders_of
+        monkeypatch.setattr(gpu, "contenders_of", lambda part, _: of_part(part, "cuda"))
         monkeypatch.setattr(gpu, "progress", lambda *_: contextlib.nullcontext(lambda note: None))
         status = gpu.main(["--rehearse", "--output", str(tmp_path), "--minutes", str(minutes)])
         return status, cases, now[0], results.load(tmp_path / "bench.json")
@@ -65,18 +76,21 @@ def clockwork(tmp_path, monkeypatch):
     return go
 
 
+def _spent(contenders):
+    """Seconds of a case, supposed: a compiler takes its time."""
+    return 8.0 if "torch.compile" in contenders else 3.0
+
+
 def test_the_gpu_plan_goes_by_worth_and_ends_in_time(clockwork, monkeypatch):
     monkeypatch.setattr(gpu, "memory_check", lambda *_: pytest.fail("no time is left for it"))
-    status, cases, end, document = clockwork(8.0, 8.0, tests=168.0)
-    assert status == 0 and 8 * 60 - 40 < end <= 8 * 60 - 10
+    status, cases, end, document = clockwork(_spent, 10.0, tests=210.0)
+    assert status == 0 and 10 * 60 - 40 < end <= 10 * 60 - 10
     uses = [case.key["workload"].partition("-")[0] for case, _ in cases]
-    order = ["llm", "resnet", "unet", "wide", "qk", "odd", "resnet", "conv", "small", "llm", "gpt", "vit"]
-    order += ["resnet50", "rows", "width", "channels", "choice"]
-    assert [
-        use for use, before in zip(uses, ["", *uses], strict=False) if use != before
-    ] == order  # none starves
-    assert uses[:5] == ["llm"] * 5 and uses.count("gpt") == 3 and document["not_run"]
-    assert all(settings.deadline <= 8 * 60 - 20 for _, settings in cases)
+    order = [use for use, before in zip(uses, ["", *uses], strict=False) if use != before]
+    assert order[:6] == ["llm", "resnet", "unet", "resnet", "wide", "qk"]
+    assert order[-4:] == ["resnet50", "rows", "width", "channels"]  # none starves
+    assert uses[:4] == ["llm"] * 4 and "gpt" in uses and document["not_run"]
+    assert all(settings.deadline <= 10 * 60 - 20 for _, settings in cases)
 
 
 def test_the_gpu_plan_has_time_over(clockwork, monkeypatch):
@@ -97,6 +111,90 @@ def test_every_part_has_cases_on_a_gpu():
         )
     llm = [case.workload.name for case in gpu.cases_of(gpu.PARTS[0], "cuda")[0]]
     assert set(llm) == {f"llm-8192x{width}" for width in (1024, 2048, 4096, 8192)}
+
+
+# What the goals ask for
+
+
+@pytest.fixture
+def verdicts(tmp_path, monkeypatch):
+    """What the goals of a GPU say if the cases that are given are measured, and went as well as can be."""
+    monkeypatch.setattr(peers, "_imported", lambda *_: mock.MagicMock())
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+
+    def judged(ran):
+        rows, choices = [], []
+        for case, contenders, directions, host in ran:
+            if isinstance(case, Question):
+                choices += [
+                    {**case.key, **_SPED_UP, "choice": case.choice, "value": True, "direction": "forward"}
+                ]
+            elif isinstance(case, Case):
+                rows += _rows(case, contenders, directions, host)
+        settings = {"time": "2026-01-01", "rounds": 15, "arguments": {"minutes": 8.0, "rehearse": False}}
+        environment = {"device": "cuda", "gpu": "NVIDIA H200"}
+        document = results.Document(environment, settings, {"median": 4e12}, rows, extra={"choices": choices})
+        document.write(tmp_path / "planned.json")
+        found = lines(read(tmp_path), [goal for goal in goals() if "normzoo_bench.gpu" in goal.command])
+        assert len(found) > 30
+        return {line.goal.key: line.finding.verdict for line in found}
+
+    return judged
+
+
+_SPED_UP = {"speedup": {"median": 9.0, "p20": 9.0, "p80": 9.0}, "contender": "normzoo", "clock": "kernel"}
+_CACHE = 60 << 20
+
+
+def _rows(case, contenders, directions, host):
+    layer, found = case.layer(torch.device("meta")), []
+    size = math.prod(case.shape) * DTYPES[case.dtype][0].itemsize
+    rest = {"cold": min(max(2, math.ceil(2 * _CACHE / size)), 256) * size >= 2 * _CACHE, "error": {"y": 0.0}}
+    for name in contenders:
+        try:
+            peers.contender(name, case, layer, torch.device("meta"))
+        except peers.Absent:
+            continue
+        seconds = 1e-9 if name == "normzoo" else 1e-3
+        own = {"seconds": dict.fromkeys(("median", "p20", "p80"), seconds), "baseline": None, "speedup": None}
+        found += [
+            {**case.key, **own, **rest, "contender": name, "direction": direction, "clock": clock}
+            | {"bytes": case.bytes(direction), "share_of_copy": 1e-9 / seconds}
+            for direction in directions
+            for clock in ("kernel", "host")[: 1 + host]
+        ]
+    return found
+
+
+def _planned():
+    return [
+        (case, gpu.contenders_of(part, "cuda"), part.directions, part.host)
+        for part in gpu.PARTS
+        for case in gpu.cases_of(part, "cuda")[0]
+    ]
+
+
+def test_the_gpu_plan_decides_every_goal(verdicts):
+    """With nothing that a goal asks for left out."""
+    found = verdicts(_planned())
+    assert set(found.values()) == {MET}, {key: verdict for key, verdict in found.items() if verdict != MET}
+
+
+def test_the_goals_see_what_a_plan_lacks(verdicts):
+    def without(lacking):
+        found = verdicts([one for one in _planned() if not lacking(one[0])])
+        return {key for key, verdict in found.items() if verdict != MET}
+
+    assert without(lambda case: getattr(case, "added", False)) >= {"added-forward", "added-backward"}
+    assert "power-forward" in without(lambda case: "power_norm" in str(case))
+
+
+def test_in_ten_minutes_there_is_a_row_for_every_goal(verdicts, clockwork):
+    """Where the kernel tests take all the time that they may."""
+    status, cases, _, _ = clockwork(_spent, 10.0, 210.0)
+    ran = [(case, own.contenders, own.directions, own.directions == DIRECTIONS) for case, own in cases]
+    found = verdicts(ran)
+    assert status == 0 and not {key for key, verdict in found.items() if verdict in (ABSENT, ELSEWHERE)}
 
 
 @pytest.mark.parametrize(

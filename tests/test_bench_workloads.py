@@ -7,7 +7,8 @@ import torch
 from measuring import CPU, case_of, measured, quicken
 
 from normzoo.zoo import find
-from normzoo_bench.cases import plan
+from normzoo_bench import peers
+from normzoo_bench.cases import Summed, plan
 from normzoo_bench.workloads import DIRECTIONS, Workload, fitted, passes, workloads
 
 
@@ -102,3 +103,39 @@ def test_a_sweep_has_no_size_twice():
     assert len(widths) > 5 and widths == sorted(set(widths))
     batches = [w.shape[0] for w in workloads("channels", "cpu", "smoke", "rows")]
     assert batches == sorted(set(batches))
+
+
+def test_widths_of_a_gpu():
+    """Heads from 64 to 512 wide, and rows to 256K, each of which a program of the static gate can name."""
+    widths = {(w.use, w.shape[-1]) for w in workloads("rows", "cuda", "full")}
+    assert {width for use, width in widths if use == "qk"} == {64, 128, 256, 512}
+    assert {width for use, width in widths if use == "wide"} == {2**k for k in range(14, 19)}
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+def test_a_sum_and_its_norm(name, monkeypatch):
+    """A case as any other, of both outputs and with gradients for the residual too."""
+    (case, *_) = plan([find(name)], "cpu", "smoke", ("bfloat16",), ("llm",), added=True)
+    size = case.shape[0] * case.shape[1] * 2
+    assert [case.bytes(direction) // size for direction in DIRECTIONS] == [4, 4, 4, 8]
+    found = measured(case, ("normzoo", "torch", "official"))
+    assert not found.failed and {entry["contender"] for entry in found.absent} == {"official"}
+    assert {row["contender"] for row in found.rows} == {"normzoo", "torch"}
+    for row in found.rows:
+        assert row["layer"] == f"add_{name}" and str(case).startswith(f"add_{name} llm-")
+        if row["direction"] == "both":
+            assert {"y", "sum", "dx", "residual", "norm.weight"} <= set(row["error"])
+
+    for wrong, said in (
+        (lambda norm, x, residual: (norm(x), x + 0 * residual), "y is off by"),
+        (lambda norm, x, residual: (norm(x + residual), x + 0 * residual), "sum is off by"),
+        (lambda norm, x, residual: (norm(x + residual), x + residual.detach()), "residual is off by"),
+    ):
+
+        def planted(case, layer, device, wrong=wrong):
+            module = Summed(layer.norm, layer.residual.detach(), wrong)
+            return module, module
+
+        monkeypatch.setitem(peers._OF_SUM, "liger", planted)
+        (failed,) = measured(case, ("liger",)).failed
+        assert failed["reason"].startswith(said)

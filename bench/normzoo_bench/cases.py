@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -29,7 +29,8 @@ _MOST_SETS = 256
 
 class Buffers(NamedTuple):
     x: Tensor
-    dy: Tensor
+    dy: Tensor | tuple[Tensor, ...]
+    """Of every output."""
 
 
 class Conditioned(nn.Module):
@@ -49,6 +50,21 @@ class Conditioned(nn.Module):
         return self.layer(x, **{name: getattr(self, name) for name in self.names})
 
 
+class Summed(nn.Module):
+    """The norm of a sum, and the sum: (y, total) of x, with a residual that gets a gradient as well."""
+
+    def __init__(self, norm: nn.Module, residual: Tensor, call: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.norm, self.residual, self.call = norm, nn.Parameter(residual), call
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.call(self.norm, x, self.residual)
+
+
+_OF_SUM = {"forward": 2, "saving": 2, "backward": 1, "both": 3}
+"""More passes: residual and sum forward, the gradient of the sum backward; x and residual share theirs."""
+
+
 @dataclass(frozen=True)
 class Case:
     entry: Entry
@@ -57,12 +73,14 @@ class Case:
     memory_format: str
     mode: str
     """``training`` or ``eval``; ``any`` for a layer that does the same in both."""
+    added: bool = False
+    """The layer's function with a residual instead of the layer."""
 
     @property
     def key(self) -> dict:
         """What tells this case from others, as it stands in a row of results."""
         return {
-            "layer": self.entry.name,
+            "layer": self.entry.added.__name__ if self.added and self.entry.added else self.entry.name,
             "workload": self.workload.name,
             "shape": list(self.shape),
             "dtype": self.dtype,
@@ -71,7 +89,7 @@ class Case:
         }
 
     def __str__(self) -> str:
-        words = [self.entry.name, self.workload.name, self.dtype, self.memory_format, self.mode]
+        words = [self.key["layer"], self.workload.name, self.dtype, self.memory_format, self.mode]
         return " ".join(word for word in words if word not in ("contiguous", "any"))
 
     @cached_property
@@ -99,7 +117,7 @@ class Case:
 
     def bytes(self, direction: str) -> int:
         """The fewest that a call can move."""
-        count = passes(self.entry, self.mode, direction)
+        count = passes(self.entry, self.mode, direction) + self.added * _OF_SUM[direction]
         return count * math.prod(self.shape) * DTYPES[self.dtype][0].itemsize
 
     def module(self, cls: type[nn.Module], device: torch.device) -> nn.Module:
@@ -118,16 +136,25 @@ class Case:
         with torch.no_grad():
             for p in made.parameters():
                 p.add_(0.1 * torch.randn(p.shape, generator=chance).to(p))
+        if self.added:
+            residual = torch.arange(self.shape[-1], device=device) % 3 - 1
+            made = Summed(made, residual.to(DTYPES[self.dtype][0]).expand(self.shape).clone(), self._sum)
         return made
+
+    def _sum(self, norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        shape, weight, bias = norm.normalized_shape, norm.weight, norm.bias
+        assert self.entry.added is not None
+        return self.entry.added(x, residual, shape, weight, bias=bias, eps=norm.eps)
 
     def buffers(self, device: torch.device, cache: int) -> list[Buffers]:
         """Inputs and upstream gradients in so many copies that their turn comes after the cache has forgotten
         them; fewer where that takes more than 256."""
         chance = torch.Generator(device).manual_seed(1)
-        drawn = (torch.randn(self.shape, device=device, generator=chance) for _ in range(2))
-        x, dy = (_laid_out((2 * t + 0.5).to(DTYPES[self.dtype][0]), self.memory_format) for t in drawn)
+        drawn = (torch.randn(self.shape, device=device, generator=chance) for _ in range(2 + self.added))
+        x, *dys = (_laid_out((2 * t + 0.5).to(DTYPES[self.dtype][0]), self.memory_format) for t in drawn)
         count = min(max(2, math.ceil(2 * cache / (x.numel() * x.element_size()))), _MOST_SETS)
-        return [Buffers(_copy(x).requires_grad_(), _copy(dy)) for _ in range(count)]
+        sets = [(_copy(x).requires_grad_(), tuple(map(_copy, dys))) for _ in range(count)]
+        return [Buffers(x, dy if self.added else dy[0]) for x, dy in sets]
 
 
 def _laid_out(t: Tensor, memory_format: str) -> Tensor:
@@ -151,11 +178,12 @@ def plan(
     dtypes: Sequence[str] = ("float32",),
     patterns: Sequence[str] = (),
     scaling: str | None = None,
+    added: bool = False,
 ) -> list[Case]:
     """The cases to measure, the most important first: all layers on a workload before the next workload.
 
     `patterns` are names of workloads, with wildcards or cut after the use ("llm"). A layer of a family that has
-    no workloads here has no cases.
+    no workloads here has no cases. With `added`, of the layers' functions with a residual.
 
     Raises:
         ValueError: no workload fits a pattern, or no layer has workloads or the sweep.
@@ -178,7 +206,7 @@ def plan(
                     continue
                 shape = fitted(entry, workload)[2]
                 cases += [
-                    Case(entry, workload, dtype, memory_format, mode)
+                    Case(entry, workload, dtype, memory_format, mode, added)
                     for dtype in dtypes
                     for memory_format in memory_formats(entry.family, shape)
                     for mode in (("training", "eval") if entry.couples_samples else ("any",))

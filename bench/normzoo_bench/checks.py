@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,9 @@ class Check:
         self.may_run_kernels = case.entry.kernel and buffers.x.is_cuda
         exact = copy.deepcopy(layer).double()
         x = buffers.x.detach().double().requires_grad_()
+        dy = tuple(t.double() for t in _each(buffers.dy))
         with normzoo.backend("reference"):
-            self.exact = _results(exact, dict(exact.named_parameters()), Buffers(x, buffers.dy.double()))
+            self.exact = _results(exact, dict(exact.named_parameters()), Buffers(x, dy))
         self.allowed = dict.fromkeys(self.exact, LARGEST_ERROR[buffers.x.dtype])
         if case.entry.torch_class is not None:
             torchs = peers.contender("torch", case, layer, buffers.x.device)
@@ -60,10 +62,11 @@ class Check:
             Unfit: the error is too large or not finite, or x or dy were written to.
         """
         with torch.no_grad():
-            return self._examined(contender, lambda: {"y": contender.call(self.buffers.x)})
+            return self._examined(contender, lambda: _outputs(contender.call(self.buffers.x)))
 
     def both(self, contender: Contender) -> dict[str, float]:
-        """Errors of the output, ``y``, and of the gradients, ``dx`` and by the names of the parameters.
+        """Errors of the output, ``y``, of a ``sum`` beside it, and of the gradients, ``dx`` and by the names of
+        the parameters.
 
         Raises:
             Unfit: as in :meth:`forward`.
@@ -89,10 +92,11 @@ class Check:
         return "eager"
 
     def _examined(self, contender: Contender, call: Callable[[], dict[str, Tensor]]) -> dict[str, float]:
-        before = [t.detach().clone() for t in self.buffers]
+        given = [("x", self.buffers.x), *(("dy", t) for t in _each(self.buffers.dy))]
+        before = [t.detach().clone() for _, t in given]
         with unchanged_state(contender.module):
             found = self._errors(call())
-        for name, t, was in zip(("x", "dy"), self.buffers, before, strict=True):
+        for (name, t), was in zip(given, before, strict=True):
             if not torch.equal(t, was):
                 t.detach().copy_(was)
                 raise Unfit(f"writes to {name}")
@@ -105,14 +109,25 @@ class Check:
         }
 
 
+def _each(tensors: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tensors if isinstance(tensors, tuple) else (tensors,)
+
+
+def _outputs(found: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return dict(zip(("y", "sum"), _each(found), strict=False))
+
+
 def _results(
-    call: Callable[[Tensor], Tensor], parameters: dict[str, Tensor], buffers: Buffers
+    call: Callable[[Tensor], Any], parameters: dict[str, Tensor], buffers: Buffers
 ) -> dict[str, Tensor]:
-    y = call(buffers.x)
+    outputs = _outputs(call(buffers.x))
     # A gradient of zero for a parameter of the other mode.
     wanted = (buffers.x, *parameters.values())
-    grads = torch.autograd.grad(y, wanted, buffers.dy, allow_unused=True, materialize_grads=True)
-    return dict(zip(("y", "dx", *parameters), (y.detach(), *grads), strict=True))
+    grads = torch.autograd.grad(
+        tuple(outputs.values()), wanted, _each(buffers.dy), allow_unused=True, materialize_grads=True
+    )
+    own = {name: y.detach() for name, y in outputs.items()}
+    return own | dict(zip(("dx", *parameters), grads, strict=True))
 
 
 def demand(errors: dict[str, float], allowed: dict[str, float]) -> None:

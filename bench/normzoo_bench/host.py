@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import normzoo
 from normzoo import dispatch
@@ -59,12 +59,6 @@ _ROUNDS = 30
 class HostCase(Case):
     """A layer, or its function with a residual, with parameters wherever it can have them."""
 
-    added: bool = False
-
-    @property
-    def key(self) -> dict:
-        return super().key | ({"layer": self.entry.added.__name__} if self.added else {})
-
     def __str__(self) -> str:
         return f"{self.key['layer']} {self.workload.name} {self.dtype}"
 
@@ -74,8 +68,7 @@ class HostCase(Case):
         return super().keywords | affine
 
     def inputs(self) -> Buffers:
-        x, dy = self.buffers(_CPU, 1)[0]
-        return Buffers(x, (dy, dy.clone())) if self.added else Buffers(x, dy)
+        return self.buffers(_CPU, 1)[0]
 
     def contenders(self) -> list[Contender]:
         """normzoo's and, where torch has such a layer or models write it in a few operators, torch's."""
@@ -87,25 +80,7 @@ class HostCase(Case):
         else:
             with contextlib.suppress(Absent):
                 theirs = peers.contender(TORCHS, self, layer, _CPU)
-        if self.added:
-            ours, theirs = _with_residual(self, ours, self._added), _with_residual(self, theirs, _sum_first)
         return [ours] if theirs is None else [ours, theirs]
-
-    def _added(self, norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        shape, weight, bias = norm.normalized_shape, norm.weight, norm.bias
-        assert self.entry.added is not None
-        return self.entry.added(x, residual, shape, weight, bias=bias, eps=norm.eps)
-
-
-def _with_residual(case: Case, contender: Contender, call: Callable) -> Contender:
-    module = nn.Module()
-    module.norm, module.residual = contender.module, nn.Parameter(case.buffers(_CPU, 1)[0].dy)
-    return Contender(contender.name, lambda x: call(module.norm, x, module.residual), module)
-
-
-def _sum_first(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return norm(total), total
 
 
 def plan(entries: Sequence[Entry]) -> list[HostCase]:

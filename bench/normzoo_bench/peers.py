@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import normzoo
 
 from . import official
-from .cases import Case
+from .cases import Case, Summed
 from .official import Call
 
 
@@ -48,12 +48,13 @@ def contender(name: str, case: Case, layer: nn.Module, device: torch.device) -> 
     Raises:
         Absent: it does not have this layer, is not installed or does not run on this device.
     """
-    return Contender(name, *CONTENDERS[name](case, layer, device))
+    make = _OF_SUM.get(name, _no_sum) if case.added else CONTENDERS[name]
+    return Contender(name, *make(case, layer, device))
 
 
 def usual(device: str) -> tuple[str, ...]:
     """The contenders of a run that names none: tuning takes too long, and on a CPU any compilation. The
-    authors' code is set against the eager bodies, which a GPU does not run."""
+    authors' code is set against the eager bodies, which a GPU does not run; it runs there where it is named."""
     of_cpu = ("torch.compile", "torch.compile-max")
     left_out = ("torch.compile-max", "official") if device == "cuda" else of_cpu
     return tuple(name for name in CONTENDERS if name not in left_out)
@@ -223,6 +224,62 @@ CONTENDERS: dict[str, Callable[[Case, nn.Module, torch.device], tuple[Call, nn.M
     "quack": _quack,
     "timm": _timm,
 }
+
+
+def _no_sum(case: Case, layer: nn.Module, device: torch.device) -> tuple[Call, nn.Module]:
+    raise Absent("it has no sum with a norm")
+
+
+def _sum_first(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return norm(total), total
+
+
+def _torch_of_sum(case: Case, layer: Any, device: torch.device) -> tuple[Call, nn.Module]:
+    _, norm = _torch(case, layer.norm, device)
+    module = Summed(norm, layer.residual.detach(), _sum_first)
+    return module, module
+
+
+def _compiled_sum(case: Case, layer: Any, device: torch.device) -> tuple[Call, nn.Module]:
+    call, module = _torch_of_sum(case, layer, device)
+    return torch.compile(call, dynamic=False, fullgraph=True), module
+
+
+def _liger_of_sum(case: Case, layer: Any, device: torch.device) -> tuple[Call, nn.Module]:
+    transformers = _imported("liger_kernel", "liger_kernel.transformers", device)
+    if case.entry.name != "rms_norm":
+        raise Absent("Liger has the sum with RMSNorm alone")
+    options = {"eps": _eps(layer.norm), "casting_mode": "gemma", "in_place": False}
+    fused = transformers.LigerFusedAddRMSNorm(case.shape[-1], **options).to(device, case.parameter_dtype)
+    norm = _with_state_of(layer.norm, fused)
+    module = Summed(norm, layer.residual.detach(), lambda norm, x, residual: norm(x, residual))
+    return module, module
+
+
+def _quack_of_sum(case: Case, layer: Any, device: torch.device) -> tuple[Call, nn.Module]:
+    quack = _imported("quack", "quack.rmsnorm", device)
+    if case.entry.name != "rms_norm":
+        raise Absent("quack has the sum with RMSNorm alone")
+    eps = _eps(layer.norm)
+
+    def both(norm: nn.RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return quack.rmsnorm(x, norm.weight, residual=residual, eps=eps, prenorm=True)
+
+    _, norm = _torch(case, layer.norm, device)
+    module = Summed(norm, layer.residual.detach(), both)
+    return module, module
+
+
+_OF_SUM = {
+    "normzoo": _normzoo,
+    "reference": _reference,
+    "torch": _torch_of_sum,
+    "torch.compile": _compiled_sum,
+    "liger": _liger_of_sum,
+    "quack": _quack_of_sum,
+}
+"""Who has the function of a sum and its norm, in one or in two."""
 
 
 def _imported(package: str, module: str, device: torch.device | None = None):
