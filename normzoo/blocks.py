@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normzoo_kernels._op import batched, needs_grad
+from normzoo_kernels._op import needs_grad
 
 from .checks import statistics_dtype
-from .dispatch import plain, transformed
+from .dispatch import eager_on_cpu, plain
 
 _GRAIN = 1 << 15
 """Entries that torch gives to a thread at least."""
@@ -26,21 +26,26 @@ _GRAIN = 1 << 15
 _FEWEST = 8
 """Grains in a block, at least: a megabyte in float32, beside which the time to start operators is little."""
 
+_WORTH = 1 << 19
+"""Entries from which a combine in Python takes little beside the passes."""
+
 Block = tuple[slice, slice]
 
 
 def unrecorded(*tensors: Tensor | None) -> bool:
     """Whether nobody sees what is done to these in place: ordinary tensors on a CPU, outside of any graph."""
-    if torch.compiler.is_compiling() or needs_grad(*tensors) or transformed():
-        return False
-    if torch._C._len_torch_dispatch_stack():  # make_fx must not meet a branch on what tensors hold
-        return False
-    return all(t is None or (plain(t) and t.device.type == "cpu" and not batched(t)) for t in tensors)
+    return not needs_grad(*tensors) and eager_on_cpu(*tensors)
 
 
 def large(x: Tensor) -> bool:
     """Whether x is large enough for blocks to be worth their while."""
     return x.numel() >= _GRAIN
+
+
+def pays(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether x is so large that the engine in blocks can be faster than an operator of torch that does not go
+    in blocks."""
+    return eager_on_cpu(x, *parameters) and x.numel() >= _WORTH and Grid.of(x, False) is not None
 
 
 @dataclass(frozen=True)
@@ -157,10 +162,6 @@ class Room:
         """The block in the dtype of the statistics: itself, or a copy here."""
         return block if block.dtype == self.dtype else self.like(block).copy_(block)
 
-    def less(self, block: Tensor, statistic: Tensor) -> Tensor:
-        """block − statistic, here."""
-        return less(self.like(block), block, statistic)
-
 
 def less(out: Tensor, block: Tensor, statistic: Tensor) -> Tensor:
     """block − statistic, in `out`, which has the dtype of the statistic."""
@@ -206,6 +207,12 @@ def summed(
 def shaped(made: Tensor, like: Tensor) -> Tensor:
     """A new tensor in the shape of another; no view, for what a Function returns may be changed in place."""
     return torch.ops.aten._unsafe_view(made, like.shape)
+
+
+def near_zero(of_mean: Tensor, squares: Tensor) -> bool:
+    """Whether sums of squares around zero are as good as around means, whose part of them is `of_mean`: at most
+    half of it cancels then, and none is too large for its dtype."""
+    return bool(((2 * of_mean <= squares) & squares.isfinite()).all())
 
 
 def total(block: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from normzoo_kernels._op import batched
+
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BACKENDS = ("auto", "reference", "triton")
 _TRITON = importlib.util.find_spec("triton") is not None  # without importing it
@@ -92,6 +94,14 @@ def transformed() -> bool:
         or torch.compiler.is_exporting()
         or torch._C._get_tracing_state() is not None
     )
+
+
+def eager_on_cpu(*tensors: Tensor | None) -> bool:
+    """Whether all are ordinary tensors on a CPU, at whose values code may look: no compiler, transform or mode
+    sees what is done to them."""
+    if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(t is None or (plain(t) and t.device.type == "cpu" and not batched(t)) for t in tensors)
 
 
 def insisted() -> bool:

@@ -45,7 +45,8 @@ def normalize(
             aux)``, tensors that broadcast with ``m.pivot``. Differentiable PyTorch; parameters come in by
             closure. It runs in float32 at least (float64 for float64), with autocast off.
         mask: (N, \*) or (N, 1, \*) of bool or uint8: every pixel belongs to one of two regions with statistics
-            of their own, and those have a leading axis of size 2 (0: where the mask is 0).
+            of their own, and those have a leading axis of size 2 (0: where the mask is 0). A bool one is kept
+            for the backward pass, and must stay as it is until then.
         per_sample: whether statistics are (N, C), of each sample, rather than (C,), of the batch.
         channel_dim: where the channels are; -1 for tokens (N, \*, C), with one sample a sequence. Tokens of
             which each is a sample of its own are (M, C).

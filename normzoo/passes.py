@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import regions
-from .blocks import Grid, Room, less, mapped, summed, total, unrecorded
+from .blocks import Grid, Room, less, mapped, near_zero, summed, total, unrecorded
 from .checks import at_least_float32, statistics_dtype
 from .regions import Slabs
 
@@ -49,7 +49,7 @@ def _moments_of_blocks(x: Tensor, grid: Grid, per_sample: bool) -> tuple[Tensor,
     mean, squares = summed(grid, (x,), around_zero, per_sample)
     mean.div_(n)
     of_mean = mean.square().mul_(n)
-    if (2 * of_mean <= squares).all():  # at most half of the squares cancels
+    if near_zero(of_mean, squares):
         return torch.zeros_like(mean), mean, squares.sub_(of_mean)
     spread = grid.spread(mean)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blocks import unrecorded
+from .blocks import near_zero, unrecorded
 from .checks import at_least_float32, statistics_dtype
 
 _LEAST = 1 << 14
@@ -91,7 +91,7 @@ def moments(slabs: Slabs, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean, squares = slabs.sums(around_zero, slabs.x)
     mean = mean / n
     of_mean = n * mean.square()
-    if (2 * of_mean <= squares).all():  # at most half of the squares cancels
+    if near_zero(of_mean, squares):
         return torch.zeros_like(mean), mean, squares - of_mean
 
     def around_mean(place, h):

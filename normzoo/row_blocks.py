@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from normzoo_kernels._op import batched, differentiated, needs_grad, through_reference
+from normzoo_kernels._op import differentiated, needs_grad, through_reference
 
 from .blocks import Block, Grid, Room, shaped, total
 from .checks import at_least_float32, statistics_dtype
-from .dispatch import plain, transformed
+from .dispatch import eager_on_cpu
 
 Reference = Callable[..., Tensor]
 
@@ -79,20 +79,13 @@ def norm_of_rows(rows: Tensor) -> Tensor:
 
 
 def small(x: Tensor) -> bool:
-    """Whether x is on a CPU and takes less time than to start operators does; False where a compiler or a
-    transform looks, which must see no branch on sizes."""
-    if torch.compiler.is_compiling() or transformed():
-        return False
-    return x.numel() <= _SMALL and x.device.type == "cpu"
+    """Whether x, on a CPU, takes less time than to start operators does."""
+    return eager_on_cpu(x) and x.numel() <= _SMALL
 
 
 def fits(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether the blocks can take over and gain something: ordinary contiguous tensors on a CPU, not small, and
-    no transform or compiler."""
-    if torch.compiler.is_compiling() or transformed() or x.numel() <= _SMALL:
-        return False
-    ours = all(t is None or (plain(t) and t.device.type == "cpu" and not batched(t)) for t in (x, *parameters))
-    return ours and x.numel() > 0 and x.is_contiguous()
+    """Whether the blocks can take over and gain something: contiguous tensors on a CPU that are not small."""
+    return eager_on_cpu(x, *parameters) and x.numel() > _SMALL and x.is_contiguous()
 
 
 def normalized(

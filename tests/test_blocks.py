@@ -158,9 +158,87 @@ def test_another_default_device():
     torch.testing.assert_close(found, expected)
 
 
-def test_tracing_meets_no_branch_on_what_tensors_hold():
+@pytest.mark.parametrize("layer", [normzoo.EvoNormS0(8, groups=2), normzoo.RMSNorm(40).bfloat16()])
+def test_tracing_meets_no_branch_on_what_tensors_hold(layer):
+    """Nor memory that later calls use again."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    layer, x = normzoo.EvoNormS0(8, groups=2), torch.randn(2, 8, 40, 40)
+    x = torch.randn(2, 8, 40, 40).to(next(layer.parameters()).dtype)
     with torch.no_grad():
-        torch.testing.assert_close(make_fx(layer)(x)(x + 3), layer(x + 3))
+        expected = layer(x + 3)
+        graph = make_fx(layer)(x)
+        assert not list(graph.buffers())
+        torch.testing.assert_close(graph(x + 3), expected)
+
+
+def test_squares_too_large_for_their_dtype():
+    """Around the mean they are finite, where around zero they are not."""
+    x = 1e17 * torch.randn(2, 3, 40, 40) + 1e19
+    mask = torch.zeros(2, 40, 40, dtype=torch.uint8)
+    mask[:, :20] = 1
+    for given in (None, mask):
+        _, _, m2 = passes.moments(x, given, False)
+        *_, expected = passes.moments(x.double(), given, False)
+        torch.testing.assert_close(m2, expected.float(), rtol=1e-4, atol=0.0)
+
+
+NORMS = {
+    "batch": lambda x, w, b: normzoo.functional.batch_norm(x, None, None, w, b, training=True),
+    "group": lambda x, w, b: normzoo.functional.group_norm(x, 2, w, b),
+    "instance": lambda x, w, b: normzoo.functional.instance_norm(x, None, None, w, b),
+}
+TORCHS = {
+    "batch": lambda x, w, b: nn.functional.batch_norm(x, None, None, w, b, training=True),
+    "group": lambda x, w, b: nn.functional.group_norm(x.contiguous(), 2, w, b),
+    "instance": lambda x, w, b: nn.functional.instance_norm(x.contiguous(), None, None, w, b),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("name", NORMS)
+def test_torchs_norms(monkeypatch, name, last, offset, dtype):
+    """Large ones go in blocks where that is faster; all are as good as torch's of contiguous tensors."""
+    monkeypatch.setattr(blocks, "_WORTH", 0)
+    x, dy = laid((3, 4, 9, 7), dtype, last, offset), laid((3, 4, 9, 7), dtype, last)
+    w, b = torch.randn(4), torch.randn(4)
+
+    def results(norm, *given):
+        x, w, b, dy = given
+        x, w, b = (t.detach().clone().requires_grad_() for t in (x, w, b))
+        y = norm(x, w, b)
+        return [y, *torch.autograd.grad(y, (x, w, b), dy)]
+
+    ours = results(NORMS[name], x, w, b, dy)
+    exact = results(TORCHS[name], *(t.double() for t in (x, w, b, dy)))
+    if dtype == torch.bfloat16:  # statistics of torch's are float32 there as well
+        plain = results(lambda *g: TORCHS[name](*(t.float() for t in g)).to(dtype), x, w, b, dy)
+    else:
+        plain = results(TORCHS[name], x, w, b, dy)
+    for what, *three in zip(("y", "dx", "dw", "db"), ours, plain, exact, strict=True):
+        assert_as_good(f"{name} {what}", *three)
+    assert ours[0].stride() == x.stride()
+
+
+def test_which_of_torchs_norms_go_in_blocks(monkeypatch):
+    """Those for which torch's operator is slower, and no small ones."""
+    taken = []
+    original = blocks.pays
+    monkeypatch.setattr(blocks, "pays", lambda *given: taken.append(original(*given)) or taken[-1])
+    x = torch.randn(2, 8, 32, 32)
+    NORMS["batch"](x, None, None)
+    assert taken == [False]
+    monkeypatch.setattr(blocks, "_WORTH", x.numel())
+    last = x.contiguous(memory_format=torch.channels_last)
+    asked = {}
+    for name in NORMS:
+        for given in (x, last, x.bfloat16(), last.bfloat16(), last + 50):
+            taken.clear()
+            NORMS[name](given, None, None)
+            asked.setdefault(name, []).append(any(taken))
+    assert asked == {
+        "batch": [True, False, False, False, False],
+        "group": [False, False, False, False, True],
+        "instance": [True, True, False, True, True],
+    }

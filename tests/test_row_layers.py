@@ -174,3 +174,23 @@ def test_backends_nest():
             assert not normzoo.dispatch.use_kernel(torch.ones(2))
         assert normzoo.dispatch.use_kernel(torch.ones(2))
     assert not normzoo.dispatch.use_kernel(torch.ones(2))
+
+
+@pytest.mark.parametrize("x", [torch.full((2, 4), 1e-3), torch.full((64, 4096), 1e-3)])
+def test_eps_counts(x):
+    """Beside squares that are smaller, in rows of any number."""
+    y = functional.rms_norm(x, x.shape[-1], eps=1e-5)
+    torch.testing.assert_close(y, x / (1e-6 + 1e-5) ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "norm", [lambda x, b: functional.layer_norm(x, 6, bias=b), lambda x, b: functional.group_norm(x, 2, bias=b)]
+)
+def test_a_bias_alone_may_be_wider(norm, dtype):
+    """torch's operators on a CPU have no gradient for a float32 bias beside half precision without a weight."""
+    x, b = torch.randn(2, 6, 6).to(dtype), torch.randn(6, requires_grad=True)
+    y = norm(x, b)
+    torch.testing.assert_close(y, norm(x.float(), b).to(dtype))
+    (db,) = torch.autograd.grad(y.float().sum(), b)
+    torch.testing.assert_close(db, torch.full((6,), 12.0))

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks, ranks
+from .. import blocks, checks, ranks
 from ..dispatch import use_kernel
 from ..engine import normalize
 from ..moments import Moments
@@ -83,7 +83,8 @@ def with_batch(
     if not sync:
         checks.several_values(layer, x, " or eval mode")
     kernels = use_kernel(x, weight, bias, fusible=False)
-    if sync or (kernels and not x.numel()):
+    slow = x.dtype == checks.statistics_dtype(x) and x.is_contiguous()
+    if sync or (kernels and not x.numel()) or (slow and not kernels and blocks.pays(x, weight, bias)):
 
         def combine(m: Moments):
             m = m.across_ranks(process_group) if sync else m

@@ -6,11 +6,12 @@ Wu and He, *Group Normalization*, 2018, arXiv:1803.08494, eq. (1) to (7). Semant
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks
-from ..dispatch import use_kernel
+from .. import blocks, checks
+from ..dispatch import eager_on_cpu, use_kernel
 from ..engine import normalize
 from ..moments import Moments
 from ..standardized import by_kernels
@@ -63,14 +64,11 @@ def _group_norm(
             f"{layer}: Expected more than 1 value per group, got input size {tuple(x.shape)} for {num_groups} "
             "groups; use fewer groups"
         )
+    kernels = use_kernel(x, weight, bias, fusible=False)
     if not x.numel():  # torch: NaN gradients of nothing
+        return _by_engine(x, num_groups, weight, bias, eps)
 
-        def combine(m: Moments):
-            return m.over_groups(num_groups).standardize(weight, bias, eps)
-
-        return normalize(x, combine, per_sample=True)[0]
-
-    if use_kernel(x, weight, bias, fusible=False):
+    if kernels:
 
         def eager(x, weight, bias):
             return group_norm(x, num_groups, weight, bias, eps)
@@ -79,9 +77,25 @@ def _group_norm(
         if found is not None:
             return found[0]
 
-    h, weight, bias = native.in_one_dtype(x, weight, bias)
-    # Contiguous: for channels_last torch's operator on a CPU sums squares around zero.
-    return native.like(x, F.group_norm(h.contiguous(), num_groups, weight, bias, eps))
+    if weight is None and bias is not None:  # torch's operator has no gradient for a bias alone
+        weight = torch.ones_like(bias)
+    h, *affine = native.in_one_dtype(x, weight, bias)
+    if not x.is_contiguous() and eager_on_cpu(x):
+        n, c = x.shape[:2]
+        y, mean, inverse = torch.native_group_norm(h, *affine, n, c, x.numel() // (n * c), num_groups, eps)
+        # Of channels_last it sums squares around zero, which is as good where no mean is beyond a deviation.
+        if (mean.detach() * inverse.detach()).abs().amax() <= 1:
+            return native.like(x, y)
+        if blocks.pays(x, weight, bias):
+            return _by_engine(x, num_groups, weight, bias, eps)
+    return native.like(x, F.group_norm(h.contiguous(), num_groups, *affine, eps))
+
+
+def _by_engine(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    def combine(m: Moments):
+        return m.over_groups(num_groups).standardize(weight, bias, eps)
+
+    return normalize(x, combine, per_sample=True)[0]
 
 
 class GroupNorm(nn.GroupNorm):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks, ranks
+from .. import blocks, checks, ranks
 from ..dispatch import use_kernel
 from ..engine import normalize
 from ..moments import Moments
@@ -74,14 +74,18 @@ def _with_own(
         raise ValueError(
             f"{layer}: Expected more than 1 spatial element when training, got input size {tuple(x.shape)}"
         )
-    if not x.numel():  # torch's operator fails at nothing
+    kernels = use_kernel(x, weight, bias, fusible=False)
+    slow = x.dtype == checks.statistics_dtype(x) or not x.is_contiguous()
+    if not x.numel() or (slow and not kernels and blocks.pays(x, weight, bias)):  # torch's fails at nothing
+        samples = x.shape[0] if x.numel() else 0
 
         def combine(m: Moments):
-            return *m.standardize(weight, bias, eps), (m.sets.mean, m.sets.unbiased_var, 0) if wanted else None
+            statistics = (m.sets.mean, m.sets.unbiased_var, samples) if wanted else None
+            return *m.standardize(weight, bias, eps), statistics
 
         return normalize(x, combine, per_sample=True)
 
-    if use_kernel(x, weight, bias, fusible=False):
+    if kernels:
 
         def eager(x, weight, bias):
             return _with_own(layer, x, weight, bias, eps, wanted=False)[0]

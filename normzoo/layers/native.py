@@ -12,6 +12,7 @@ from torch import Tensor
 from normzoo_kernels._op import batched
 
 from .. import checks
+from ..dispatch import eager_on_cpu
 
 
 def in_statistics_dtype(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
@@ -21,14 +22,16 @@ def in_statistics_dtype(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...
 
 
 def in_one_dtype(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
-    """x and parameters as they are where they have one dtype, else all in that of the statistics.
+    """x, weight and bias as they are where torch's operators take them together, else all in the dtype of the
+    statistics.
 
-    Some operators take few mixtures, and not the same ones on every device.
+    Layer and group norm take one dtype everywhere, and in eager PyTorch on a CPU half precision beside float32.
     """
-    for p in parameters:
-        if not (p is None or p.dtype == x.dtype):
-            return in_statistics_dtype(x, x, *parameters)
-    return (x, *parameters)
+    given = {p.dtype for p in parameters if p is not None}
+    mixed = given == {torch.float32} and parameters[0] is not None and x.dtype.itemsize < 4
+    if given <= {x.dtype} or (mixed and eager_on_cpu(x, *parameters)):
+        return (x, *parameters)
+    return in_statistics_dtype(x, x, *parameters)
 
 
 def fresh_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

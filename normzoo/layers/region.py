@@ -52,7 +52,7 @@ def region_norm_b(
     Args:
         x: (N, C, \*), contiguous or channels_last, any real floating dtype.
         mask: (N, 1, \*) or (N, \*), of any size: 1 or True in the hole; one for all samples with a first
-            dimension of one.
+            dimension of one. A bool one must stay as it is until the backward pass.
         foreground_gamma, foreground_beta: (C,) or None, of the hole.
         background_gamma, background_beta: (C,) or None, of the rest.
         eps: positive; N counts all pixels that a statistic could see, those of the batch or of the image.
