@@ -15,8 +15,6 @@ from .dispatch import or_none
 from .fused import Tensors, fused
 from .passes import divisor
 
-_MOST = 5
-
 
 def expanded(parameters: Sequence[Tensor], shape: torch.Size, kernels: bool) -> list[Tensor]:
     """All parameters in the shape of the statistics; with `kernels` the gradients of several are summed up over
@@ -26,7 +24,8 @@ def expanded(parameters: Sequence[Tensor], shape: torch.Size, kernels: bool) -> 
         return found
     own = [i for i, t in enumerate(parameters) if t.dim() == 1 and t.shape == shape[1:] and needs_grad(t)]
     if len(own) > 1 and all(shape):
-        made = fused(_Expansion(shape), *(parameters[i] for i in own[:_MOST]))
+        expansion = _Expansion(shape)
+        made = fused(expansion, *(parameters[i] for i in own[: expansion.differentiable]))
         for i, t in zip(own, made, strict=False):
             found[i] = t
     return found
@@ -40,7 +39,9 @@ class _Expansion:
 
     @property
     def differentiable(self) -> int:
-        return _MOST
+        from normzoo_kernels.carry import MOST
+
+        return MOST
 
     def plain(self, tensors: Any) -> tuple[Tensor, ...]:
         return tuple(t.expand(self.shape) for t in tensors)

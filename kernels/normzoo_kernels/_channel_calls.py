@@ -11,6 +11,14 @@ from ._channel_forms import Form, Problem, merge_tile
 from ._channel_layout import View, like, one_sample, unit, view_as, view_of
 from ._launch import launch
 
+SUMS = {"RB": 16, "CB": 32}
+"""Rows and columns at once, where small statistics are summed up for parameters."""
+
+
+def row_unit(columns: int) -> int:
+    """What rows of so many float32 are multiples of: a vector, or nothing."""
+    return 4 if columns % 4 == 0 else 1
+
 
 def in_place(x: Tensor) -> tuple[Tensor, View]:
     """x where it lies, or a copy where its layout has no such form."""

@@ -239,7 +239,7 @@ def _unified_gz(total_ptr, rows_ptr, w_ptr, c, inside, C, whole):
 
 
 @triton.jit
-def _unified_ema(gz, ema, window, rows, by_batch, K: tl.constexpr, DECAY: tl.constexpr):
+def _unified_ema(gz, ema, window, by_batch, K: tl.constexpr, DECAY: tl.constexpr):
     smooth = tl.where(by_batch, gz, tl.sum(window, axis=0)[None, :] / K)
     return smooth, ema * DECAY + smooth * (1.0 - DECAY)
 
@@ -270,7 +270,7 @@ def unified_gradient(
         ema = tl.load(ema_ptr + c, mask=inside, other=0.0)
         entry = tl.where(own, ema, gz)
         window = tl.where(slot, entry, _window(gz_ptr, rows, c, C, inside, K))
-        smooth, moved = _unified_ema(gz, ema, window, rows, by_batch, K, DECAY)
+        smooth, moved = _unified_ema(gz, ema, window, by_batch, K, DECAY)
         correction = tl.where(own, smooth, moved)
         tl.store(made_ptr + c, -correction * r * r, mask=inside)
         tl.store(made_ptr + C + c, ratio * _weight(w_ptr, c, inside) * r, mask=inside)

@@ -92,7 +92,7 @@ def moved_statistics(
 
 
 @triton.jit
-def _groups(sets, size, GB: tl.constexpr):
+def _groups(sets, GB: tl.constexpr):
     """(group of a sample, whether it is there) of a program, one a row."""
     s = tl.cast(tl.program_id(0), tl.int64) * GB + tl.arange(0, GB)[:, None]
     return s, s < sets
@@ -114,7 +114,7 @@ def second_stage(
     """Scale and shift of a norm, and of group norm behind it, as one map: z = delta scale + shift are the means
     of its output, of `number` values each. r and the mean of a group are kept, (sets,) each."""
     size *= UNIT
-    s, there = _groups(sets, size, GB)
+    s, there = _groups(sets, GB)
     total = tl.zeros([GB, L], tl.float32)
     for start in tl.range(0, size, L):
         at, inside, p = _members(start, s, there, size, groups, each, L)
@@ -145,7 +145,7 @@ def _stage_grads(
     ddelta_ptr, dm2_ptr, dold_scale_ptr, dold_shift_ptr, sets, size, groups, each, number,
     GB: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    s, there = _groups(sets, size, GB)
+    s, there = _groups(sets, GB)
     r = tl.load(r_ptr + s, mask=there, other=0.0)
     rest = tl.load(rest_ptr + s, mask=there, other=0.0)
     of_r = tl.zeros([GB, L], tl.float32)

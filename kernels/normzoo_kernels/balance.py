@@ -11,6 +11,7 @@ from ._launch import launch
 from ._op import op
 
 MOST_TASKS = 1024
+"""That a kernel can hold."""
 
 
 def _follow_like(n, base, rest, m2, keep, total):

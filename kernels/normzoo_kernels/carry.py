@@ -7,16 +7,12 @@ import torch
 from torch import Tensor
 
 from ._carry import statistics_pull, sum_rows
-from ._channel_calls import contiguous
+from ._channel_calls import contiguous, row_unit
 from ._launch import launch
 from ._op import op
 
 MOST = 5
 """Arrays that are summed up at once."""
-
-
-def _unit(columns: int) -> int:
-    return 4 if columns % 4 == 0 else 1
 
 
 def _pull_like(d_delta, d_m2, delta, count, number):
@@ -35,7 +31,7 @@ def pull(d_delta, d_m2, delta, count, number):
     """
     outputs = _pull_like(d_delta, d_m2, delta, count, number)
     channels, block = delta.shape[-1], 128
-    blocks, unit = -(-channels // block), _unit(channels)
+    blocks, unit = -(-channels // block), row_unit(channels)
     tensors = [contiguous(t) for t in (d_delta, d_m2, delta, count)]
     grid = delta.numel() // channels * blocks
     numbers = (channels // unit, blocks, max(number, 1.0))
@@ -54,6 +50,6 @@ def totals(arrays):
     rows, channels = arrays[0].shape
     rest: list[Tensor | None] = [None] * (MOST - len(arrays))
     tensors = [*(contiguous(t) for t in arrays), *rest, *outputs, *rest]
-    unit, grid = _unit(channels), -(-channels // 32)
+    unit, grid = row_unit(channels), -(-channels // 32)
     launch(sum_rows, grid, arrays[0].device, *tensors, rows, channels // unit, UNIT=unit, RB=32, CB=32)
     return outputs

@@ -5,16 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._channel_calls import contiguous
+from ._channel_calls import contiguous, row_unit
 from ._glide import glide, glide_grads
 from ._launch import launch
 from ._op import op
 
 _SUMS = {"RB": 32, "CB": 32, "E": 512}
-
-
-def _unit(width: int) -> int:
-    return 4 if width % 4 == 0 else 1
 
 
 def _values_like(t, parameters):
@@ -27,7 +23,7 @@ def values(t, parameters):
     """(N, D) float32 for every four parameters (D,), which are at most eight; t: (N,), contiguous."""
     outputs = _values_like(t, parameters)
     width, block = len(parameters[0]), 128
-    blocks, unit = -(-width // block), _unit(width)
+    blocks, unit = -(-width // block), row_unit(width)
     given: list[Tensor | None] = [contiguous(p) for p in parameters]
     missing: list[Tensor | None] = [None] * (8 - len(parameters))
     made = [*outputs, None][:2]
@@ -48,7 +44,7 @@ def backward(ups, t, parameters, time):
     """Gradients of the parameters, and with `time` of t."""
     *grads, dt = outputs = _grads_like(ups, t, parameters, time)
     width = len(parameters[0])
-    unit, programs = _unit(width), -(-width // _SUMS["CB"])
+    unit, programs = row_unit(width), -(-width // _SUMS["CB"])
     missing: list[Tensor | None] = [None] * (8 - len(parameters))
     given = [*(contiguous(p) for p in parameters), *missing]
     upper = [*(contiguous(up) for up in ups), None][:2]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._channel_calls import beside, contiguous, in_place, lies
+from ._channel_calls import SUMS, beside, contiguous, in_place, lies, row_unit
 from ._channel_forms import Problem, power_of_two
 from ._channel_layout import View, like, positions
 from ._launch import launch, sm_count
@@ -18,13 +18,12 @@ from ._regions import importance_gate, importance_grad, region_scaling, region_s
 _TILE = 4096
 """Bytes."""
 _ROW = {"E": 128, "num_warps": 1}
-_SUMS = {"RB": 16, "CB": 32}
 
 
 def _rows(t: Tensor) -> tuple[int, int, dict[str, int]]:
     """(rows of a region, blocks of a row, constants) of statistics (2, *, C)."""
     channels = t.shape[-1]
-    rows, unit = t.numel() // channels // 2, 4 if channels % 4 == 0 else 1
+    rows, unit = t.numel() // channels // 2, row_unit(channels)
     return rows, -(-channels // _ROW["E"]), {"UNIT": unit, **_ROW}
 
 
@@ -68,18 +67,18 @@ def scaling_backward(dscale, dshift, count, delta, m2, w0, b0, w1, b1, eps, apar
     outputs = _scaling_grads_like(dscale, dshift, count, delta, m2, w0, b0, w1, b1)
     rows, blocks, constants = _rows(m2)
     channels, programs = m2.shape[-1], rows * blocks
-    extra = -(-channels // _SUMS["CB"]) if any(p is not None for p in (w0, b0, w1, b1)) else 0
+    extra = -(-channels // SUMS["CB"]) if any(p is not None for p in (w0, b0, w1, b1)) else 0
     tensors = [contiguous(t) for t in (dscale, dshift, count, delta, m2, w0, w1)]
     tensors += [t if t.numel() else None for t in outputs]
     numbers = (rows, channels // constants["UNIT"], blocks, programs)
-    constants |= {"EPS": eps, "APART": apart, **_SUMS}
+    constants |= {"EPS": eps, "APART": apart, **SUMS}
     launch(region_scaling_grads, programs + extra, m2.device, *tensors, *numbers, **constants)
     return outputs
 
 
 def _flat(t: Tensor) -> tuple[int, int, dict[str, int]]:
     """(programs, units, constants) of a kernel over all entries."""
-    unit = 4 if t.numel() % 4 == 0 else 1
+    unit = row_unit(t.numel())
     return -(-t.numel() // 1024), t.numel() // unit, {"UNIT": unit, "E": 1024}
 
 

@@ -1,5 +1,5 @@
 """Unions of sets and what follows from them: launchers as operators over `_sets.py`. Autograd is in
-`normzoo/unions.py`.
+`normzoo/fused.py`, the arithmetic in `normzoo/sets.py`.
 
 Statistics are float32 and contiguous, (*, C), taken as rows of C columns. `how` says which entries are one:
 
@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ._channel_calls import contiguous
+from ._channel_calls import SUMS, contiguous, row_unit
 from ._channel_forms import merge_tile
 from ._channels_merge import merge_rows
 from ._launch import launch, remembered, sm_count
@@ -64,7 +64,7 @@ def _plan_of(rows: int, columns: int, how: str, size: int, device: torch.device)
         groups, tall = columns // size, min(triton.next_power_of_2(size), _TILE)
         wide = max(_TILE // 4 // tall, 1)
         unions = rows * groups
-        unit = 4 if size % 4 == 0 else 1
+        unit = row_unit(size)
         constants = {
             "GROUPED": True,
             "OWN": False,
@@ -81,10 +81,10 @@ def _plan_of(rows: int, columns: int, how: str, size: int, device: torch.device)
     }.get(how) or (size, -(-rows // size), size, 1)
     wide = 128 if how == "own" else _columns_at_once(columns, sm_count(device))
     blocks = -(-columns // wide)
-    unit = 4 if columns % 4 == 0 else 1
+    unit = row_unit(columns)
     constants = {"GROUPED": False, "OWN": how == "own", "UNIT": unit, "MB": 1, "E": wide, "num_warps": 1}
     if how != "own":
-        constants |= {"MB": _TILE // wide, "num_warps": 4}
+        constants |= {"MB": max(_TILE // wide, 1), "num_warps": 4}
     numbers = (rows, columns // unit, members, outer_rows, member_rows, outer * columns, blocks, 1)
     period = 1 if how in ("own", "interleaved") else size
     return _Plan(*numbers, outer * blocks, period, outer, (outer, columns), constants)
@@ -172,11 +172,10 @@ def backward(
         ddelta, dm2, parts, dweight, dbias,
     )  # fmt: skip
     tensors = [contiguous(t) for t in tensors]
-    sums = {"CB": 32, "RB": 16}
     programs = plan.programs
     if dweight is not None or dbias is not None:
-        programs += -(-m2.shape[-1] // sums["CB"])
-    constants = {"KIND": kind, "SQUARE": square, "EPS": eps, **plan.constants, **sums}
+        programs += -(-m2.shape[-1] // SUMS["CB"])
+    constants = {"KIND": kind, "SQUARE": square, "EPS": eps, **plan.constants, **SUMS}
     numbers = (number, *plan.numbers, plan.programs, plan.period, plan.cycle)
     launch(sets_backward, programs, m2.device, *tensors, *numbers, **constants)
     if parts is not None:

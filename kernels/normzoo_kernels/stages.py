@@ -10,16 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ._channel_calls import contiguous
+from ._channel_calls import SUMS, contiguous, row_unit
 from ._launch import launch
 from ._op import op
 from ._stages import mixed_scaling, moved_statistics, scaling_grads, second_stage, second_stage_grads
-
-_SUMS = {"RB": 16, "CB": 32}
-
-
-def _unit(columns: int) -> int:
-    return 4 if columns % 4 == 0 else 1
 
 
 def _given(t: Tensor) -> Tensor | None:
@@ -43,7 +37,7 @@ def mixed(pivot, delta, m2, mean, var, weight, bias, share, n, eps):
     """
     outputs = _mixed_like(pivot, delta, m2)
     channels = pivot.shape[-1]
-    rows, unit, block = pivot.numel() // channels, _unit(channels), 128
+    rows, unit, block = pivot.numel() // channels, row_unit(channels), 128
     blocks = -(-channels // block)
     tensors = [contiguous(t) for t in (pivot, delta, m2, mean, var, weight, bias)]
     numbers = (channels // unit, blocks, share, 1 - share, max(n, 1.0))
@@ -72,9 +66,9 @@ def scaling_backward(dscale, dshift, r, gap, weight, bias):
     made = _like_parameters(r, weight, bias)
     channels = r.shape[-1]
     tensors = [contiguous(t) for t in (dscale, dshift, r, gap)]
-    unit, grid = _unit(channels), -(-channels // _SUMS["CB"])
+    unit, grid = row_unit(channels), -(-channels // SUMS["CB"])
     numbers = (r.numel() // channels, channels // unit)
-    launch(scaling_grads, grid, r.device, *tensors, *map(_given, made), *numbers, UNIT=unit, **_SUMS)
+    launch(scaling_grads, grid, r.device, *tensors, *map(_given, made), *numbers, UNIT=unit, **SUMS)
     return made
 
 
@@ -105,7 +99,7 @@ def _stage(delta: Tensor, groups: int, parameter: Tensor | None):
     size, rows = channels // groups, delta.numel() // channels
     sets, wide = rows * groups, min(triton.next_power_of_2(size), 1024)
     tall = max(256 // wide, 1)
-    unit = _unit(size)
+    unit = row_unit(size)
     each = channels // len(parameter) if parameter is not None else 1
     constants = {"UNIT": unit, "GB": tall, "L": wide, "num_warps": 4 if wide > 256 else 1}
     return -(-sets // tall), (sets, size // unit, groups, each), constants
@@ -150,9 +144,9 @@ def second_backward(dscale, dshift, delta, m2, scale, shift, weight, bias, r, re
     outputs = _second_grads_like(dscale, dshift, delta, m2, scale, shift, weight, bias)
     parameter = bias if weight is None else weight
     programs, numbers, tile = _stage(delta, groups, parameter)
-    extra = 0 if parameter is None else -(-len(parameter) // _SUMS["CB"])
+    extra = 0 if parameter is None else -(-len(parameter) // SUMS["CB"])
     tensors = [contiguous(t) for t in (dscale, dshift, delta, m2, scale, shift, weight, r, rest)]
     tensors += map(_given, outputs)
     numbers = (*numbers, number, programs)
-    launch(second_stage_grads, programs + extra, delta.device, *tensors, *numbers, **tile, **_SUMS)
+    launch(second_stage_grads, programs + extra, delta.device, *tensors, *numbers, **tile, **SUMS)
     return outputs
