@@ -106,7 +106,7 @@ class Moments:
     def standardize(
         self, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
     ) -> tuple[Tensor, Tensor]:
-        """(scale, shift) of weight · (x − mean) / sqrt(var + eps) + bias.
+        """(scale, shift) of weight · (x − mean) / sqrt(var + eps) + bias, each of the shape of ``m.pivot``.
 
         Args:
             weight, bias: (C,), or of as many dimensions as ``m.pivot``, such as (2, 1, C) for one a region with
@@ -121,12 +121,13 @@ class Moments:
         if found := self._by_kernel(Scaling("standardize", eps), weight, bias):
             scale, shift = found
             return scale, shift
-        return standardized(self.delta, self.var, weight, bias, eps)
+        scale, shift = standardized(self.delta, self.var, weight, bias, eps)
+        return self._of_entries(scale), shift
 
     def inverse_deviation(
         self, weight: Tensor | None = None, eps: float = 1e-5, about_zero: bool = False
     ) -> Tensor:
-        """weight / sqrt(var + eps).
+        """weight / sqrt(var + eps), of the shape of ``m.pivot``.
 
         Args:
             weight, eps: as for :meth:`standardize`.
@@ -139,12 +140,15 @@ class Moments:
         if found := self._by_kernel(Scaling("inverse", eps, about_zero), weight):
             return found[0]
         scale = root(self.var, self.mean if about_zero else None, eps, inverse=True)
-        return scale if weight is None else scale * weight
+        return self._of_entries(scale if weight is None else scale * weight)
 
     def deviation(self, eps: float = 1e-5, about_zero: bool = False) -> Tensor:
-        """sqrt(var + eps), or with `about_zero` the root of the mean of x², plus eps."""
+        """sqrt(var + eps), or with `about_zero` the root of the mean of x², plus eps; of the shape of
+        ``m.pivot``."""
         found = self._by_kernel(Scaling("root", eps, about_zero))
-        return found[0] if found else root(self.var, self.mean if about_zero else None, eps)
+        if found:
+            return found[0]
+        return self._of_entries(root(self.var, self.mean if about_zero else None, eps))
 
     def over_batch(self, weights: Tensor | None = None, group: Any = None) -> Moments:
         """One set for all samples, and for all ranks of the process group `group`.
@@ -304,6 +308,10 @@ class Moments:
         found, sets = pending.found(scaling, weight, bias)
         self._sets = self._sets or sets
         return found
+
+    def _of_entries(self, t: Tensor) -> Tensor:
+        """What broadcasts with the entries, as large as these."""
+        return t if t.shape == self.pivot.shape else t.expand(self.pivot.shape)
 
     def _at_entries(self, t: Tensor) -> Tensor:
         """A statistic of the sets, where the entries of x can see it."""

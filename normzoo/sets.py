@@ -166,6 +166,8 @@ class Pending(NamedTuple):
         rest, m2, mean, var, n, base = unions
         if count is None and self.weights is None and self.how in ("batch", "groups"):
             n = number * size
+        if self.lost is not None:  # as mean and variance have it in them
+            rest, m2 = torch.addcmul(rest, self.lost, base + rest, value=-1), n * var
         return entries, Sets(n, base, rest, m2, (mean, var))
 
 

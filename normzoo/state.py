@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from . import checks
-from .dispatch import insisted, or_none, use_kernel
+from .dispatch import KERNEL_DTYPES, insisted, or_none, use_kernel
 
 NONFINITE = ("propagate", "skip")
 
@@ -49,13 +49,6 @@ def snapshot(state: Tensor) -> Tensor:
 
 _library.impl("present", lambda state, after: state.clone(), "CompositeExplicitAutograd")
 torch.library.register_fake("normzoo::present", lambda state, after: torch.empty_like(state), lib=_library)
-
-
-def kernel_state(state: Tensor) -> Tensor:
-    """What a kernel reads in a forward pass: the buffer, which moves later, or in a graph a snapshot of it."""
-    if torch.compiler.is_compiling():
-        return snapshot(state)
-    return state
 
 
 def present(state: Tensor, after: Tensor) -> Tensor:
@@ -143,6 +136,11 @@ def moved_by_kernel(
     if not use_kernel(tensors[-1], *tensors[:-1]):
         return False
     rate = factor if isinstance(factor, Tensor) else None
+    # PyTorch takes a number from another device, a kernel does not.
+    if any(t is not None and t.device != tensors[-1].device for t in (*tensors, tracked, skipped, rate)):
+        return False
+    if any(old.dtype not in KERNEL_DTYPES for old, _ in pairs):
+        return False
     number = None if factor is None or rate is not None else float(factor)
     state: list[Any] = [None, None, *tensors]
 

@@ -526,6 +526,23 @@ def test_compilers_errors_are_told_apart(monkeypatch, error):
     assert len(tried) == (2 if isinstance(error, OSError) else 1)
 
 
+def test_what_one_device_lacks_another_may_have(monkeypatch):
+    tried = []
+
+    class Kernel:
+        __name__ = "planted"
+
+        def __getitem__(self, grid):
+            tried.append(grid)
+            raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(_launch, "_broken", {})
+    for name in ("cpu", "meta", "cpu", "meta"):
+        with pytest.raises(_launch.KernelUnavailable):
+            _launch.launch(Kernel(), 1, torch.device(name), torch.ones(1), N=8)
+    assert len(tried) == 2
+
+
 def test_threads_choose_for_themselves():
     x = torch.randn(4, 64, device=DEVICE)
     wrong = []

@@ -159,6 +159,18 @@ def test_empty_batches(make, shape):
     assert found["dx"].shape == shape and not found["dweight"].any() and not found["dbias"].any()
 
 
+@pytest.mark.parametrize("shape", [(0, 6, 5, 3), (4, 6, 0, 3)], ids=str)
+@pytest.mark.parametrize("last", ["neither", "x", "dy", "both"])
+@per("make", {name: KINDS[name] for name in ("power", "unified")})
+def test_empty_images(make, last, shape):
+    """Whose layout says nothing."""
+    layer, x, dy = after(2, make, channel_dim=1), randn(*shape), randn(*shape)
+    x = x.contiguous(memory_format=torch.channels_last) if last in ("x", "both") else x
+    dy = dy.contiguous(memory_format=torch.channels_last) if last in ("dy", "both") else dy
+    found = alike(layer, x.requires_grad_(), dy)
+    assert found["dx"].shape == shape and not found["dweight"].any() and not found["dbias"].any()
+
+
 def test_where_the_filter_draws_the_line():
     """Against the unbiased variance of the window before the step, here of four numbers."""
     iters = torch.tensor(4, device=DEVICE)

@@ -87,15 +87,15 @@ def launch(kernel, grid: int, device: torch.device, *args, **meta) -> None:
     """
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # which takes longer than to see that there is nothing to change
-            _start(kernel, grid, args, meta)
+            _start(kernel, grid, device, args, meta)
     else:
-        _start(kernel, grid, args, meta)
+        _start(kernel, grid, device, args, meta)
 
 
-def _start(kernel, grid: int, args: tuple, meta: dict) -> None:
+def _start(kernel, grid: int, device: torch.device, args: tuple, meta: dict) -> None:
     launches[kernel.__name__] += 1
-    if _broken and _variant(kernel, args, meta) in _broken:
-        raise KernelUnavailable(_broken[_variant(kernel, args, meta)])
+    if _broken and _variant(kernel, device, args, meta) in _broken:
+        raise KernelUnavailable(_broken[_variant(kernel, device, args, meta)])
     try:
         kernel[(grid,)](*args, **meta)
     except Exception as error:
@@ -103,7 +103,7 @@ def _start(kernel, grid: int, args: tuple, meta: dict) -> None:
             raise
         cause = f"{kernel.__name__}: {type(error).__name__}: {error}"
         if not isinstance(error, OSError):  # a cache that failed to open may open next time
-            _broken[_variant(kernel, args, meta)] = cause
+            _broken[_variant(kernel, device, args, meta)] = cause
         raise KernelUnavailable(cause) from error
 
 
@@ -113,9 +113,9 @@ def _of_compiler(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NOT_COMPILED)
 
 
-def _variant(kernel, args: tuple, meta: dict) -> tuple:
+def _variant(kernel, device: torch.device, args: tuple, meta: dict) -> tuple:
     dtypes = tuple(a.dtype if isinstance(a, torch.Tensor) else None for a in args)
-    return (kernel.__name__, dtypes, *sorted(meta.items()))
+    return (device, kernel.__name__, dtypes, *sorted(meta.items()))
 
 
 @functools.cache

@@ -117,7 +117,8 @@ def _backward(dy, x, rows, weight, ema, rate, groups, wanted, summed, flags, sta
     """(dx, sums of dy and of dy * u), each where it is wanted; the state behind `flags`."""
     dx = like(x) if wanted else None
     x, view = in_place(x)
-    dy, dy_view = beside(dy, x, view.tokens)
+    # Of nothing any view will do, and dy may have none like that of x.
+    dy, dy_view = beside(dy, x, view.tokens) if x.numel() else (x, view)
     form, numbers, constants, _ = _plan(Call.of(x), groups, True, view, dy_view)
     mean, window, skipped = state
     sums = parts = _wide(x, 2, x.shape[1]) if summed else None

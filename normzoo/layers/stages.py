@@ -61,11 +61,12 @@ def second_stage(
 
     weight, bias: of the group norm, one a channel or one a group.
     """
-    stage = SecondStage(groups, m.sets.count, eps)
+    count = m.sets.count
+    stage = SecondStage(groups, count, eps)
     if len({len(t) for t in (weight, bias) if t is not None}) > 1:
         weight, bias = (t if t is None else each_channel(t, m.pivot.shape[-1]) for t in (weight, bias))
     tensors = (m.sets.delta, m.sets.m2, scale, shift, weight, bias)
-    if not m.kernels or not fits(weight, bias) or {scale.dtype, shift.dtype} != {torch.float32}:
+    if not (m.kernels and count and fits(weight, bias)) or {scale.dtype, shift.dtype} != {torch.float32}:
         return stage.plain(tensors)
     whole = (t.expand(m.pivot.shape) for t in (scale, shift))
     return fused(stage, *tensors[:2], *whole, weight, bias)

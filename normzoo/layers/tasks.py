@@ -17,9 +17,6 @@ from ..moments import Moments
 from ..sets import fits
 from ..state import average, snapshot
 
-_MOST_TASKS = 1024
-"""That a kernel can hold."""
-
 
 def shares_of(
     m: Moments,
@@ -34,9 +31,9 @@ def shares_of(
 
     ids: (N,); psi: (tasks,), the logarithms of prior counts; group: a process group to count tasks over.
     """
-    if m.kernels and group is None and fits(psi) and len(psi) <= _MOST_TASKS:
+    if m.kernels and group is None and fits(psi) and _few(psi):
         # A copy, for the number of a layer counts on.
-        cur = ended.clone() if isinstance(ended, Tensor) else None
+        cur = ended.to(psi.device, copy=True) if isinstance(ended, Tensor) else None
         of_samples, lost = fused(_Shares(-1 if isinstance(ended, Tensor) else ended, values), ids, cur, psi)
         return of_samples, lost
     own = _own(ids, psi)
@@ -44,6 +41,13 @@ def shares_of(
     n = n if group is None else ranks.total((n,), group[0])[0]
     w, lost = _shares(own, n, psi.to(n.dtype), ended)
     return w / values, lost
+
+
+def _few(psi: Tensor) -> bool:
+    """Whether a kernel can hold so many tasks."""
+    from normzoo_kernels.balance import MOST_TASKS
+
+    return len(psi) <= MOST_TASKS
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ def targets_by_kernel(
     if torch.compiler.is_compiling() or not isinstance(count, int) or not count:
         return None
     if mean.dtype != torch.float32 or not use_kernel(mean, var, *stored) or not fits(*stored):
+        return None
+    if tracked is not None and tracked.device != mean.device:
         return None
     from normzoo_kernels import balance as kernels
 
