@@ -31,6 +31,9 @@ _ROW_GROUP = 4
 
 _ROW_BYTES = 32 << 10
 
+_NARROWEST = 8
+"""Entries of a row of a tile, at least: a thread that has many rows spills."""
+
 _IN_FLIGHT = 48 << 10
 """Bytes of x and dy that a multiprocessor should have on their way."""
 
@@ -51,7 +54,7 @@ class Form:
 
 def forward_form(width: int, itemsize: int, scalar: bool, device: torch.device) -> Form:
     """`scalar`: rows lie so that 16-bit entries are read one by one, which asks for smaller tiles."""
-    block, sms = triton.next_power_of_2(width), sm_count(device)
+    block, sms = max(triton.next_power_of_2(width), _NARROWEST), sm_count(device)
     if block > _ON_CHIP:
         chunk, warps = 8192, 8
         if itemsize == 4 and width % 4:
@@ -70,13 +73,14 @@ def backward_form(
     kind: str, width: int, itemsize: int, scalar: bool, device: torch.device, tensors: int, gradients: int
 ) -> Form:
     """`tensors`: read by the kernel, as large as x. `gradients`: of parameters, 0 to 2."""
-    block, sms = triton.next_power_of_2(width), sm_count(device)
+    block, sms = max(triton.next_power_of_2(width), _NARROWEST), sm_count(device)
     group = int(chosen("row_group")) if itemsize == 2 else min(int(chosen("row_group")), 8)  # more would spill
     packed = 8192 < block <= _ON_CHIP and itemsize == 2 and kind == "rms" and group == _ROW_GROUP
+    packed = packed and width * itemsize % VECTOR == 0
     if block > 8192 and not packed:
         elements = 16384 // itemsize
-        if itemsize == 4 and width % 4:
-            elements //= 2  # entry by entry, more of them spill
+        if scalar or (itemsize == 4 and width % 4):
+            elements //= 4 if scalar else 2  # entry by entry, more of them spill
         rows = max(1, min(group, group * _ROW_BYTES // (block * itemsize)))
         # The second sweep also reads the weight and what the program has of the gradients so far.
         buffer = tensors * elements * itemsize + elements // rows * 4 * (1 + gradients)
@@ -93,6 +97,8 @@ def backward_form(
         programs, warps, elements = 2 * sms, 4, 4096
     if block <= 128 and (scalar or itemsize == 4):
         elements //= 2  # more and ptxas spills
+    elif block <= 256 and width < block:
+        elements //= 2  # what lies beyond the row costs registers
     tile = _tile(block, itemsize, elements, warps, owned=1024)
     # Packed rows have the registers of the multiprocessor to themselves; there is no room to run ahead.
     tile_bytes = max(block, elements) * itemsize

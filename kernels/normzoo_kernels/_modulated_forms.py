@@ -50,8 +50,9 @@ def backward_runs(
 
 
 def _runs(form: Form, samples: int, tokens: int) -> Runs:
-    # No more rows in a tile than a sample has.
-    rows = min(form.rows, triton.next_power_of_2(tokens))
+    # Beside narrow rows scale and shift take registers. No more rows in a tile than a sample has.
+    rows = form.rows if form.constants["C"] > 128 else max(1, form.rows // 2)
+    rows = min(rows, triton.next_power_of_2(tokens))
     each = _share(form.programs, samples, triton.cdiv(tokens, rows))
     return Runs(samples, each, form.constants | {"R": rows})
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._forms import _ON_CHIP, _stages, _tile
 from ._launch import KernelUnavailable, launch, sm_count
+from ._layout import VECTOR
 from ._op import differentiated, needs_grad, op, through_reference
 from ._weights import standardize_bwd, standardize_fwd
 from .rows import _contiguous, _without
@@ -21,6 +22,8 @@ def _form(rows: Tensor, tensors: int) -> tuple[int, dict[str, Any]]:
     block, sms = triton.next_power_of_2(width), sm_count(device)
     if block > _ON_CHIP:
         chunk = 16384 // itemsize
+        if width * itemsize % VECTOR:
+            chunk //= 4  # entry by entry, more of them spill
         stages = _stages(device, chunk * itemsize, tensors * chunk * itemsize)
         return 2 * sms, {"K": 1, "R": 1, "C": chunk, "STAGES": stages, "num_warps": 8}
     warps = max(4, block // 1024)

@@ -24,6 +24,9 @@ EXCEPTIONS: tuple[tuple[str, str, str], ...] = (
     ("pn-bwd-*x8192-g1-*@*", "spills", "a group of 8192 leaves a few bytes no register beside both sums"),
     ("pn-bwd-*x2048x16x16-g1-*@*", "spills", "with fewer positions a tile would use little of what it reads"),
     ("pn-?wd-*x2048x*-g1~*@*", "spills", "of groups of 2048 in planes: as above"),
+    ("pn-bwd-*x442x*-g1~*@*", "spills", "of groups of 512 in planes of odd size: as above"),
+    ("pn-bwd-*x2048x*-g4~*@*", "spills", "of groups of 512 in planes of odd size: as above"),
+    ("on-chip-standardize-fwd-groups2048-*~*@*", "spills", "a channel a group, odd planes; the form is off"),
     ("ln-bwd-*-expanded~*@*", "spills", "odd, wider than a program, one gradient for all: rare together"),
     ("rms-bwd-4095-bf16@*", "instructions", "with fewer the gradient of narrow rows loses a digit"),
 )

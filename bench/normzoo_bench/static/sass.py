@@ -167,18 +167,18 @@ def amd(amdgcn: str) -> dict[str, int]:
     """Registers, spills and the access width of a HIP kernel.
 
     Arguments cannot be told apart here, and the statistics of a row are single floats. So the width
-    is that of the widest load or store, unless something narrower than a float is accessed.
+    is that of the widest load or store, unless something narrower than a float is accessed. Scalar registers
+    spill to lanes of vector registers, not to memory, and are not counted.
     """
     number = {
-        key: int(re.search(rf"\.{key}:\s+(\d+)", amdgcn).group(1))
-        for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        key: int(re.search(rf"\.{key}:\s+(\d+)", amdgcn).group(1)) for key in ("vgpr_count", "vgpr_spill_count")
     }
     ops = re.findall(r"^\s+(?:global|buffer|flat)_(load|store)_(\w+)", amdgcn, re.MULTILINE)
     width = {kind: [_AMD_WIDTH.get(op, 2) for k, op in ops if k == kind] for kind, _ in ops}
     narrow = 2 in itertools.chain(*width.values())
     return {
         "registers": number["vgpr_count"],
-        "spills": number["vgpr_spill_count"] + number["sgpr_spill_count"],
+        "spills": number["vgpr_spill_count"],
         "x_width": 2 if narrow else min(map(max, width.values()), default=0),
         "atomics": len(re.findall(r"^\s+(?:global|buffer|flat)_atomic", amdgcn, re.MULTILINE)),
         "f64": len(re.findall(r"^\s+v_\w+_f64", amdgcn, re.MULTILINE)),

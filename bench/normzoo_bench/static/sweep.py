@@ -102,7 +102,7 @@ def _larger(source: Any) -> Iterator[tuple[Any, int]]:
             larger = replace(larger, size=size)
         if getattr(source, "groups", 0):
             for groups in {*_GROUPS, channels}:
-                if channels % groups == 0:
+                if channels % groups == 0 and (samples > 1 or groups < channels):  # statistics as large as x
                     yield replace(larger, groups=groups), samples
         else:
             yield larger, samples
