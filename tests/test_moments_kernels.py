@@ -152,7 +152,8 @@ def test_batch_channel_norm_of_nothing(shape, options, order):
         return
     options = options | ({"order": order} if options else {})
     layer = normzoo.BatchChannelNorm(6, 2, device=DEVICE, **options)
-    layer.running_mean.normal_(), layer.running_var.uniform_(0.5, 2)
+    layer.running_mean.normal_()
+    layer.running_var.uniform_(0.5, 2)
     for training in (True, False):
         plain = copy.deepcopy(layer.train(training))
         before = copy.deepcopy(layer.state_dict())

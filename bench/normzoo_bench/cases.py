@@ -128,7 +128,9 @@ class Case:
     def layer(self, device: torch.device) -> nn.Module:
         """The entry's layer, for calls with x alone; its parameters are off their initial values, so that each
         of them matters."""
-        made = self.module(self.entry.cls, device)
+        with torch.random.fork_rng(devices=()):  # some draw weights
+            torch.manual_seed(0)
+            made = self.module(self.entry.cls, device)
         x = torch.empty((), device=device, dtype=self.parameter_dtype).expand(self.shape)
         if found := beside(self.entry, x):
             made = Conditioned(made, found).train(made.training)

@@ -79,16 +79,16 @@ def _group_norm(
 
     if weight is None and bias is not None:  # torch's operator has no gradient for a bias alone
         weight = torch.ones_like(bias)
-    h, *affine = native.in_one_dtype(x, weight, bias)
+    h, weight, bias = native.in_one_dtype(x, weight, bias)
     if not x.is_contiguous() and eager_on_cpu(x):
         n, c = x.shape[:2]
-        y, mean, inverse = torch.native_group_norm(h, *affine, n, c, x.numel() // (n * c), num_groups, eps)
+        y, mean, inverse = torch.native_group_norm(h, weight, bias, n, c, x.numel() // (n * c), num_groups, eps)
         # Of channels_last it sums squares around zero, which is as good where no mean is beyond a deviation.
         if (mean.detach() * inverse.detach()).abs().amax() <= 1:
             return native.like(x, y)
         if blocks.pays(x, weight, bias):
             return _by_engine(x, num_groups, weight, bias, eps)
-    return native.like(x, F.group_norm(h.contiguous(), num_groups, *affine, eps))
+    return native.like(x, F.group_norm(h.contiguous(), num_groups, weight, bias, eps))
 
 
 def _by_engine(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
