@@ -35,6 +35,10 @@ _IN_LINE = 8192
 """Squares that one vector_norm may add up in float32 before the last digits suffer."""
 
 
+_IN_COLUMN = 512
+"""Rows that BLAS, which adds one after another, may add up."""
+
+
 class Kind(NamedTuple):
     name: str
     eps: float
@@ -230,23 +234,38 @@ def _backward(dy, x, scale, shift, statistics, kind, dims, wants):
             of_shift.append(total(g))
         product = torch.mul(g, h, out=rooms[2].like(h))
         if scale is not None and wants[1]:
-            of_scale.append(total(torch.mul(product, r, out=rooms[3].like(h))))
-        slope = (product if own is None else product.mul_(own)).sum(-1, keepdim=True)
+            of_scale.append(_over_rows(product, r, rooms[3]))
+        slope = _along_rows(product, own)
         target = dx3[s, rows]
         out = target if target.dtype == r.dtype else rooms[3].like(h)
         torch.mul(g, r, out=out)
         out = out if own is None else out.mul_(own)
-        pull = kind.pull(h, r, slope)
-        torch.mul(h, pull, out=product)
+        pull = kind.pull(h, r, slope).neg_()
+        counted = kind.counted(out)
+        counted.addcmul_(kind.counted(h), pull)
         if kind.name == "crms":
-            product.add_(pull.mul_(h.sum(-1, keepdim=True)))
-        if kind.part is None:
-            out.sub_(product)
-        else:
-            out[..., : kind.part].sub_(product[..., : kind.part])
+            out.add_(pull.mul_(h.sum(-1, keepdim=True)))
         if out is not target:
             target.copy_(out)
     return made, _summed(of_scale, grid, scale), _summed(of_shift, grid, shift)
+
+
+def _over_rows(product: Tensor, r: Tensor, room: Room) -> Tensor:
+    """The sum of product · r over the rows of a block, (s, 1, d)."""
+    s, rows, d = product.shape
+    if s == 1 and rows <= _IN_COLUMN:
+        return torch.mv(product[0].T, r.view(rows)).view(1, 1, d)
+    return total(torch.mul(product, r, out=room.like(product)))
+
+
+def _along_rows(product: Tensor, own: Tensor | None) -> Tensor:
+    """The sum of product · own along each row of a block, (s, rows, 1). Products are lost, if need be."""
+    s, rows, d = product.shape
+    if own is None:
+        return product.sum(-1, keepdim=True)
+    if len(own) == 1 and d <= _IN_LINE:
+        return torch.mv(product.view(-1, d), _row(own)).view(s, rows, 1)
+    return product.mul_(own).sum(-1, keepdim=True)
 
 
 def _summed(parts: list[Tensor], grid: Grid, like: Tensor | None) -> Tensor | None:

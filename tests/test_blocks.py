@@ -242,3 +242,21 @@ def test_which_of_torchs_norms_go_in_blocks(monkeypatch):
         "group": [False, False, False, False, True],
         "instance": [True, True, False, True, True],
     }
+
+
+def test_autocast_rounds_no_gradient():
+    """Nor does a lower precision of matrix products."""
+    x, w = torch.randn(6, 700, requires_grad=True), torch.randn(700, requires_grad=True)
+    dy = torch.randn(6, 700)
+
+    def gradients():
+        return torch.autograd.grad(crms_norm(x, 700, w), (x, w), dy)
+
+    expected = gradients()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = gradients()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
