@@ -202,6 +202,7 @@ def test_in_ten_minutes_there_is_a_row_for_every_goal(verdicts, clockwork):
     [
         (["--minutes", "0"], "--minutes is 0.0; it must be more than 0"),
         (["--output", "setup/file/x"], "--output is setup/file/x, which cannot be made a folder"),
+        (["--part", "QK*", "rows"], "--part is 'rows', which fits none of: row norms at LLM widths, sum and"),
     ],
 )
 def test_usage_errors(tmp_path, monkeypatch, capsys, arguments, message):
@@ -211,6 +212,15 @@ def test_usage_errors(tmp_path, monkeypatch, capsys, arguments, message):
     assert gpu.main(["--rehearse", "--output", "out", *arguments]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_parts_by_name(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(gpu, "_measured", lambda folder, parts, *_: measured.append(parts) or 0)
+    how = ["--rehearse", "--output", str(tmp_path)]
+    assert gpu.main([*how, "--part", "QK*", "*float32"]) == 0 and gpu.main(how) == 0
+    names = ["QK-norm", "batch norm, float32", "wide rows, float32", "norms beyond batch norm, float32"]
+    assert [part.name for part in measured[0]] == names and measured[1] is gpu.PARTS
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

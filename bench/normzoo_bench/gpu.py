@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ _TESTS = tuple(
     for name in (
         *("kernels", "channel_kernels", "curve_kernels", "modulated_kernels", "pooling", "channel_hazards"),
         *("modulated_hazards", "running_kernels", "running_hazards", "weight_kernels", "projection_kernels"),
-        *("on_chip_kernels", "choices"),
+        *("standardize_kernels", "sets_kernels", "moments_kernels", "on_chip_kernels", "choices"),
     )
 )
 _RESERVE = 20.0
@@ -136,12 +137,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", metavar="DIR", required=True, help="a folder for the results; is made")
     parser.add_argument("--minutes", type=float, default=8.0, help="time limit of the whole (default: 8)")
+    parser.add_argument(
+        "--part", nargs="+", metavar="NAME", help="only these parts, with wildcards (default: all)"
+    )
     parser.add_argument("--rehearse", action="store_true", help="the same plan on a CPU, in tiny sizes")
     arguments = parser.parse_args(argv)
     folder = Path(arguments.output)
     try:
         if not 0 < arguments.minutes < float("inf"):
             raise ValueError(f"--minutes is {arguments.minutes}; it must be more than 0")
+        parts = PARTS if arguments.part is None else _named(arguments.part)
         if not (arguments.rehearse or torch.cuda.is_available()):
             raise ValueError("torch sees no GPU here; --rehearse runs the plan on a CPU")
         try:
@@ -157,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # So that a command under way is ended too when a scheduler ends this one.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _measured(folder, 60 * arguments.minutes, arguments.rehearse)
+        return _measured(folder, parts, 60 * arguments.minutes, arguments.rehearse)
     except KeyboardInterrupt:
         print(f"normzoo_bench.gpu: interrupted; what is done lies in {folder}", file=sys.stderr)
         return 130
@@ -165,7 +170,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _measured(folder: Path, limit: float, rehearse: bool) -> int:
+def _named(patterns: Sequence[str]) -> list[Part]:
+    for pattern in patterns:
+        if not any(fnmatchcase(part.name, pattern) for part in PARTS):
+            names = ", ".join(part.name for part in PARTS)
+            raise ValueError(f"--part is {pattern!r}, which fits none of: {names}")
+    return [part for part in PARTS if any(fnmatchcase(part.name, pattern) for pattern in patterns)]
+
+
+def _measured(folder: Path, parts: Sequence[Part], limit: float, rehearse: bool) -> int:
     begin = time.monotonic()
     end = begin + limit - min(_RESERVE, limit / 4)
     path = folder / "bench.json"
@@ -173,12 +186,13 @@ def _measured(folder: Path, limit: float, rehearse: bool) -> int:
     with runs.on_device(device):
         document, clocks, cache = runs.start(device, 0.002, 2 if rehearse else 15)
         document.settings["arguments"] = {"minutes": limit / 60, "rehearse": rehearse}
+        document.settings["arguments"]["parts"] = [part.name for part in parts]
         document.write(path)  # in the place of an older one, which an interruption must not leave there
         settings = Settings(device, (), (), clocks, document.settings["rounds"], cache)
         tests = kernel_tests(folder, _TEST_SHARE * limit, rehearse)
         document.extra["tests"] = tests
         document.write(path)
-        undisturbed = _parts(document, settings, path, end)
+        undisturbed = _parts(parts, document, settings, path, end)
         if undisturbed:
             runs.finish(document, settings)
     document.write(path)
@@ -200,12 +214,12 @@ def _measured(folder: Path, limit: float, rehearse: bool) -> int:
     return 1 if wrong or tests["failed"] or not tests["passed"] else 0
 
 
-def _parts(document: Document, settings: Settings, path: Path, end: float) -> bool:
+def _parts(parts: Sequence[Part], document: Document, settings: Settings, path: Path, end: float) -> bool:
     """Measures part by part until `end`; whether the user let it."""
     document.extra["parts"] = {}
     device = settings.device.type
-    weights = sum(part.weight for part in PARTS)
-    for part in PARTS:
+    weights = sum(part.weight for part in parts)
+    for part in parts:
         cases, one = cases_of(part, device)
         started = time.monotonic()
         of_part = replace(
