@@ -311,7 +311,7 @@ class Moments:
 
     def _of_entries(self, t: Tensor) -> Tensor:
         """What broadcasts with the entries, as large as these."""
-        return t if t.shape == self.pivot.shape else t.expand(self.pivot.shape)
+        return t.expand(self.pivot.shape)
 
     def _at_entries(self, t: Tensor) -> Tensor:
         """A statistic of the sets, where the entries of x can see it."""

@@ -136,7 +136,7 @@ class _Stages:
             batch = batch.across_ranks(process_group) if sync else batch
             mean, var, count = batch.sets.mean.detach(), batch.sets.var.detach(), batch.sets.count
             early = order == "variance_first"
-            if m.kernels and count and not sync and (new := moved_first(mean, var, running, rate, early)):
+            if m.kernels and not sync and count and (new := moved_first(mean, var, running, rate, early)):
                 return *self._then_groups(m, *self._by(m, *new)), list(zip(running, new, strict=True))
             old_mean, old_var = (snapshot(t) for t in running)
             around = old_mean if early else average(old_mean, mean, rate)
