@@ -75,8 +75,8 @@ def _with_own(
             f"{layer}: Expected more than 1 spatial element when training, got input size {tuple(x.shape)}"
         )
     kernels = use_kernel(x, weight, bias, fusible=False)
-    slow = x.dtype == checks.statistics_dtype(x) or not x.is_contiguous()
-    if not x.numel() or (slow and not kernels and blocks.pays(x, weight, bias)):  # torch's fails at nothing
+    # torch's operator fails at nothing, and copies what is not contiguous.
+    if not x.numel() or (not (x.is_contiguous() or kernels) and blocks.pays(x, weight, bias)):
         samples = x.shape[0] if x.numel() else 0
 
         def combine(m: Moments):
