@@ -125,8 +125,8 @@ class _BatchNorm(Running):
         return y
 
     def _by_torch(self, layer: str, x: Tensor) -> Tensor | None:
-        """y, where on a CPU torch's operator can move the running statistics along with it, which spares a dozen
-        others; None where it cannot."""
+        """y, where on a CPU torch's operator can move the running statistics too, which spares a dozen others;
+        None where it cannot."""
         running, tracked, parameters = self._stored(), self.num_batches_tracked, (self.weight, self.bias)
         if self.sync or self.batches_skipped is not None or not x.numel() or recomputing():
             return None
