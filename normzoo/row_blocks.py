@@ -264,7 +264,7 @@ def _along_rows(product: Tensor, own: Tensor | None) -> Tensor:
     if own is None:
         return product.sum(-1, keepdim=True)
     if len(own) == 1 and d <= _IN_LINE:
-        return torch.mv(product.view(-1, d), _row(own)).view(s, rows, 1)
+        return torch.mv(product.view(-1, d), own.view(-1)).view(s, rows, 1)
     return product.mul_(own).sum(-1, keepdim=True)
 
 

@@ -138,7 +138,8 @@ class _BatchNorm(Running):
         momentum = self.momentum
         if momentum is None:
             momentum = 0.0 if tracked is None else 1 / (int(tracked) + 1)
-        y = F.batch_norm(x, *running, *native.in_statistics_dtype(x, *parameters), True, momentum, self.eps)
+        weight, bias = native.in_statistics_dtype(x, *parameters)
+        y = F.batch_norm(x, *running, weight, bias, True, momentum, self.eps)
         if tracked is not None:
             tracked.add_(1)
         return y

@@ -42,7 +42,31 @@ from .judges import (
 )
 from .judging import Chosen, Goal
 
-CAUSES: dict[str, str] = {}
+CAUSES: dict[str, str] = {
+    "cpu-torch": (
+        "mostly tensors of 65536 entries, where 4 to 20 µs of Python stand in front of the same operator of "
+        "torch. adaptive_layer_norm in bfloat16 computes in float32 and rounds once, what models write "
+        "rounds after each operator; the gradient of weight_standardize in bfloat16 is float32 too. In eval "
+        "mode both sides of batch_norm call one operator: those rows are noise"
+    ),
+    "cpu-sweeps": (
+        "5 to 30 µs of Python in front of the same operator of torch, which is more than a tenth up to "
+        "about 200000 entries; group_norm of channels_last looks at the statistics before it trusts them"
+    ),
+    "cpu-official": (
+        "small tensors pay for the start of up to 280 operators, 1 to 3 ms, whatever the passes are; on "
+        "large ones operators over blocks of 1 MB gain little from a second thread; ghost_batch_norm's "
+        "official code is torch's own fused operator; in bfloat16 the authors' codes compute in bfloat16, "
+        "these in float32"
+    ),
+    "host-rows": (
+        "of LayerNorm alone: an empty autograd.Function takes 28 µs, all of torch's forward and backward 25"
+    ),
+    "host-channels": (
+        "seven launches, each with its arguments and its outputs, and a Function in Python, beside two "
+        "operators of torch in C++ that take 30 µs together on a tensor so small"
+    ),
+}
 """By the key of a goal, why it is missed. A missed goal that is not here is told as one without a cause."""
 
 _MODELS = [
