@@ -16,7 +16,7 @@ def test_verify_tells_same_from_changed():
     model, x = Net(), torch.randn(16, 8)
     same = normzoo.plan(model).verify(x)
     assert same.same and same.passed and same.exact and same.error <= 1e-6 and same.cosine > 0.999999
-    assert str(same).startswith("the model computes the same function: outputs differ by at most")
+    assert str(same).startswith("the model computes the same function: outputs are equal to the last bit")
     changed = normzoo.plan(model, "rms_norm").verify(x)
     assert not changed.same and changed.passed and not changed.exact
     assert changed.error > 1e-2 and changed.cosine < 0.9999
@@ -277,6 +277,7 @@ track = normzoo.BatchNorm2d._track
 def test_statistics_that_move_otherwise_are_found(fault, monkeypatch):
     model, x = stirred(ConvNet()), torch.randn(4, 3, 6, 6)
     made = normzoo.plan(model)
+    monkeypatch.setattr(normzoo.BatchNorm2d, "_by_torch", lambda *_: None)
     monkeypatch.setattr(normzoo.BatchNorm2d, "_track", fault)
     proof = made.verify(x)
     assert not proof.passed and str(proof).startswith("FAILED: the model computes another function, although")

@@ -139,7 +139,9 @@ class _BatchNorm(Running):
         if momentum is None:
             momentum = 0.0 if tracked is None else 1 / (int(tracked) + 1)
         weight, bias = native.in_statistics_dtype(x, *parameters)
-        y = F.batch_norm(x, *running, weight, bias, True, momentum, self.eps)
+        # What autograd keeps of them it never reads, so they may be changed before the backward pass.
+        mean, var = (t.data for t in running)
+        y = F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps)
         if tracked is not None:
             tracked.add_(1)
         return y

@@ -80,7 +80,7 @@ def _group_norm(
     if weight is None and bias is not None:  # torch's operator has no gradient for a bias alone
         weight = torch.ones_like(bias)
     h, weight, bias = native.in_one_dtype(x, weight, bias)
-    if not x.is_contiguous() and eager_on_cpu(x):
+    if not x.is_contiguous() and native.channels_last(x) and eager_on_cpu(x):
         n, c = x.shape[:2]
         y, mean, inverse = torch.native_group_norm(h, weight, bias, n, c, x.numel() // (n * c), num_groups, eps)
         # Of channels_last it sums squares around zero, which is as good where no mean is beyond a deviation.

@@ -14,6 +14,8 @@ from normzoo_kernels._op import batched
 from .. import checks
 from ..dispatch import eager_on_cpu
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 def in_statistics_dtype(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
     """Parameters in the dtype of the statistics of x: float32, or float64 for float64."""
@@ -40,10 +42,16 @@ def fresh_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_zeros(x.shape[1], dtype=dtype), x.new_ones(x.shape[1], dtype=dtype)
 
 
+def channels_last(x: Tensor) -> bool:
+    """Whether x lies in one of torch's memory formats of that name."""
+    memory_format = _CHANNELS_LAST.get(x.dim())
+    return memory_format is not None and x.is_contiguous(memory_format=memory_format)
+
+
 def like(x: Tensor, y: Tensor) -> Tensor:
     """y in the dtype and memory format of x: CUDA autocast gives float32, some operators lose channels_last."""
     y = y if y.dtype == x.dtype else y.to(x.dtype)
-    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    memory_format = _CHANNELS_LAST.get(x.dim())
     if memory_format is None or x.is_contiguous():
         return y
     if not torch.compiler.is_compiling() and batched(x):
