@@ -57,7 +57,7 @@ def test_every_missed_goal_has_a_cause(whole):
 
 
 def test_page_stays_small_and_shows_every_plot(whole):
-    assert sum(path.stat().st_size for path in PAGES.iterdir()) <= 600_000
+    assert sum(path.stat().st_size for path in PAGES.iterdir()) <= 700_000
     shown = re.findall(r"\]\(performance/(.*?\.svg)\)", (PAGES / "plots.md").read_text(encoding="utf-8"))
     assert sorted(shown) == sorted(name for name in whole[0] if name.endswith(".svg"))
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")

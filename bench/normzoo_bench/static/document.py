@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
 from collections import Counter
@@ -30,6 +31,7 @@ def document(
     compiled = [row for row in rows if "inlined_by" not in row]
     return {
         "command": "python -m normzoo_bench.static " + " ".join(sys.argv[1:]),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "environment": environment(),
         "gpus": {name: asdict(gpu) for name, gpu in GPUS.items()},
         "launches": [_launch(row) for row in compiled],
