@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 
 from normzoo_bench.report import asked
+from normzoo_bench.report.documents import read
+from normzoo_bench.report.goals import goals
+from normzoo_bench.report.table import lines
 from normzoo_bench.workloads import DIRECTIONS
 
 ENVIRONMENT = {
@@ -81,6 +84,12 @@ def document(*rows, environment=ENVIRONMENT, command="normzoo bench --planted", 
     settings = {"time": "2031-02-03T04:05:06+00:00", "command": command}
     whole = {"environment": environment, "settings": settings, "copy_bandwidth": {"median": 1e9}}
     return {"form": 1, **whole, "rows": list(rows), **other}
+
+
+def judged(folder, key):
+    """The line of one goal, as a folder of documents decides it."""
+    (found,) = lines(read(folder), [goal for goal in goals() if goal.key == key])
+    return found
 
 
 def put(folder, **documents):

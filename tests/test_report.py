@@ -12,6 +12,7 @@ from report_documents import (
     along_sweeps,
     call,
     document,
+    judged,
     launch,
     of_widths,
     on_gpu,
@@ -31,11 +32,6 @@ from normzoo_bench.report import asked, bands, goals, measures, pages, plots
 from normzoo_bench.report.documents import COMMANDS, read
 from normzoo_bench.report.judging import ABSENT, ELSEWHERE, MET, MISSED, UNDECIDED
 from normzoo_bench.report.table import lines
-
-
-def judged(folder, key):
-    (found,) = [line for line in lines(read(folder)) if line.goal.key == key]
-    return found
 
 
 def told(folder, key):

@@ -8,6 +8,7 @@ from report_documents import (
     along_sweeps,
     call,
     document,
+    judged,
     of_widths,
     on_gpu,
     pair,
@@ -23,11 +24,6 @@ from normzoo_bench.report import asked, goals, measures, pages, plots
 from normzoo_bench.report.documents import read
 from normzoo_bench.report.judging import ABSENT, ELSEWHERE, MET, MISSED, UNDECIDED
 from normzoo_bench.report.table import lines
-
-
-def judged(folder, key):
-    (found,) = lines(read(folder), [goal for goal in goals.goals() if goal.key == key])
-    return found.finding
 
 
 def place(layer, **other):
@@ -50,10 +46,10 @@ def test_layers_without_rows_are_named(tmp_path):
     rows = pair(9.0, layer="evo_norm_b0", direction="both")
     rows[1]["contender"] = "official"
     put(tmp_path, cpu_layers=document(*rows))
-    finding = judged(tmp_path, "cpu-official")
+    finding = judged(tmp_path, "cpu-official").finding
     assert finding.verdict == UNDECIDED and "; 12 of 13 layers have no rows: crms_norm, ghost" in finding.value
     put(tmp_path, cpu_layers=document(*(one for one in pairs() if one["direction"] != "saving")))
-    finding = judged(tmp_path, "cpu-torch")
+    finding = judged(tmp_path, "cpu-torch").finding
     assert finding.verdict == UNDECIDED
     assert "no rows of layer_norm saving, rms_norm saving, batch_norm saving, and 5 more" in finding.value
 
@@ -84,10 +80,10 @@ FAILED = {**place("layer_norm"), "contender": "torch", "reason": "planted"}
 )
 def test_what_failed_or_did_not_run_decides_no_goal(tmp_path, gap, verdict, said):
     put(tmp_path, cpu_layers=document(*pairs(), **gap))
-    finding = judged(tmp_path, "cpu-torch")
+    finding = judged(tmp_path, "cpu-torch").finding
     assert finding.verdict == verdict and said in finding.value
     put(tmp_path, cpu_layers=document(*pairs(), *pair(0.5), **gap))
-    assert judged(tmp_path, "cpu-torch").verdict == MISSED, "a miss is a miss"
+    assert judged(tmp_path, "cpu-torch").finding.verdict == MISSED, "a miss is a miss"
 
 
 def test_a_check_of_gradients_that_failed_is_no_matter_of_the_forward_pass(tmp_path):
@@ -95,8 +91,8 @@ def test_a_check_of_gradients_that_failed_is_no_matter_of_the_forward_pass(tmp_p
     failed |= {"dtype": "bfloat16", "contender": "normzoo", "direction": "backward", "reason": "planted"}
     rows = [*of_widths(0.93), *of_widths(0.93, direction="backward")]
     put(tmp_path, bench=document(*rows, environment=GPU, failed=[failed]))
-    assert judged(tmp_path, "rows-forward").verdict == MET
-    assert judged(tmp_path, "rows-backward").verdict == UNDECIDED
+    assert judged(tmp_path, "rows-forward").finding.verdict == MET
+    assert judged(tmp_path, "rows-backward").finding.verdict == UNDECIDED
 
 
 def test_who_is_absent_is_told(tmp_path):
@@ -104,24 +100,24 @@ def test_who_is_absent_is_told(tmp_path):
     absent = [{"layer": "layer_norm", "contender": "quack", "reason": "quack is planted"}]
     rows += [one | {"contender": "quack"} for one in rows]
     put(tmp_path, bench=document(*rows, environment=GPU, absent=absent))
-    finding = judged(tmp_path, "rival-0-quack")
+    finding = judged(tmp_path, "rival-0-quack").finding
     assert finding.verdict == UNDECIDED
     assert "1 of 2 layers have no rows: layer_norm; quack: quack is planted" in finding.value
 
 
 def test_where_a_gpu_ran_nothing_is_unmeasurable(tmp_path):
     put(tmp_path, cpu_layers=document(*pairs()))
-    assert judged(tmp_path, "qk-forward").verdict == ELSEWHERE
+    assert judged(tmp_path, "qk-forward").finding.verdict == ELSEWHERE
     put(tmp_path, bench=document(on_gpu(1.0), environment=GPU))
     found = [line.finding for line in lines(read(tmp_path))]
     assert ELSEWHERE not in {finding.verdict for finding in found}
-    finding = judged(tmp_path, "qk-forward")
+    finding = judged(tmp_path, "qk-forward").finding
     assert finding.verdict == ABSENT and "2 of 2 layers have no rows" in finding.value
 
 
 def test_slow_with_gradients_saved_is_slow(tmp_path):
     put(tmp_path, cpu_layers=document(*pairs(), *pair(0.3, direction="saving")))
-    finding = judged(tmp_path, "cpu-torch")
+    finding = judged(tmp_path, "cpu-torch").finding
     assert finding.verdict == MISSED and finding.missed[0].endswith("saving: 0.300 (0.294-0.306)")
     assert "saving" in measures.LAYER_DIRECTIONS
 
@@ -137,12 +133,12 @@ def with_host(folder, layers=("layer_norm", "rms_norm", "crms_norm"), **extra):
 
 
 def test_host_time_is_that_of_the_smallest_tensors(tmp_path):
-    finding = judged(with_host(tmp_path), "host-rows")
+    finding = judged(with_host(tmp_path), "host-rows").finding
     assert finding.verdict == MET and "1.10 to 1.10; 3 of 3 rows" in finding.value
     times = [{"kernel": name, "seconds": spread(s)} for name, s in (("k", 3e-6), ("k", 4e-6), ("l", 1e-6))]
-    finding = judged(with_host(tmp_path, extra={"triton": times}), "host-rows")
+    finding = judged(with_host(tmp_path, extra={"triton": times}), "host-rows").finding
     assert finding.value.endswith("; Triton's own part, which is apart, 9.00 µs a call")
-    assert judged(with_host(tmp_path, ("layer_norm", "rms_norm")), "host-rows").verdict == UNDECIDED
+    assert judged(with_host(tmp_path, ("layer_norm", "rms_norm")), "host-rows").finding.verdict == UNDECIDED
     (plot,) = [plot for plot in plots.PLOTS if plot.name == "host"]
     drawn = plot.draw(read(tmp_path))
     assert drawn is not None and ">3<" not in drawn.svg
@@ -155,7 +151,7 @@ def test_running_norm_beside_batch_norm(tmp_path):
     def beside(seconds, **other):
         theirs = ours | {"layer": "batch_norm", "contender": "torch", "seconds": spread(seconds)} | other
         put(tmp_path, bench=document(ours, theirs, environment=GPU))
-        return judged(tmp_path, "across-power_norm-forward").verdict
+        return judged(tmp_path, "across-power_norm-forward").finding.verdict
 
     assert beside(1.36e-4) == MET and beside(1.34e-4) == MISSED
     for other in ({"mode": "eval"}, {"contender": "normzoo"}, {"memory_format": "channels_last"}):
@@ -172,7 +168,7 @@ def test_two_norms_are_set_against_the_authors_code_first(tmp_path):
         rows = [on_gpu(1.0, way, **known, seconds=spread(1e-4)) for way in ("forward", "backward")]
         rows += [one | {"contender": n, "seconds": spread(t)} for n, t in times.items() for one in rows[:2]]
         put(tmp_path, bench=document(*rows, environment=GPU))
-        return judged(tmp_path, key)
+        return judged(tmp_path, key).finding
 
     assert against(reference=9e-4).value.startswith("against reference: ")
     both = against(reference=9e-4, official=1.7e-4)
@@ -186,10 +182,10 @@ def test_what_is_predicted_is_of_the_calls_of_the_goal(tmp_path):
     names |= {"rms-fwd-4095-padded": 300.0, "row-group8-ln-fwd-4096": 900.0}
     calls = [call(f"{name}-bf16", us) for name, us in names.items()] + [call("rms-fwd-1024-fp32", 900.0)]
     put(tmp_path, static=static(calls=calls))
-    finding = judged(tmp_path, "rows-forward")
+    finding = judged(tmp_path, "rows-forward").finding
     assert finding.verdict == ELSEWHERE and finding.value == "no GPU yet; predicted 0.839 to 0.959"
-    assert judged(tmp_path, "padded-forward").value == "no GPU yet; predicted 0.447"
-    assert judged(tmp_path, "odd-forward").value == "no GPU yet"
+    assert judged(tmp_path, "padded-forward").finding.value == "no GPU yet; predicted 0.447"
+    assert judged(tmp_path, "odd-forward").finding.value == "no GPU yet"
     sets = {"batch": "64x64x56x56-last", "groups32": "16x320x64x64", "groups320": "16x320x64x64"}
     made = [call(f"standardize-fwd-{kind}-{size}-bf16", 300.0) for kind, size in sets.items()]
     made += [
@@ -197,20 +193,20 @@ def test_what_is_predicted_is_of_the_calls_of_the_goal(tmp_path):
         call("pn-fwd-8192x1024-bf16", 1.0),
     ]
     put(tmp_path, static=static(calls=[*made, call("pn-fwd-8192x1024-g1-bf16", 40.0)]))
-    assert judged(tmp_path, "batch-forward").value == "no GPU yet; predicted 0.257"
-    assert judged(tmp_path, "group-forward").value == "no GPU yet; predicted 0.419"
-    assert judged(tmp_path, "power-forward").value == "no GPU yet; predicted 0.839"
+    assert judged(tmp_path, "batch-forward").finding.value == "no GPU yet; predicted 0.257"
+    assert judged(tmp_path, "group-forward").finding.value == "no GPU yet; predicted 0.419"
+    assert judged(tmp_path, "power-forward").finding.value == "no GPU yet; predicted 0.839"
 
 
 def test_predicted_beside_measured_is_what_the_gate_was_given(tmp_path):
     put(tmp_path, static=static())
-    assert judged(tmp_path, "predicted").verdict == ELSEWHERE
+    assert judged(tmp_path, "predicted").finding.verdict == ELSEWHERE
     put(tmp_path, bench=document(on_gpu(1.0), environment=GPU))
-    finding = judged(tmp_path, "predicted")
+    finding = judged(tmp_path, "predicted").finding
     assert finding.verdict == ABSENT and "static --measured" in finding.value
     beside = {"name": "planted call", "gpu": "H200", "predicted": 1e-4, "measured": 1.25e-4, "ratio": 1.25}
     put(tmp_path, static=static(measured=[beside]))
-    finding = judged(tmp_path, "predicted")
+    finding = judged(tmp_path, "predicted").finding
     assert finding.verdict == MET and "1 rows" in finding.value and "median 1.25" in finding.value
     (shown,) = pages._measured(read(tmp_path))
     assert list(shown.values()) == ["planted call", "H200", "100", "125", "1.25"]
@@ -221,10 +217,14 @@ def test_a_part_of_the_gate_decides_nothing_but_what_falls(tmp_path, option):
     command = f"python -m static --all {option}"
     put(tmp_path, static=static(command=command))
     keys = ("gates", "peers", "configurations", "on-chip")
-    assert [judged(tmp_path, key).verdict for key in keys] == [UNDECIDED] * 4
+    assert [judged(tmp_path, key).finding.verdict for key in keys] == [UNDECIDED] * 4
     fallen = {"case": "c", "target": "sm_90", "measure": "spills", "measured": 8, "bound": "at most 0"}
     put(tmp_path, static=static(command=command, failures=[fallen]))
-    assert judged(tmp_path, "gates").verdict == judged(tmp_path, "configurations").verdict == MISSED
+    assert (
+        judged(tmp_path, "gates").finding.verdict
+        == judged(tmp_path, "configurations").finding.verdict
+        == MISSED
+    )
 
 
 def test_whole_models_of_a_try_are_none(tmp_path):
@@ -233,12 +233,12 @@ def test_whole_models_of_a_try_are_none(tmp_path):
         for model, direction, contender, memory_format in goals._MODELS
     ]
     put(tmp_path, cpu_models=document(*rows, command="python -m models"))
-    assert judged(tmp_path, "models").verdict == MET
+    assert judged(tmp_path, "models").finding.verdict == MET
     put(tmp_path, cpu_models=document(*rows, command="python -m models --size smoke"))
-    assert judged(tmp_path, "models").verdict == ABSENT
+    assert judged(tmp_path, "models").finding.verdict == ABSENT
     planes = [one for one in rows if one["memory_format"] == "contiguous"]
     put(tmp_path, cpu_models=document(*planes, command="python -m models"))
-    finding = judged(tmp_path, "models")
+    finding = judged(tmp_path, "models").finding
     assert finding.verdict == MISSED and len(finding.missed) == 8
     assert finding.missed[0] == "resnet50 step torch channels_last"
 
@@ -249,10 +249,10 @@ def test_documents_of_one_name_in_two_folders_are_two(tmp_path):
         put(tmp_path / gpu, bench=document(*of_widths(share), environment=GPU))
     found = read(tmp_path)
     assert [source.name for source in found.sources] == ["h100/bench", "h200/bench"] and not found.unread
-    finding = judged(tmp_path, "rows-forward")
+    finding = judged(tmp_path, "rows-forward").finding
     assert finding.verdict == MISSED and len(finding.sources) == 2
 
 
 def test_sweeps_do_not_count_where_they_are_not_asked_for(tmp_path):
     put(tmp_path, cpu_layers=document(*along_sweeps()))
-    assert judged(tmp_path, "cpu-torch").verdict == ABSENT
+    assert judged(tmp_path, "cpu-torch").finding.verdict == ABSENT

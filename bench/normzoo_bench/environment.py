@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import os
 import platform
@@ -64,6 +65,11 @@ def cache_bytes(device: torch.device) -> int:
         unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 1)
         sizes.append(int(text.rstrip("KM") or 0) * unit)
     return max(sizes, default=0) or _USUAL_CACHE
+
+
+def now() -> str:
+    """The time of a document, in UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def version(module: str, distribution: str) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
+import operator
 import os
 import shlex
 import sys
@@ -30,10 +30,10 @@ from normzoo.zoo import ZOO, Entry, find
 from . import peers
 from .cases import Buffers, Case
 from .clocks import Prepared, Rotation, WallClock, seconds_a_call
-from .environment import demand_triton, environment
+from .environment import demand_triton, environment, now
 from .measure import call_of, timed
 from .peers import Absent, Contender
-from .results import Document, demand_writable
+from .results import Document, conclude, demand_writable
 from .timing import summary
 from .workloads import Workload
 
@@ -244,11 +244,10 @@ def triton_share(launched: Sequence[Started], clock: WallClock, rounds: int) -> 
 
 def run(cases: Sequence[HostCase], rounds: int, command: str) -> Document:
     """Measures all cases, then Triton's share of what they launch."""
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     settings = {
         "command": command,
-        "time": now,
+        "time": now(),
         "rounds": rounds,
         "sample_seconds": _SAMPLE_SECONDS,
         "load": load,
@@ -332,12 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_flush_denormal(True)  # what empty kernels leave unwritten may hold such numbers, which are slow
     command = shlex.join(["python", "-m", "normzoo_bench.host", *given])
     document = run(cases, arguments.rounds, command)
-    if arguments.output:
-        document.write(arguments.output)
-    show(document)
-    for entry in document.failed:
-        print(f"{entry['layer']} {entry['workload']} {entry['dtype']}: {entry['reason']}", file=sys.stderr)
-    return 1 if document.failed else 0
+    place = operator.itemgetter("layer", "workload", "dtype")
+    return conclude(document, arguments.output, show, lambda entry: " ".join(place(entry)))
 
 
 if __name__ == "__main__":

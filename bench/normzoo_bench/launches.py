@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import datetime
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +26,9 @@ import normzoo
 from normzoo.terminal import table
 from normzoo.zoo import ZOO, Entry, find
 
-from .environment import demand_triton, environment
+from .environment import demand_triton, environment, now
 from .host import HostCase, emptied
-from .results import Document, demand_writable
+from .results import Document, conclude, demand_writable
 from .workloads import Workload
 
 FEW = ("batch_norm", "group_norm", "instance_norm", "power_norm")
@@ -209,7 +208,7 @@ def steps(entries: Sequence[Entry]) -> list[Step]:
 
 
 def run(chosen: Sequence[Step], command: str) -> Document:
-    settings = {"command": command, "shapes": SHAPES, "multiprocessors": _SMS, "time": _now()}
+    settings = {"command": command, "shapes": SHAPES, "multiprocessors": _SMS, "time": now()}
     document = Document(environment(), settings, {})
     for step in chosen:
         forward, backward = step.count()
@@ -219,10 +218,6 @@ def run(chosen: Sequence[Step], command: str) -> Document:
         if over := [f"{one.total} > {most}: {one}" for one, most in allowed if one.total > most]:
             document.failed.append({"layer": step.name, "reason": "; ".join(over)})
     return document
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def show(document: Document) -> None:
@@ -258,12 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"normzoo launches: {str(error).removeprefix('normzoo: ')}", file=sys.stderr)
         return 2
     document = run(chosen, shlex.join(["python", "-m", "normzoo_bench.launches", *given]))
-    if arguments.output:
-        document.write(arguments.output)
-    show(document)
-    for entry in document.failed:
-        print(f"{entry['layer']}: {entry['reason']}", file=sys.stderr)
-    return 1 if document.failed else 0
+    return conclude(document, arguments.output, show, lambda entry: entry["layer"])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from . import checks, peers, timing
 from .cases import Buffers, Case
 from .clocks import Clock, Prepared, Rotation, seconds_a_call
 from .peers import Absent, Contender
-from .results import Document
+from .results import Document, is_normzoo
 
 Errors = dict[str, dict[str, float]]
 """By direction; a direction that failed its check is not among them."""
@@ -176,13 +176,13 @@ def timed(
             document.add_failed(case, row["contender"], error, f"{row['direction']} {clock.name}")
     seconds = seconds_a_call(clock, [prepared for _, prepared in ready], rounds)
     by_name = {row["contender"]: own for (row, _), own in zip(ready, seconds, strict=True)}
-    rivals = [name for name in by_name if not _is_normzoo(name)]
+    rivals = [name for name in by_name if not is_normzoo(name)]
     for row, prepared in ready:
         own = by_name[row["contender"]]
         baseline = next((name for name in baselines(row["contender"]) if name in by_name), None)
         spent = timing.summary(own)
         speed = None if row["bytes"] is None else row["bytes"] / spent.median
-        others = [name for name in rivals if name != baseline] if _is_normzoo(row["contender"]) else []
+        others = [name for name in rivals if name != baseline] if is_normzoo(row["contender"]) else []
         row |= {
             "seconds": spent._asdict(),
             "rounds": rounds,
@@ -194,7 +194,3 @@ def timed(
             "share_of_copy": None if speed is None else speed / document.copy_bandwidth["median"],
         }
     return [row for row, _ in ready]
-
-
-def _is_normzoo(contender: str) -> bool:
-    return contender.partition("-")[0] == "normzoo"

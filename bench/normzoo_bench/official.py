@@ -14,11 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from .cases import Case
-
-Call = Callable[[Tensor], Tensor]
+from .official_running import Call, move, power_norm, spread, unified_norm
 
 
 def build(case: Case, layer: nn.Module) -> Call | str:
@@ -50,19 +48,9 @@ def _not_taken(case: Case) -> str:
     return ""
 
 
-def _wide(t: Tensor, x: Tensor) -> Tensor:
-    """(C,) beside x (N, C, *)."""
-    return t.view(1, -1, *(1,) * (x.dim() - 2))
-
-
 def _others(x: Tensor) -> tuple[int, ...]:
     """The dimensions of samples and pixels."""
     return (0, *range(2, x.dim()))
-
-
-@torch.no_grad()
-def _move(running: Tensor, new: Tensor, momentum: float) -> None:
-    running.copy_((1 - momentum) * running + momentum * new)
 
 
 # Rows
@@ -114,7 +102,7 @@ def _frozen_batch_norm(layer: Any, _: nn.Module) -> Call:
             return F.batch_norm(x, *own, False, 0.0, layer.eps)
         scale = layer.weight * (layer.running_var + layer.eps).rsqrt()
         shift = layer.bias - layer.running_mean * scale
-        return x * _wide(scale, x).to(x.dtype) + _wide(shift, x).to(x.dtype)
+        return x * spread(scale, x).to(x.dtype) + spread(shift, x).to(x.dtype)
 
     return call
 
@@ -164,12 +152,12 @@ def _adab2n(layer: Any, beside: Any) -> Call:
         prior = layer.task_weight[: len(counts)].exp() + counts
         share = ((prior / prior.sum())[ids] / counts[ids]).to(x.dtype)
         mean = (share.unsqueeze(1) * x.mean(pixels)).sum(0)
-        away = x - _wide(mean, x)
+        away = x - spread(mean, x)
         var = (share.unsqueeze(1) * (away * away).mean(pixels)).sum(0)
-        _move(layer.running_mean, mean, layer.momentum)
-        _move(layer.running_var, var, layer.momentum)
-        normed = (x - _wide(mean, x)) / torch.sqrt(_wide(var, x) + layer.eps)
-        return _wide(layer.weight, x) * normed + _wide(layer.bias, x)
+        move(layer.running_mean, mean, layer.momentum)
+        move(layer.running_var, var, layer.momentum)
+        normed = (x - spread(mean, x)) / torch.sqrt(spread(var, x) + layer.eps)
+        return spread(layer.weight, x) * normed + spread(layer.bias, x)
 
     return call
 
@@ -196,7 +184,7 @@ def _of_region(x: Tensor, region: Tensor, eps: float) -> Tensor:
     size = region.sum()
     size = torch.where(size == 0, 1, size)
     mean = inside.sum(_others(x)) / size
-    filled = inside + (1 - region) * _wide(mean, x)
+    filled = inside + (1 - region) * spread(mean, x)
     normed = F.batch_norm(filled, None, None, None, None, True, 0.0, eps)
     return normed * torch.sqrt(size / (x.numel() // x.shape[1]))
 
@@ -212,7 +200,7 @@ def _region_norm_b(layer: Any, beside: Any) -> Call:
         gammas = (layer.foreground_gamma, layer.background_gamma)
         betas = (layer.foreground_beta, layer.background_beta)
         parts = [
-            (normed * region) * (1 + _wide(gamma, x)) + _wide(beta, x)
+            (normed * region) * (1 + spread(gamma, x)) + spread(beta, x)
             for region, gamma, beta in zip((mask, 1 - mask), gammas, betas, strict=True)
         ]
         return parts[0] + parts[1]
@@ -244,14 +232,14 @@ def _evo_norm_b0(layer: Any, _: nn.Module) -> Call:
     def call(x: Tensor) -> Tensor:
         if layer.training:
             var = x.var(_others(x), correction=0)
-            _move(layer.running_var, var, layer.momentum)
+            move(layer.running_var, var, layer.momentum)
         else:
             var = layer.running_var
         pixels = tuple(range(2, x.dim()))
         of_image = torch.sqrt(x.var(pixels, correction=0, keepdim=True) + layer.eps)
-        line = _wide(layer.v, x) * x + of_image
-        of_batch = torch.sqrt(_wide(var, x) + layer.eps)
-        return x / torch.maximum(of_batch, line) * _wide(layer.weight, x) + _wide(layer.bias, x)
+        line = spread(layer.v, x) * x + of_image
+        of_batch = torch.sqrt(spread(var, x) + layer.eps)
+        return x / torch.maximum(of_batch, line) * spread(layer.weight, x) + spread(layer.bias, x)
 
     return call
 
@@ -263,111 +251,8 @@ def _evo_norm_s0(layer: Any, _: nn.Module) -> Call:
         parts = x.reshape(x.shape[0], layer.groups, -1, *x.shape[2:])
         std = torch.sqrt(parts.var(tuple(range(2, parts.dim())), correction=0, keepdim=True) + layer.eps)
         std = std.expand(parts.shape).reshape(x.shape)
-        swish = x * torch.sigmoid(_wide(layer.v, x) * x)
-        return swish / std * _wide(layer.weight, x) + _wide(layer.bias, x)
-
-    return call
-
-
-# Running
-
-
-class _Power(Function):
-    """A step for x (B, C, T, 1) by the batch's mean square of `flat` (M, C), or by the stored one."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, flat, layer):
-        steps = int(layer.iters.item())
-        q = (flat * flat).mean(0)
-        phi = layer.running_phi
-        z = x / torch.sqrt(_wide(q if steps <= layer.warmup_iters else phi, x) + layer.eps)
-        ctx.save_for_backward(z, q, weight)
-        ctx.layer = layer
-        if steps < layer.warmup_iters:
-            phi.copy_(phi * (steps - 1) / steps + q / steps)
-        phi.copy_(layer.alpha_fwd * phi + (1 - layer.alpha_fwd) * q)
-        return _wide(weight, x) * z + _wide(bias, x)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        (dy,), (z, q, weight), layer = grads, ctx.saved_tensors, ctx.layer
-        g = dy * _wide(weight, dy)
-        g = g * 1
-        (g * z).mean(3).mean(2).mean(0)  # which nobody reads
-        h = g - (1 - layer.alpha_bkw) * _wide(layer.ema_gz, dy) * z
-        layer.ema_gz.add_((h * z).mean(3).mean(2).mean(0))
-        dx = 1 / torch.sqrt(_wide(q, dy) + layer.eps) * h
-        return dx, (dy * z).sum(3).sum(2).sum(0), dy.sum(3).sum(2).sum(0), None, None
-
-
-def _power_norm(layer: Any, _: nn.Module) -> Call:
-    """Group scaling with its divisors laid out as large as x, a copy for the statistics, and one each way for
-    the order of dimensions."""
-
-    def scaled(x: Tensor) -> Tensor:
-        parts = x.contiguous().reshape(*x.shape[:-1], layer.group_num, -1)
-        square = (parts * parts).mean(-1, keepdim=True)
-        square = square.repeat_interleave(parts.shape[-1], -1).reshape(x.shape)
-        return x / torch.sqrt(square + 1e-5)
-
-    def call(x: Tensor) -> Tensor:
-        tokens = scaled(x if x.dim() == 3 else x.unsqueeze(0))
-        flat = tokens.clone().reshape(-1, tokens.shape[-1])
-        u = tokens.permute(1, 2, 0).contiguous().unsqueeze(-1)
-        if layer.training:
-            layer.iters.add_(1)
-            y = _Power.apply(u, layer.weight, layer.bias, flat, layer)
-        else:
-            y = u / torch.sqrt(_wide(layer.running_phi, u) + layer.eps)
-            y = _wide(layer.weight, u) * y + _wide(layer.bias, u)
-        return y.squeeze(-1).permute(2, 0, 1).contiguous().view(x.shape)
-
-    return call
-
-
-class _Unified(Function):
-    """A step for x (M, C) without the filter of outliers."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, layer):
-        step, window = int(layer.iters.item()), layer.buffer_x2
-        q = (x * x).mean(0)
-        window[step % len(window)] = q
-        own = len(window) <= 1
-        by_batch = step <= len(window) or step < layer.warmup_iters or own
-        d = q if by_batch else window.log().mean(0).exp()
-        ratio = torch.sqrt(d + layer.eps) / torch.sqrt(layer.running_var + layer.eps)
-        late = step > max(1000, layer.warmup_iters) and not own
-        ratio = ratio.clamp(1 / 5, 5) if late else torch.ones_like(ratio)
-        z = x / torch.sqrt(d + layer.eps)
-        _move(layer.running_var, d, 1 - layer.decay)
-        ctx.save_for_backward(z, d, ratio, weight)
-        ctx.layer, ctx.step, ctx.own = layer, step, own
-        return weight * z + bias
-
-    @staticmethod
-    def backward(ctx, *grads):
-        (dy,), (z, d, ratio, weight), layer = grads, ctx.saved_tensors, ctx.layer
-        g = dy * weight * ratio
-        gz, window = (g * z).mean(0), layer.buffer_gz
-        window[ctx.step % len(window)] = layer.ema_gz if ctx.own else gz
-        by_batch = ctx.step <= len(window) or ctx.step < layer.warmup_iters or ctx.own
-        mean = gz if by_batch else window.mean(0)
-        _move(layer.ema_gz, mean, 1 - layer.decay)
-        c = mean if ctx.own else layer.ema_gz
-        dx = (g - c * z) / torch.sqrt(d + layer.eps)
-        return dx, ratio * (dy * z).sum(0), dy.sum(0), None
-
-
-def _unified_norm(layer: Any, _: nn.Module) -> Call:
-    def call(x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if layer.training:
-            layer.iters.add_(1)
-            y = _Unified.apply(rows, layer.weight, layer.bias, layer)
-        else:
-            y = layer.weight * (rows / torch.sqrt(layer.running_var + layer.eps)) + layer.bias
-        return y.view(x.shape)
+        swish = x * torch.sigmoid(spread(layer.v, x) * x)
+        return swish / std * spread(layer.weight, x) + spread(layer.bias, x)
 
     return call
 
@@ -399,8 +284,8 @@ BUILDERS: dict[str, Callable[[Any, Any], Call]] = {
     "region_norm_l": _region_norm_l,
     "evo_norm_b0": _evo_norm_b0,
     "evo_norm_s0": _evo_norm_s0,
-    "power_norm": _power_norm,
-    "unified_norm": _unified_norm,
+    "power_norm": power_norm,
+    "unified_norm": unified_norm,
     "weight_standardize": _weight_standardize,
 }
 """By the name of the entry; of the authors' inner layer and of the module with what it needs beside x."""

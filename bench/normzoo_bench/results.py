@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,26 @@ class Unfit(Exception):
     """A contender that does not compute the function, or not cleanly; the message says how."""
 
 
+def is_normzoo(contender: str) -> bool:
+    """Whether normzoo is measured as users get it, in any form, compiled or not."""
+    return contender.partition("-")[0] == "normzoo"
+
+
 def is_ours(contender: str) -> bool:
     """Whether normzoo is measured, be it compiled or its eager body."""
-    return contender == "reference" or contender.partition("-")[0] == "normzoo"
+    return contender == "reference" or is_normzoo(contender)
+
+
+def conclude(
+    document: Document, output: str | None, show: Callable[[Document], None], place: Callable[[dict], str]
+) -> int:
+    """Writes a document, shows it, and tells on stderr what failed and at which `place`; the exit code."""
+    if output:
+        document.write(output)
+    show(document)
+    for entry in document.failed:
+        print(f"{place(entry)}: {entry['reason']}", file=sys.stderr)
+    return 1 if document.failed else 0
 
 
 @dataclass

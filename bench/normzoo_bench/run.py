@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from .clocks import Clock, KernelClock, WallClock, copy_bandwidth
-from .environment import cache_bytes, environment
+from .environment import cache_bytes, environment, now
 from .measure import Settings, measure
 from .results import Document
 
@@ -28,8 +27,7 @@ def start(device: torch.device, seconds: float, rounds: int) -> tuple[Document, 
         clocks = (KernelClock(device, seconds, cache), *clocks)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before there is one of our own
     bandwidth = copy_bandwidth(clocks[0], device, cache, rounds)
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    settings = {"time": now, "rounds": rounds, "sample_seconds": seconds, "load": load}
+    settings = {"time": now(), "rounds": rounds, "sample_seconds": seconds, "load": load}
     return Document(environment(device), settings, bandwidth._asdict()), clocks, cache
 
 

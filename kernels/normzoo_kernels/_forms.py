@@ -95,10 +95,8 @@ def backward_form(
     if scalar and block <= 4096:
         # Nothing runs ahead of accesses so narrow: a second program has its rows on their way meanwhile.
         programs, warps, elements = 2 * sms, 4, 4096
-    if block <= 128 and (scalar or itemsize == 4):
+    if (block <= 128 and (scalar or itemsize == 4)) or (block == 256 and not light):
         elements //= 2  # more and ptxas spills
-    elif block == 256 and not light:
-        elements //= 2
     tile = _tile(block, itemsize, elements, warps, owned=1024)
     # Packed rows have the registers of the multiprocessor to themselves; there is no room to run ahead.
     tile_bytes = max(block, elements) * itemsize

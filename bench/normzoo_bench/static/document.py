@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import sys
 from collections import Counter
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from normzoo.files import whole
-from normzoo_bench.environment import environment
+from normzoo_bench.environment import environment, now
 
 from . import peers
 from .gates import Failure
@@ -31,7 +30,7 @@ def document(
     compiled = [row for row in rows if "inlined_by" not in row]
     return {
         "command": "python -m normzoo_bench.static " + " ".join(sys.argv[1:]),
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "time": now(),
         "environment": environment(),
         "gpus": {name: asdict(gpu) for name, gpu in GPUS.items()},
         "launches": [_launch(row) for row in compiled],
