@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, ranks
-from ..dispatch import eager_on_cpu, use_kernel
+from ..dispatch import use_kernel
 from ..engine import normalize
 from ..moments import Moments
 from ..standardized import by_kernels
-from ..state import Running, advance, recomputing
+from ..state import Running, advance
 from . import native
 
 Statistics = tuple[Tensor, Tensor, Any]
@@ -117,33 +117,14 @@ class _BatchNorm(Running):
             return native.with_stored(input, self._stored(), weight, self.bias, self.eps)
         how = {"sync": self.sync and self.training, "process_group": self.process_group}
         how["wanted"] = self.training and self.track_running_stats and mean is not None
-        if how["wanted"] and (y := self._by_torch(layer, input)) is not None:
-            return y
+        if how["wanted"] and not self.sync:
+            checks.several_values(layer, input, " or eval mode")
+            y = native.tracked_by_torch(self, input, (input,), self.momentum)
+            if y is not None:
+                return y
         y, statistics = with_batch(layer, input, weight, self.bias, self.eps, **how)
         if statistics:
             self._track(*statistics)
-        return y
-
-    def _by_torch(self, layer: str, x: Tensor) -> Tensor | None:
-        """y, where on a CPU torch's operator can move the running statistics too, which spares a dozen others;
-        None where it cannot."""
-        running, tracked, parameters = self._stored(), self.num_batches_tracked, (self.weight, self.bias)
-        if self.sync or self.batches_skipped is not None or not x.numel() or recomputing():
-            return None
-        if use_kernel(x, *parameters) or not eager_on_cpu(x, tracked, *running, *parameters):
-            return None
-        if {t.dtype for t in running} != {checks.statistics_dtype(x)}:
-            return None
-        checks.several_values(layer, x, " or eval mode")
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 0.0 if tracked is None else 1 / (int(tracked) + 1)
-        weight, bias = native.in_statistics_dtype(x, *parameters)
-        # What autograd keeps of them it never reads, so they may be changed before the backward pass.
-        mean, var = (t.data for t in running)
-        y = F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps)
-        if tracked is not None:
-            tracked.add_(1)
         return y
 
 

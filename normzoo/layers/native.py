@@ -12,7 +12,8 @@ from torch import Tensor
 from normzoo_kernels._op import batched
 
 from .. import checks
-from ..dispatch import eager_on_cpu
+from ..dispatch import eager_on_cpu, use_kernel
+from ..state import Running, recomputing
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -65,3 +66,49 @@ def with_stored(
     """x normalized by a given mean and variance: torch's operator, on every backend."""
     mean, var, weight, bias = in_statistics_dtype(x, *statistics, weight, bias)
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+
+def by_pieces(
+    x: Tensor,
+    pieces: Sequence[Tensor],
+    running: Sequence[Tensor | None],
+    momenta: Sequence[float],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Batch norm of each of the pieces that x is cut into, put together again; each moves `running`."""
+    weight, bias = in_statistics_dtype(x, weight, bias)
+    mean, var = running
+    made = [
+        F.batch_norm(piece, mean, var, weight, bias, True, momentum, eps)
+        for piece, momentum in zip(pieces, momenta, strict=True)
+    ]
+    return made[0] if len(made) == 1 else like(x, torch.cat(made))
+
+
+def tracked_by_torch(
+    layer: Running, x: Tensor, pieces: Sequence[Tensor], momentum: float | None
+) -> Tensor | None:
+    """:func:`by_pieces` where torch's operator can move the running statistics of the layer too, which on a CPU
+    spares a dozen others; None where it cannot.
+
+    momentum: of one piece; None averages all.
+    """
+    running, tracked, parameters = layer._stored(), layer.num_batches_tracked, (layer.weight, layer.bias)
+    if layer.batches_skipped is not None or not x.numel():
+        return None
+    if use_kernel(x, *parameters) or not eager_on_cpu(x, tracked, *running, *parameters):
+        return None
+    if {t.dtype for t in running} != {checks.statistics_dtype(x)}:
+        return None
+    again = recomputing()
+    momenta = [0.0 if momentum is None else momentum] * len(pieces)
+    if momentum is None and tracked is not None:
+        momenta = [1 / (int(tracked) + i) for i in range(1, len(pieces) + 1)]
+    # What autograd keeps of them it never reads, so they may be changed before the backward pass.
+    stored = [t.clone() if again else t.data for t in running]
+    y = by_pieces(x, pieces, stored, momenta, *parameters, layer.eps)
+    if tracked is not None and not again:
+        tracked.add_(len(pieces))
+    return y

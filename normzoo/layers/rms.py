@@ -66,7 +66,7 @@ def rms_norm(
         return rows.norm("rms", x, shape, weight, bias, **how, reference=Reference(again))
 
     bare = cast == "torch" and bias is None and not offset and (weight is None or weight.dtype == x.dtype)
-    if bare and row_blocks.small(x):
+    if bare and row_blocks.small(x, weight):
         return torch.rms_norm(x, shape, weight, eps)
     if row_blocks.fits(x, weight, bias) and (cast != "llama" or x.dtype.itemsize >= 4):
 
