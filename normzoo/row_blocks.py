@@ -10,6 +10,7 @@ y = scale · n(x) + shift, where n(x) of a row is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -31,8 +32,8 @@ _SMALL = 1 << 16
 _FEW = 1 << 17
 """Entries over which torch's RMS norm is faster than blocks; twice as many where nothing is recorded."""
 
-_MANY_ROWS = 16
-"""Of a sample: enough that an operator for each sample costs little."""
+_LARGE_SAMPLE = 1 << 16
+"""Entries of a sample: enough that an operator for each sample costs little."""
 
 _IN_LINE = 8192
 """Squares that one vector_norm may add up in float32 before the last digits suffer."""
@@ -129,15 +130,17 @@ def _forward(x: Tensor, scale: Tensor | None, shift: Tensor | None, kind: Kind, 
     grid = _grid(x, dims, scale if scale is not None and scale.dim() > dims else shift)
     h3, scale, shift = x.detach().view(grid.shape), _wide(scale, grid, x), _wide(shift, grid, x)
     if grid.one and not _by_samples(kind, grid):
-        y, statistics = _forward_block(at_least_float32(h3), scale, shift, kind, None)
+        h = h3 if _fused(kind, scale, shift) else at_least_float32(h3)
+        y, statistics = _forward_block(h, scale, shift, kind, None)
         return shaped(y, x).to(x.dtype), statistics
     made = torch.empty_like(x)
     y3, wide, room = made.view(grid.shape), Room(x), Room(x)
     found: list[tuple[Tensor, ...]] = []
     for s, rows in _blocks(kind, grid):
-        h, target = wide.wide(h3[s, rows]), y3[s, rows]
+        own, h, target = (_of(scale, s), _of(shift, s)), h3[s, rows], y3[s, rows]
+        h = h if _fused(kind, *own) else wide.wide(h)
         out = target if target.dtype == room.dtype else room.like(h)
-        y, statistics = _forward_block(h, _of(scale, s), _of(shift, s), kind, out)
+        y, statistics = _forward_block(h, *own, kind, out)
         if y is not target:
             target.copy_(y)
         found.append(statistics)
@@ -149,7 +152,7 @@ def _forward(x: Tensor, scale: Tensor | None, shift: Tensor | None, kind: Kind, 
 
 def _by_samples(kind: Kind, grid: Grid) -> bool:
     """Whether torch's operator of layer norm, which takes one scale and shift, goes sample by sample."""
-    return kind.name == "layer" and grid.shape[1] >= _MANY_ROWS
+    return kind.name == "layer" and math.prod(grid.shape[1:]) >= _LARGE_SAMPLE
 
 
 def _blocks(kind: Kind, grid: Grid) -> Iterable[Block]:
@@ -161,8 +164,7 @@ def _blocks(kind: Kind, grid: Grid) -> Iterable[Block]:
 def _forward_block(h, scale, shift, kind: Kind, out) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(y, statistics) of a block, y in `out` where there is one and torch's operator can."""
     if kind.name == "layer":
-        alone = [p for p in (scale, shift) if p is not None and len(p) == 1]
-        fused = scale is not None and len(alone) == 1 + (shift is not None)
+        fused = _fused(kind, scale, shift)
         own = (_row(scale), _row(shift)) if fused else (None, None)
         y, *of_rows = torch.native_layer_norm(h, h.shape[-1:], *own, kind.eps)
         statistics = tuple(of_rows)
@@ -176,6 +178,11 @@ def _forward_block(h, scale, shift, kind: Kind, out) -> tuple[Tensor, tuple[Tens
     if shift is not None:
         y.add_(shift)
     return y, statistics
+
+
+def _fused(kind: Kind, scale: Tensor | None, shift: Tensor | None) -> bool:
+    """Whether torch's layer norm takes scale and shift too; it then takes half precision, and rounds once."""
+    return kind.name == "layer" and scale is not None and all(p is None or len(p) == 1 for p in (scale, shift))
 
 
 def _row(p: Tensor | None) -> Tensor | None:
@@ -211,19 +218,19 @@ def _backward(dy, x, scale, shift, statistics, kind, dims, wants):
     of_scale: list[Tensor] = []
     of_shift: list[Tensor] = []
     for s, rows in _blocks(kind, grid):
-        h, g = rooms[0].wide(h3[s, rows]), rooms[1].wide(dy3[s, rows])
-        own, r = _of(s3, s), statistics[-1][s, rows]
+        h, g, own, r = h3[s, rows], dy3[s, rows], _of(s3, s), statistics[-1][s, rows]
+        if own is not None and _fused(kind, own, None):
+            wanted = [True, wants[1], shift is not None and wants[2]]
+            how = (h.shape[-1:], statistics[0][s, rows], r, _row(own), _row(own), wanted)
+            dx3[s, rows], ds, db = torch.ops.aten.native_layer_norm_backward(g, h, *how)
+            if wanted[1]:
+                of_scale.append(ds.view(own.shape))
+            if wanted[2]:
+                of_shift.append(db.view(own.shape))
+            continue
+        h, g = rooms[0].wide(h), rooms[1].wide(g)
         if kind.name == "layer":
             mean = statistics[0][s, rows]
-            if own is not None and len(own) == 1:
-                wanted = [True, wants[1], shift is not None and wants[2]]
-                how = (h.shape[-1:], mean, r, _row(own), _row(own), wanted)
-                dx3[s, rows], ds, db = torch.ops.aten.native_layer_norm_backward(g, h, *how)
-                if wanted[1]:
-                    of_scale.append(ds.view(own.shape))
-                if wanted[2]:
-                    of_shift.append(db.view(own.shape))
-                continue
             if scale is not None and wants[1]:
                 away = torch.sub(h, mean, out=rooms[2].like(h))
                 of_scale.append(total(away.mul_(g).mul_(r)))

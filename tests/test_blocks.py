@@ -19,6 +19,7 @@ def small(monkeypatch):
     monkeypatch.setattr(blocks, "_GRAIN", 1 << 5)
     monkeypatch.setattr(regions, "_LEAST", 1)
     monkeypatch.setattr(row_blocks, "_SMALL", 0)
+    monkeypatch.setattr(row_blocks, "_LARGE_SAMPLE", 1 << 11)
 
 
 def whole(monkeypatch, call):
@@ -100,8 +101,8 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 5, 33), (2, 40, 64), (1, 2, 700)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 5, 33), (7, 2, 33), (2, 40, 64), (1, 2, 700)])
 @pytest.mark.parametrize("name", ROWS)
 def test_rows(monkeypatch, name, shape, dtype):
     """Output and gradients as good as by autograd, a row of zeros among them."""
