@@ -26,7 +26,7 @@ from training import (
 )
 
 from normzoo import AdaB2N, state
-from normzoo.layers import ghost
+from normzoo.layers import native
 from normzoo.layers.batch import batch_norm
 
 
@@ -50,7 +50,7 @@ class Twice(nn.Module):
 def test_compiled_is_eager(make, dtype, monkeypatch):
     """A module that is used twice, whose second use sees what the first has stored; in bfloat16 used once."""
     # Graphs hold the engine, which rounds otherwise than torch's operator; six steps enlarge that.
-    monkeypatch.setattr(ghost, "_by_torch", lambda *_: False)
+    monkeypatch.setattr(native, "outruns", lambda *_: False)
     layer, xs = make().to(dtype), batches(6, dtype=dtype)
     compiled_is_eager(Twice(layer) if dtype == torch.float32 else layer, xs)
 

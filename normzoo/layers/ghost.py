@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import blocks, checks, ranks
-from ..dispatch import eager_on_cpu, insisted, or_none, use_kernel
+from .. import checks, ranks
+from ..dispatch import insisted, or_none, use_kernel
 from ..engine import normalize
 from ..moments import Moments, Sets
 from ..state import Running, recomputing
@@ -22,9 +22,6 @@ from . import native
 
 SPLITS = ("floor", "ceil", "interleaved")
 STATS = ("sequential", "scaled")
-
-_LARGE_PLANE = 1 << 10
-"""Pixels over which the engine in blocks takes less time than torch's operator, in float32 and wider."""
 
 
 def ghost_batch_norm(
@@ -59,18 +56,10 @@ def ghost_batch_norm(
     checks.eps("ghost_batch_norm", eps)
     checks.positive("ghost_batch_norm", "ghost_batch_size", ghost_batch_size)
     checks.choice("ghost_batch_norm", "split", split, SPLITS)
-    if _by_torch(x, split, weight, bias):
+    if split != "interleaved" and native.outruns(x, weight, bias):
         pieces = x.split(_size("ghost_batch_norm", x, ghost_batch_size, split))
         return native.by_pieces(x, pieces, (None, None), [0.0] * len(pieces), weight, bias, eps)
     return _with_ghosts("ghost_batch_norm", x, ghost_batch_size, weight, bias, eps, split)[0]
-
-
-def _by_torch(x: Tensor, split: str, *parameters: Tensor | None) -> bool:
-    """Whether on a CPU torch's operator, one ghost batch after another, is faster than the engine."""
-    if use_kernel(x, *parameters) or not eager_on_cpu(x, *parameters):
-        return False
-    planes = x.dtype.itemsize >= 4 and x.shape[2:].numel() >= _LARGE_PLANE and x.is_contiguous()
-    return x.numel() > 0 and split != "interleaved" and not (planes and blocks.pays(x))
 
 
 def _with_ghosts(layer, x, ghost_batch_size, weight, bias, eps, split) -> tuple[Tensor, Sets]:
@@ -181,7 +170,8 @@ class GhostBatchNorm(Running):
         checks.channels("GhostBatchNorm", x, self.num_features, weight=self.weight)
         if not self.training:
             return native.with_stored(x, self._stored(), self.weight, self.bias, self.eps)
-        if not self.sync and _by_torch(x, self.split, self.weight, self.bias):
+        consecutive = self.split != "interleaved"
+        if consecutive and not self.sync and native.outruns(x, self.weight, self.bias):
             pieces = x.split(_size("GhostBatchNorm", x, self.ghost_batch_size, self.split))
             momentum = self.momentum
             if momentum is not None and self.stats == "scaled":

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from normzoo_kernels._op import batched
 
-from .. import checks
+from .. import blocks, checks
 from ..dispatch import eager_on_cpu, use_kernel
 from ..state import Running, recomputing
+
+_LARGE_PLANE = 1 << 10
+"""Pixels over which the engine in blocks takes less time than torch's operators, in float32 and wider."""
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -37,10 +40,24 @@ def in_one_dtype(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
     return in_statistics_dtype(x, x, *parameters)
 
 
+def outruns(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether torch's operators of batch norm take x, on a CPU, and are faster than the engine."""
+    if use_kernel(x, *parameters) or not eager_on_cpu(x, *parameters) or not x.numel():
+        return False
+    planes = x.dtype.itemsize >= 4 and x.shape[2:].numel() >= _LARGE_PLANE and x.is_contiguous()
+    return not (planes and blocks.pays(x))
+
+
 def fresh_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Running mean and variance that with momentum 1 become those of the batch."""
     dtype = checks.statistics_dtype(x)
     return x.new_zeros(x.shape[1], dtype=dtype), x.new_ones(x.shape[1], dtype=dtype)
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the batch, constants for autograd."""
+    with torch.no_grad():
+        return torch.batch_norm_update_stats(x, *fresh_statistics(x), 0.0)
 
 
 def channels_last(x: Tensor) -> bool:
