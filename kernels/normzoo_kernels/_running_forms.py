@@ -20,7 +20,7 @@ def running_form(kernel: Any, problem: Problem, group: int, two: bool) -> Form:
     """`group`: channels that are scaled together, 0 for none. `two`: tensors to read, or sums of x to keep."""
     p, sms = problem, sm_count(problem.device)
     elements = 2048 if two else 4096
-    if p.tokens and p.itemsize == 4 and p.channels % 32:
+    if p.itemsize == 4 and (p.channels % 32 if p.tokens else p.count % p.vector and not two):
         elements //= 2  # what lies beyond the edge costs registers
     if group:
         tile, blocks = _group_tile(p, group, elements)
