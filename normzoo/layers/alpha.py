@@ -29,7 +29,6 @@ from .stages import mixed
 USUAL = float("0.9")
 """The source weight where none is given: this very object, which tells it from a 0.9 that is."""
 
-
 _FAR = 4.0
 """Deviations between a mean and zero over which a difference of two products costs digits."""
 

@@ -58,7 +58,8 @@ CAUSES: dict[str, str] = {
         "small tensors pay for the start of up to 280 operators, 1 to 3 ms, whatever the passes are; on "
         "large ones operators over blocks of 1 MB gain little from a second thread; the official codes of "
         "ghost_batch_norm and alpha_batch_norm are torch's own fused operators, as these are now; in "
-        "bfloat16 the authors' codes compute in bfloat16, these in float32"
+        "bfloat16 the authors' codes compute in bfloat16, these in float32, and the gradients of AdaB2N's and "
+        "Region Norm L's codes then miss the bounds, so that they have no time"
     ),
     "host-rows": (
         "of LayerNorm alone: an empty autograd.Function takes 28 µs, all of torch's forward and backward 25"
