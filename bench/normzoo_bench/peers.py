@@ -23,7 +23,7 @@ import normzoo
 
 from . import official
 from .cases import Case, Summed
-from .official import Call
+from .official_running import Call
 
 
 class Absent(Exception):
