@@ -88,7 +88,9 @@ def norm_of_rows(rows: Tensor) -> Tensor:
 
 def small(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether x, on a CPU, is so small that torch's own RMS norm is the fastest."""
-    return eager_on_cpu(x) and x.numel() <= (_FEW if needs_grad(x, *parameters) else 2 * _FEW)
+    if x.dtype.itemsize < 2 or not eager_on_cpu(x):
+        return False
+    return x.numel() <= (_FEW if needs_grad(x, *parameters) else 2 * _FEW)
 
 
 def fits(x: Tensor, *parameters: Tensor | None) -> bool:
@@ -130,7 +132,7 @@ def _forward(x: Tensor, scale: Tensor | None, shift: Tensor | None, kind: Kind, 
     grid = _grid(x, dims, scale if scale is not None and scale.dim() > dims else shift)
     h3, scale, shift = x.detach().view(grid.shape), _wide(scale, grid, x), _wide(shift, grid, x)
     if grid.one and not _by_samples(kind, grid):
-        h = h3 if _fused(kind, scale, shift) else at_least_float32(h3)
+        h = h3 if _as_it_is(x, kind, scale, shift) else at_least_float32(h3)
         y, statistics = _forward_block(h, scale, shift, kind, None)
         return shaped(y, x).to(x.dtype), statistics
     made = torch.empty_like(x)
@@ -138,7 +140,7 @@ def _forward(x: Tensor, scale: Tensor | None, shift: Tensor | None, kind: Kind, 
     found: list[tuple[Tensor, ...]] = []
     for s, rows in _blocks(kind, grid):
         own, h, target = (_of(scale, s), _of(shift, s)), h3[s, rows], y3[s, rows]
-        h = h if _fused(kind, *own) else wide.wide(h)
+        h = h if _as_it_is(x, kind, *own) else wide.wide(h)
         out = target if target.dtype == room.dtype else room.like(h)
         y, statistics = _forward_block(h, *own, kind, out)
         if y is not target:
@@ -181,8 +183,13 @@ def _forward_block(h, scale, shift, kind: Kind, out) -> tuple[Tensor, tuple[Tens
 
 
 def _fused(kind: Kind, scale: Tensor | None, shift: Tensor | None) -> bool:
-    """Whether torch's layer norm takes scale and shift too; it then takes half precision, and rounds once."""
+    """Whether torch's operator of layer norm takes scale and shift too."""
     return kind.name == "layer" and scale is not None and all(p is None or len(p) == 1 for p in (scale, shift))
+
+
+def _as_it_is(x: Tensor, kind: Kind, scale: Tensor | None, shift: Tensor | None) -> bool:
+    """Whether that operator takes x in its own dtype, half precision too, and rounds once."""
+    return x.dtype.itemsize >= 2 and _fused(kind, scale, shift)
 
 
 def _row(p: Tensor | None) -> Tensor | None:
@@ -220,6 +227,10 @@ def _backward(dy, x, scale, shift, statistics, kind, dims, wants):
     for s, rows in _blocks(kind, grid):
         h, g, own, r = h3[s, rows], dy3[s, rows], _of(s3, s), statistics[-1][s, rows]
         if own is not None and _fused(kind, own, None):
+            if (
+                wants[1] or wants[2] or x.dtype.itemsize < 2
+            ):  # in half precision torch's operator would add their parts up in it
+                h, g = rooms[0].wide(h), rooms[1].wide(g)
             wanted = [True, wants[1], shift is not None and wants[2]]
             how = (h.shape[-1:], statistics[0][s, rows], r, _row(own), _row(own), wanted)
             dx3[s, rows], ds, db = torch.ops.aten.native_layer_norm_backward(g, h, *how)

@@ -282,3 +282,17 @@ def test_a_batch_whose_variance_overflows_is_counted():
 def test_from_batch_norm_keeps_nonfinite():
     layer = AlphaBatchNorm.from_batch_norm(normzoo.BatchNorm2d(C, nonfinite="skip"))
     assert layer.nonfinite == "skip" and layer.batches_skipped == 0
+
+
+def test_what_torchs_operators_do_not_take_goes_to_the_engine():
+    """Stored statistics that are differentiated, float8, other strides, and a variance that overflows."""
+    layer, x = make(source_weight=0.5), torch.randn(6, C, 3)
+    given = (layer.running_mean.detach().clone().requires_grad_(), layer.running_var)
+    alpha_batch_norm(x, *given, source_weight=0.5).sum().backward()
+    assert given[0].grad is not None
+    narrow = layer(x.to(torch.float8_e5m2))
+    assert narrow.dtype == torch.float8_e5m2 and narrow.float().isfinite().all()
+    strange = torch.randn(6, 3, C).mT
+    assert layer(strange).stride() == strange.stride()
+    x[0, 0, 0] = torch.finfo(torch.float32).max / 3
+    assert layer(x)[:, 0].isnan().all()

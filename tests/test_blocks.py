@@ -260,3 +260,18 @@ def test_autocast_rounds_no_gradient():
     finally:
         torch.set_float32_matmul_precision("highest")
     torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_scale_and_shift_are_added_up_in_float32(dtype):
+    """Where torch's operator takes half precision otherwise."""
+    x, dy = (torch.randn(2, 900, 33).to(dtype) for _ in range(2))
+    own = [torch.randn(2, 33) for _ in range(2)]
+
+    def grads(x, dy, *own):
+        own = [t.detach().requires_grad_() for t in own]
+        return torch.autograd.grad(adaptive_layer_norm(x, *own), own, dy)
+
+    exact = grads(x.double(), dy.double(), *(t.double() for t in own))
+    for found, wanted in zip(grads(x, dy, *own), exact, strict=True):
+        assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()

@@ -25,7 +25,7 @@ from training import (
     train,
 )
 
-from normzoo import AdaB2N, state
+from normzoo import AdaB2N, BatchNorm2d, GhostBatchNorm, state
 from normzoo.layers import native
 from normzoo.layers.batch import batch_norm
 
@@ -53,6 +53,15 @@ def test_compiled_is_eager(make, dtype, monkeypatch):
     monkeypatch.setattr(native, "outruns", lambda *_: False)
     layer, xs = make().to(dtype), batches(6, dtype=dtype)
     compiled_is_eager(Twice(layer) if dtype == torch.float32 else layer, xs)
+
+
+@pytest.mark.parametrize("make", [lambda: BatchNorm2d(3), lambda: GhostBatchNorm(3, 2)])
+def test_a_graph_of_eval_mode_is_told_that_statistics_moved(make):
+    layer, x = make(), torch.randn(4, 3, 2, 2, requires_grad=True)
+    y = layer.eval()(x)
+    layer.train()(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @per_drop_in

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from normzoo_kernels._op import needs_grad
+
 from .. import checks, ranks
 from ..engine import normalize
 from ..moments import Moments, standardized
@@ -97,7 +99,7 @@ def _with_mixed(
         )
 
     count = x.numel() // x.shape[1] if x.numel() else 0
-    if not sync and native.outruns(x, *stored, weight, bias):
+    if not sync and native.outruns(x, *stored, weight, bias) and not needs_grad(*stored):
         mean, var = native.statistics(x)
         var = var * (count / (count - 1)) if unbiased else var
         share = pseudo_count / (pseudo_count + x.shape[0]) if source_weight is None else source_weight
@@ -105,8 +107,9 @@ def _with_mixed(
         if source_weight != 0:
             known = native.in_statistics_dtype(x, *stored)
             of_both = [torch.lerp(t, old, share) for t, old in zip(of_both, known, strict=True)]
-        # Torch's operator takes scale · mean off scale · x: as good where no mean is many deviations away.
-        if (of_both[0].square() <= _FAR**2 * (of_both[1] + eps)).all():
+        # Torch's operator takes scale · mean off scale · x, which is no worse where no mean is far away.
+        far = _FAR**2 * (of_both[1] + eps)
+        if ((of_both[0].square() <= far) & far.isfinite()).all():
             return native.with_stored(x, of_both, weight, bias, eps), (mean, var)
 
     def combine(m: Moments):

@@ -44,6 +44,8 @@ def outruns(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether torch's operators of batch norm take x, on a CPU, and are faster than the engine."""
     if use_kernel(x, *parameters) or not eager_on_cpu(x, *parameters) or not x.numel():
         return False
+    if x.dtype.itemsize < 2 or not (x.is_contiguous() or channels_last(x)):
+        return False
     planes = x.dtype.itemsize >= 4 and x.shape[2:].numel() >= _LARGE_PLANE and x.is_contiguous()
     return not (planes and blocks.pays(x))
 
@@ -123,9 +125,11 @@ def tracked_by_torch(
     momenta = [0.0 if momentum is None else momentum] * len(pieces)
     if momentum is None and tracked is not None:
         momenta = [1 / (int(tracked) + i) for i in range(1, len(pieces) + 1)]
-    # What autograd keeps of them it never reads, so they may be changed before the backward pass.
+    # What autograd keeps of them in training it never reads, so they may change before the backward pass.
     stored = [t.clone() if again else t.data for t in running]
     y = by_pieces(x, pieces, stored, momenta, *parameters, layer.eps)
-    if tracked is not None and not again:
-        tracked.add_(len(pieces))
+    if not again:
+        torch.autograd.graph.increment_version(running)  # for graphs of eval mode, which do read them
+        if tracked is not None:
+            tracked.add_(len(pieces))
     return y
