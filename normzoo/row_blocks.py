@@ -227,9 +227,8 @@ def _backward(dy, x, scale, shift, statistics, kind, dims, wants):
     for s, rows in _blocks(kind, grid):
         h, g, own, r = h3[s, rows], dy3[s, rows], _of(s3, s), statistics[-1][s, rows]
         if own is not None and _fused(kind, own, None):
-            if (
-                wants[1] or wants[2] or x.dtype.itemsize < 2
-            ):  # in half precision torch's operator would add their parts up in it
+            # In half precision torch's operator would add the parts of parameters' gradients up in it.
+            if wants[1] or wants[2] or x.dtype.itemsize < 2:
                 h, g = rooms[0].wide(h), rooms[1].wide(g)
             wanted = [True, wants[1], shift is not None and wants[2]]
             how = (h.shape[-1:], statistics[0][s, rows], r, _row(own), _row(own), wanted)

@@ -46,7 +46,8 @@ CAUSES: dict[str, str] = {
     "cpu-torch": (
         "mostly tensors of 65536 entries, where 4 to 20 µs of Python stand in front of the same operator of "
         "torch. adaptive_layer_norm in bfloat16 rounds once, what models write rounds after each operator, "
-        "which costs it a tenth to a fifth where samples are too small for torch's operator one by one; the "
+        "which costs it a tenth to a fifth where samples are too small for torch's operator one by one; its "
+        "gradients of scale and shift are added up in float32 since these rows were taken, and slower; the "
         "gradient of weight_standardize in bfloat16 is float32 too. instance_norm of 8x512x28x28 in bfloat16 "
         "and channels_last took 0.80 of torch's speed when run again alone. In eval mode both sides of "
         "batch_norm call one operator: those rows are noise"
